@@ -1,0 +1,1 @@
+"""What dApps and service authors import."""
