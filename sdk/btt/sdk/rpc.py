@@ -1,0 +1,101 @@
+"""Errors across gRPC: one class on both sides, `google.rpc.Status` between them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NoReturn
+
+import grpc
+from google.protobuf import any_pb2
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+from btt.sdk.errors import (
+    BY_REASON,
+    BttError,
+    ConnectError,
+    InternalError,
+    InvalidRequest,
+    LedgerUnreachable,
+    PaymentError,
+    RateLimited,
+    RemoteError,
+    SignatureInvalid,
+    SignerMismatch,
+    StorageError,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    import grpc.aio
+
+DOMAIN = "btt"
+
+_CODES: tuple[tuple[type[BttError], int], ...] = (
+    (SignatureInvalid, code_pb2.UNAUTHENTICATED),
+    (SignerMismatch, code_pb2.PERMISSION_DENIED),
+    (InvalidRequest, code_pb2.INVALID_ARGUMENT),
+    (RateLimited, code_pb2.RESOURCE_EXHAUSTED),
+    (StorageError, code_pb2.UNAVAILABLE),
+    (LedgerUnreachable, code_pb2.UNAVAILABLE),
+    (InternalError, code_pb2.INTERNAL),
+    (PaymentError, code_pb2.FAILED_PRECONDITION),
+)
+
+
+def _status(error: BttError) -> status_pb2.Status:
+    reason = error.reason or InternalError.reason
+    code = next((code for cls, code in _CODES if isinstance(error, cls)), code_pb2.FAILED_PRECONDITION)
+    detail = any_pb2.Any()
+    detail.Pack(error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN))
+    return status_pb2.Status(code=code, message=error.message[:1024], details=[detail])
+
+
+async def abort(context: grpc.aio.ServicerContext[object, object], error: BttError) -> NoReturn:
+    """Ends the call on the server with an error the caller's SDK raises again.
+
+    Args:
+        context: The call.
+        error: What to tell; its reason travels as ErrorInfo.
+    """
+    status = rpc_status.to_status(_status(error))
+    await context.abort(status.code, status.details or "", _trailing(status.trailing_metadata))
+    raise AssertionError("abort returned")
+
+
+def _trailing(metadata: Iterable[tuple[str, str | bytes]] | None) -> tuple[tuple[str, str | bytes], ...]:
+    return tuple((key, value) for key, value in metadata or ())
+
+
+def to_error(failure: grpc.aio.AioRpcError) -> BttError:
+    """Turns a failed call into the error its server named.
+
+    Args:
+        failure: What gRPC raised.
+
+    Returns:
+        The error of the server's reason; ConnectError when nobody answered, RemoteError
+        when the server gave no reason we know.
+    """
+    for key, value in failure.trailing_metadata() or ():
+        if key == "grpc-status-details-bin" and isinstance(value, bytes):
+            status = status_pb2.Status()
+            try:
+                status.ParseFromString(value)
+            except ValueError:
+                break
+            for detail in status.details:
+                info = error_details_pb2.ErrorInfo()
+                if detail.Is(info.DESCRIPTOR) and detail.Unpack(info) and info.domain == DOMAIN:
+                    cls = BY_REASON.get(info.reason)
+                    if cls is not None:
+                        return cls(_printable(status.message))
+    details = _printable(failure.details() or "")
+    if failure.code() is grpc.StatusCode.UNAVAILABLE:
+        return ConnectError(f"The connection failed: {details}.")
+    return RemoteError(f"The call failed with {failure.code().name}: {details}.")
+
+
+def _printable(text: str) -> str:
+    """A stranger's text is shown on a terminal: no control characters, bounded."""
+    return "".join(c if c.isprintable() else "?" for c in text[:1024])
