@@ -1,0 +1,25 @@
+"""The payment channel without I/O: payer, payee, meter and credit (paper: steps 7 to 9)."""
+
+from btt.sdk.channel.credit import Standing, Strangers
+from btt.sdk.channel.durable import Durable
+from btt.sdk.channel.meter import Meter
+from btt.sdk.channel.payee import Payee
+from btt.sdk.channel.payer import Intent, PaidCall, Payer, SignedUpdate
+from btt.sdk.channel.prices import Line, Price, PriceSheet, Segment, Tally
+
+__all__ = [
+    "Durable",
+    "Intent",
+    "Line",
+    "Meter",
+    "PaidCall",
+    "Payee",
+    "Payer",
+    "Price",
+    "PriceSheet",
+    "Segment",
+    "SignedUpdate",
+    "Standing",
+    "Strangers",
+    "Tally",
+]

@@ -1,0 +1,200 @@
+"""The payee's side of one channel: checks updates, meters deliveries, settles calls.
+
+States its rules once, without sockets, clocks or databases:
+
+- An update counts as paid only once it is saved (`Durable[SignedUpdate]`).
+- What the payer says it accepted settles a call. The shortfall is written off within
+  the bounds of `credit`; of what was prepaid, the rest is forfeited.
+- Whatever either side can prove is where a session starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from btt.sdk.channel.credit import Standing
+from btt.sdk.channel.durable import Durable
+from btt.sdk.channel.meter import Meter
+from btt.sdk.channel.payer import SignedUpdate
+from btt.sdk.channel.prices import PriceSheet, Segment, Tally
+from btt.sdk.errors import CallRepeated, CountsDiffer, InvalidRequest, SessionEnded, UpdateInvalid
+from btt.sdk.keys import PublicKey
+from btt.sdk.signing import ChannelUpdate, verify
+
+REMEMBERED_CALLS = 4096
+"""Ended calls whose ids stay refused."""
+
+
+class Payee:
+    """One channel as its payee sees it.
+
+    Args:
+        ledger_id: 32 bytes.
+        channel_id: 32 bytes.
+        key: K1, the payer's channel key.
+        deposit: Base units that T1 locks.
+        best: The best update so far, from the store.
+        tally: What was delivered so far, from the store.
+        standing: The payer's standing, shared by all its channels; `standing.paid`
+            includes `best` already.
+    """
+
+    def __init__(
+        self,
+        *,
+        ledger_id: bytes,
+        channel_id: bytes,
+        key: PublicKey,
+        deposit: int,
+        best: SignedUpdate | None,
+        tally: Tally,
+        standing: Standing,
+    ) -> None:
+        self._ledger_id = ledger_id
+        self.channel_id = channel_id
+        self._key = key
+        self.best = best
+        self.standing = standing
+        self.meter = Meter(
+            standing=standing, tally=tally, paid=best.cumulative if best else 0, deposit=deposit
+        )
+        self._open: dict[bytes, dict[Segment, int]] = {}
+        self._ended: dict[bytes, None] = {}
+
+    def pin(self, sheet: PriceSheet) -> None:
+        """Counts from now on under this offer as well."""
+        for segment, rate in sheet.segments():
+            self.meter.tally.price(segment, rate)
+
+    # Updates
+
+    def check(self, update: SignedUpdate) -> SignedUpdate | None:
+        """Checks an update, cheap tests first.
+
+        Returns:
+            The update, to be saved; None when it is not higher than the best, which is
+            no error: a lost answer makes an honest payer resend.
+
+        Raises:
+            UpdateInvalid: It is above the deposit, or not signed by K1.
+        """
+        if update.cumulative > self.meter.deposit:
+            raise UpdateInvalid(f"{update.cumulative} is above the deposit of {self.meter.deposit}.")
+        if self.best is not None and update.cumulative <= self.best.cumulative:
+            return None
+        if update.cumulative == 0:
+            return None
+        try:
+            verify(
+                self._key,
+                ChannelUpdate(channel=self.channel_id, cumulative=update.cumulative),
+                self._ledger_id,
+                update.signature,
+            )
+        except InvalidRequest as error:
+            raise UpdateInvalid("The update is not signed by the channel's key.") from error
+        return update
+
+    def accept(self, saved: Durable[SignedUpdate]) -> None:
+        """Counts a saved update as paid."""
+        if not isinstance(saved, Durable):
+            raise TypeError("only a saved update counts")
+        if self.best is None or saved.value.cumulative > self.best.cumulative:
+            self.best = saved.value
+            self.meter.pay(saved.value.cumulative)
+
+    # Calls
+
+    def begin(self, call_id: bytes) -> None:
+        """Opens a metered call.
+
+        Raises:
+            CallRepeated: The id is that of an open call, or of one that was reported on.
+        """
+        if call_id in self._open or call_id in self._ended:
+            raise CallRepeated("This call id was used before.")
+        self._open[call_id] = {}
+
+    def deliver(self, call_id: bytes, segment: Segment, units: int) -> None:
+        """Counts a message that leaves; `meter.fits` said it may.
+
+        Raises:
+            SessionEnded: The call has been settled: its caller is gone.
+        """
+        call = self._open.get(call_id)
+        if call is None:
+            raise SessionEnded("The call was ended by its caller.")
+        call[segment] = call.get(segment, 0) + units
+        self.meter.deliver(segment, units)
+
+    def void(self, call_id: bytes) -> None:
+        """Takes a call back whole: it failed by a fault of the payee, who bears it."""
+        for segment, units in self._open.pop(call_id).items():
+            self.meter.deliver(segment, -units)
+
+    def settle(self, call_id: bytes, accepted: Mapping[Segment, int]) -> dict[Segment, int]:
+        """Settles an ended call by what its payer says it accepted.
+
+        Returns:
+            Units per segment that stay owed: accepted, and forfeited of what was prepaid.
+
+        Raises:
+            CountsDiffer: The payer claims to have accepted more than was sent.
+        """
+        sent = self._open.get(call_id)
+        if sent is None:
+            if any(accepted.values()):
+                raise CountsDiffer("The report is about a call that sent nothing.")
+            self._remember(call_id)  # the call may still be on its way here
+            return {}
+        if any(units > sent.get(segment, 0) for segment, units in accepted.items()):
+            raise CountsDiffer("The report names more units than were sent.")
+        del self._open[call_id]
+        self._remember(call_id)
+        settled = {}
+        for segment, units in sent.items():
+            short = units - accepted.get(segment, 0)
+            settled[segment] = units - self.meter.excuse(segment, short)
+        return settled
+
+    def _remember(self, call_id: bytes) -> None:
+        self._ended[call_id] = None
+        if len(self._ended) > REMEMBERED_CALLS:
+            del self._ended[next(iter(self._ended))]
+
+    @property
+    def open_calls(self) -> frozenset[bytes]:
+        """Calls that are not settled yet."""
+        return frozenset(self._open)
+
+    def reconcile(self, accepted: Mapping[Segment, int]) -> dict[Segment, int]:
+        """Settles everything by the payer's cumulative counts when a session opens.
+
+        Args:
+            accepted: Units per segment since the channel opened; segments of offers that
+                this payee does not know are ignored.
+
+        Returns:
+            Units per known segment that stay owed.
+
+        Raises:
+            CountsDiffer: The payer claims more than its deposit covers.
+        """
+        tally = self.meter.tally
+        more = sum(
+            tally.cost(s, n - tally.units(s))
+            for s, n in accepted.items()
+            if tally.knows(s) and n > tally.units(s)
+        )
+        if tally.owed + more > self.meter.deposit and more:
+            raise CountsDiffer("The payer claims more units than its deposit covers.")
+        self._open.clear()
+        settled = {}
+        for segment, _, units in list(tally):
+            claimed = accepted.get(segment, 0)
+            if claimed > units:
+                self.meter.deliver(segment, claimed - units)
+            elif claimed < units:
+                self.meter.excuse(segment, units - claimed)
+            settled[segment] = tally.units(segment)
+        return settled

@@ -1,0 +1,264 @@
+"""The payer's side of one channel: counts what it accepts, and signs no more than that.
+
+States its rules once, without sockets, clocks or databases:
+
+- It pays for units it accepted, by its own count, and never more than the deposit.
+- Ahead of delivery it pays at most one verify unit (paper: the risk of one piece).
+- It signs only what is already on disk, and signing again gives the same bytes
+  (RFC 6979), so that a restart at any moment resends and never contradicts itself.
+- What it prepaid for a call and then did not take may be forfeited, never more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from btt.sdk.channel.durable import Durable
+from btt.sdk.channel.prices import PriceSheet, Segment, Tally
+from btt.sdk.errors import BudgetExceeded, CountsDiffer, UpdateInvalid
+from btt.sdk.keys import PrivateKey
+from btt.sdk.signing import ChannelUpdate, sign, verify
+
+
+@dataclass(frozen=True, slots=True)
+class Intent:
+    """What a payer is about to sign; saved before it is signed.
+
+    Attributes:
+        channel_id: 32 bytes.
+        cumulative: Base units over the life of the channel.
+        tally: What it accepted and settled so far.
+    """
+
+    channel_id: bytes
+    cumulative: int
+    tally: Tally
+
+
+@dataclass(frozen=True, slots=True)
+class SignedUpdate:
+    """A payment (paper: T3).
+
+    Attributes:
+        cumulative: Base units over the life of the channel.
+        signature: Of K1 over the canonical ChannelUpdate, 65 bytes.
+    """
+
+    cumulative: int
+    signature: bytes
+
+
+@dataclass(slots=True)
+class PaidCall:
+    """What the payer counted in one call.
+
+    Attributes:
+        received: Units that arrived, per segment.
+        accepted: Units that were accepted, per segment.
+        ahead: Most base units that were prepaid at any time while the call was open.
+    """
+
+    received: dict[Segment, int] = field(default_factory=dict)
+    accepted: dict[Segment, int] = field(default_factory=dict)
+    ahead: int = 0
+
+
+class Payer:
+    """One channel as its payer sees it.
+
+    Args:
+        ledger_id: 32 bytes.
+        channel_id: 32 bytes.
+        key: K1.
+        deposit: Base units that T1 locks.
+        signed: Base units signed so far, from the wallet.
+        tally: What was accepted and settled so far, from the wallet.
+    """
+
+    def __init__(
+        self, *, ledger_id: bytes, channel_id: bytes, key: PrivateKey, deposit: int, signed: int, tally: Tally
+    ) -> None:
+        self._ledger_id = ledger_id
+        self.channel_id = channel_id
+        self._key = key
+        self.deposit = deposit
+        self.signed = signed
+        self.tally = tally
+        self._reserved: dict[Segment, int] = {}
+        self._calls: dict[bytes, PaidCall] = {}
+        self._sheet: PriceSheet | None = None
+
+    # Counting
+
+    def pin(self, sheet: PriceSheet) -> None:
+        """Counts from now on under this offer; what was counted under others stands still."""
+        self._sheet = sheet
+        for segment, rate in sheet.segments():
+            self.tally.price(segment, rate)
+
+    def begin(self, call_id: bytes) -> None:
+        """Opens a metered call."""
+        self._calls[call_id] = PaidCall(ahead=self.ahead)
+
+    def received(self, call_id: bytes, segment: Segment, units: int) -> None:
+        """Counts units on arrival, before anyone looks at them."""
+        call = self._calls[call_id]
+        call.received[segment] = call.received.get(segment, 0) + units
+
+    def accepted(self, call_id: bytes, segment: Segment, units: int) -> None:
+        """Counts received units as payable.
+
+        Raises:
+            ValueError: More would be accepted than was received: a defect of the caller.
+        """
+        call = self._calls[call_id]
+        total = call.accepted.get(segment, 0) + units
+        if units < 0 or total > call.received.get(segment, 0):
+            raise ValueError("more accepted than received")
+        call.accepted[segment] = total
+        self.tally.add(segment, units)
+
+    def reserve(self, segment: Segment, units: int) -> None:
+        """Sets units aside before they are requested: what cannot be paid is not requested.
+
+        Raises:
+            BudgetExceeded: The channel does not cover them beside what is owed and reserved.
+        """
+        if self.tally.owed + self._reserved_cost(segment, units) > self.deposit:
+            raise BudgetExceeded(f"The channel holds too little for {units} more units.")
+        self._reserved[segment] = self._reserved.get(segment, 0) + units
+
+    def affordable(self, segment: Segment) -> int:
+        """Returns how many more units of a segment can be reserved now."""
+        rate, have = self.tally.rate(segment), self.tally.units(segment) + self._reserved.get(segment, 0)
+        spare = self.deposit - self.tally.owed - self._reserved_cost(segment, 0)
+        return max(0, rate.units_for(rate.owed(have) + spare) - have) if spare >= 0 else 0
+
+    def release(self, segment: Segment, units: int) -> None:
+        """Gives reserved units back: they were accepted, or will not come."""
+        self._reserved[segment] -= units
+        if self._reserved[segment] < 0:
+            raise ValueError("more released than reserved")
+
+    def _reserved_cost(self, segment: Segment, units: int) -> int:
+        wanted = dict(self._reserved)
+        wanted[segment] = wanted.get(segment, 0) + units
+        return sum(self.tally.cost(s, n) for s, n in wanted.items())
+
+    # Paying
+
+    @property
+    def ahead(self) -> int:
+        """Base units signed beyond what is owed."""
+        return max(0, self.signed - self.tally.owed)
+
+    def due(self, *, credit: int, demand: int, flush: bool) -> int | None:
+        """Says what cumulative amount to sign now, or None for nothing yet.
+
+        Args:
+            credit: What the payee last said may be owed, base units.
+            demand: The cumulative amount its next waiting call needs; 0 when none waits.
+            flush: Pay all that is owed, however little.
+        """
+        owed = self.tally.owed
+        if demand > self.signed:
+            prepay = self._sheet.unit_charge if self._sheet else 0
+            target = max(owed, min(demand, owed + prepay))
+        elif flush or 4 * (owed - self.signed) >= 3 * credit:
+            # Late enough to sign few updates, early enough that the payee need not wait.
+            target = owed
+        else:
+            return None
+        target = min(target, self.deposit)
+        return target if target > self.signed else None
+
+    def intend(self, cumulative: int) -> Intent:
+        """Makes the intent to sign, to be saved.
+
+        Raises:
+            ValueError: The amount breaks a rule of this module: a defect of the caller.
+        """
+        prepay = self._sheet.unit_charge if self._sheet else 0
+        if not self.signed <= cumulative <= min(self.deposit, max(self.signed, self.tally.owed + prepay)):
+            raise ValueError(f"{cumulative} is more than is owed, or less than was signed")
+        return Intent(self.channel_id, cumulative, self.tally.copy())
+
+    def sign(self, saved: Durable[Intent]) -> SignedUpdate:
+        """Signs what is on disk."""
+        if not isinstance(saved, Durable) or saved.value.channel_id != self.channel_id:
+            raise TypeError("only a saved intent of this channel can be signed")
+        cumulative = saved.value.cumulative
+        self.signed = max(self.signed, cumulative)
+        for call in self._calls.values():
+            call.ahead = max(call.ahead, self.ahead)
+        update = ChannelUpdate(channel=self.channel_id, cumulative=cumulative)
+        return SignedUpdate(cumulative, sign(self._key, update, self._ledger_id))
+
+    def last(self) -> SignedUpdate | None:
+        """Signs again what was signed last, byte for byte; None before the first."""
+        if not self.signed:
+            return None
+        update = ChannelUpdate(channel=self.channel_id, cumulative=self.signed)
+        return SignedUpdate(self.signed, sign(self._key, update, self._ledger_id))
+
+    # Settling
+
+    def end(self, call_id: bytes) -> PaidCall:
+        """Returns what was counted in a call that has ended, for the report."""
+        return self._calls[call_id]
+
+    def settle(self, call_id: bytes, settled: Mapping[Segment, int]) -> None:
+        """Takes the payee's books of an ended call.
+
+        Args:
+            call_id: 16 bytes.
+            settled: Units per segment: accepted, and forfeited of what was prepaid.
+
+        Raises:
+            CountsDiffer: The payee forfeits more than was prepaid, or lists other units.
+        """
+        call = self._calls.pop(call_id)
+        if not all(self.tally.knows(segment) for segment in settled):
+            raise CountsDiffer("The node settled a line that its offer does not have.")
+        lost = {s: n - call.accepted.get(s, 0) for s, n in settled.items()}
+        if any(n < 0 for n in lost.values()) or call.accepted.keys() - settled.keys():
+            raise CountsDiffer("The node settled less than was accepted.")
+        cost = sum(self.tally.cost(s, n) for s, n in lost.items())
+        if cost > call.ahead:
+            raise CountsDiffer(f"The node forfeits {cost} base units, but only {call.ahead} were prepaid.")
+        for segment, units in lost.items():
+            self.tally.add(segment, units)
+        for other in self._calls.values():
+            other.ahead = max(0, other.ahead - cost)
+
+    def reconcile(self, *, best: SignedUpdate | None, settled: Mapping[Segment, int]) -> None:
+        """Takes the payee's books when a session opens: no call of an older one is left.
+
+        Args:
+            best: The highest update the payee can prove; our own signature proves it.
+            settled: Units per segment.
+
+        Raises:
+            UpdateInvalid: The update is not ours.
+            CountsDiffer: The payee claims units that were neither accepted nor prepaid.
+        """
+        if best is not None and best.cumulative > self.signed:
+            if best.cumulative > self.deposit:
+                raise UpdateInvalid("The node shows a payment above the deposit.")
+            verify(
+                self._key.public,
+                ChannelUpdate(channel=self.channel_id, cumulative=best.cumulative),
+                self._ledger_id,
+                best.signature,
+            )
+            self.signed = best.cumulative
+        lost = {s: n - self.tally.units(s) for s, n in settled.items() if self.tally.knows(s)}
+        claimed = self.tally.owed + sum(self.tally.cost(s, n) for s, n in lost.items() if n > 0)
+        if len(lost) != len(settled) or (claimed > self.tally.owed and claimed > self.signed):
+            raise CountsDiffer("The node claims units that were neither accepted nor paid.")
+        for segment, units in lost.items():
+            if units > 0:
+                self.tally.add(segment, units)
+        self._calls.clear()
+        self._reserved.clear()

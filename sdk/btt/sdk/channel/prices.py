@@ -1,0 +1,134 @@
+"""What is counted and what it costs: the price sheet of an offer, and running tallies.
+
+Both sides keep a `Tally` of cumulative units per (offer, line). What is owed is
+`ceil(units * amount / per)` of each such segment, so the way in which the units were
+split into messages never matters, and both sides owe the same to the base unit. A
+new offer begins new segments; the old ones stand still and stay owed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from btt.sdk.money import Rate, Unit
+
+
+class Line(NamedTuple):
+    """What one price is for: a unit of a service."""
+
+    service: str
+    """Full name of the proto service."""
+    unit: Unit
+
+
+class Segment(NamedTuple):
+    """A line under one offer."""
+
+    offer_digest: bytes
+    """SHA-256 of the offer's payload, 32 bytes."""
+    line: Line
+
+
+@dataclass(frozen=True, slots=True)
+class Price:
+    """The price of a line.
+
+    Attributes:
+        rate: Base units per units.
+        verify_units: Units in one verify unit, the most that one message carries.
+    """
+
+    rate: Rate
+    verify_units: int
+
+
+@dataclass(frozen=True, slots=True)
+class PriceSheet:
+    """The prices of one offer.
+
+    Attributes:
+        digest: SHA-256 of the offer's payload, 32 bytes.
+        prices: Price of each line.
+    """
+
+    digest: bytes
+    prices: Mapping[Line, Price]
+
+    @property
+    def unit_charge(self) -> int:
+        """Cost of the dearest verify unit, base units: the risk of one piece (paper, P6)."""
+        return max((p.rate.owed(p.verify_units) for p in self.prices.values()), default=0)
+
+    def segments(self) -> Iterator[tuple[Segment, Rate]]:
+        """Yields every segment of this offer with its rate."""
+        for line, price in self.prices.items():
+            yield Segment(self.digest, line), price.rate
+
+
+class Tally:
+    """Cumulative units per segment, and what they cost together."""
+
+    __slots__ = ("_owed", "_rates", "_units")
+
+    def __init__(self) -> None:
+        self._units: dict[Segment, int] = {}
+        self._rates: dict[Segment, Rate] = {}
+        self._owed = 0
+
+    def price(self, segment: Segment, rate: Rate) -> None:
+        """Makes a segment known, at 0 units; its rate never changes afterwards.
+
+        Raises:
+            ValueError: The segment has another rate already.
+        """
+        if self._rates.setdefault(segment, rate) != rate:
+            raise ValueError(f"{segment} already has a rate")
+        self._units.setdefault(segment, 0)
+
+    def knows(self, segment: Segment) -> bool:
+        """Says whether the segment has a rate."""
+        return segment in self._rates
+
+    def units(self, segment: Segment) -> int:
+        """Returns the units of a segment so far; 0 for an unknown one."""
+        return self._units.get(segment, 0)
+
+    def rate(self, segment: Segment) -> Rate:
+        """Returns the rate of a known segment."""
+        return self._rates[segment]
+
+    def cost(self, segment: Segment, units: int) -> int:
+        """Returns by how many base units `units` more of a segment would raise what is owed."""
+        rate, have = self._rates[segment], self._units[segment]
+        return rate.owed(have + units) - rate.owed(have)
+
+    def add(self, segment: Segment, units: int) -> None:
+        """Adds units, or takes some away again when negative."""
+        if self._units[segment] + units < 0:
+            raise ValueError("a tally never falls below zero")
+        self._owed += self.cost(segment, units)
+        self._units[segment] += units
+
+    @property
+    def owed(self) -> int:
+        """What all units together cost, base units."""
+        return self._owed
+
+    def refundable(self, segment: Segment, units: int, amount: int) -> int:
+        """Returns how many of the last `units` can be taken away for at most `amount` base units."""
+        rate, have = self._rates[segment], self._units[segment]
+        floor = rate.owed(have) - amount
+        least = 0 if floor <= 0 else rate.units_for(floor - 1) + 1
+        return max(0, min(units, have, have - least))
+
+    def __iter__(self) -> Iterator[tuple[Segment, Rate, int]]:
+        for segment, units in self._units.items():
+            yield segment, self._rates[segment], units
+
+    def copy(self) -> Tally:
+        """Returns an independent copy."""
+        twin = Tally()
+        twin._units, twin._rates, twin._owed = dict(self._units), dict(self._rates), self._owed
+        return twin

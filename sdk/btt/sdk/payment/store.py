@@ -1,0 +1,385 @@
+"""The payer's books on disk: its channels, what it signed, what it counted, whom it met.
+
+One SQLite file per wallet, write-ahead log, `synchronous=FULL`: what `save` returned
+from survives a power cut. Budgets are reserved here, in one transaction with the
+channel that uses them, so that several processes on one wallet share them safely. A
+channel is used by one process at a time (`claim`); another opens its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+import sqlite3
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from btt.sdk.channel import Durable, Intent, Line, Segment, Tally
+from btt.sdk.errors import BudgetExceeded, ConfigError, IdentityError, StorageError
+from btt.sdk.keys import Address
+from btt.sdk.money import Amount, Rate, Unit
+
+SCHEMA_VERSION = 1
+OPENING, OPEN, CLOSED = "opening", "open", "closed"
+
+_SCHEMA = """
+CREATE TABLE nodes(
+    node BLOB PRIMARY KEY CHECK(length(node) = 20),
+    serial INTEGER NOT NULL
+) STRICT, WITHOUT ROWID;
+CREATE TABLE endpoints(
+    endpoint TEXT PRIMARY KEY,
+    node BLOB NOT NULL
+) STRICT, WITHOUT ROWID;
+CREATE TABLE budgets(
+    name TEXT PRIMARY KEY,
+    granted INTEGER NOT NULL CHECK(granted >= 0)
+) STRICT, WITHOUT ROWID;
+CREATE TABLE channels(
+    channel_id BLOB PRIMARY KEY CHECK(length(channel_id) = 32),
+    ledger_id BLOB NOT NULL,
+    node BLOB NOT NULL,
+    commit_body BLOB NOT NULL,
+    refund_signature BLOB NOT NULL,
+    deposit INTEGER NOT NULL,
+    expires_ms INTEGER NOT NULL,
+    signed INTEGER NOT NULL DEFAULT 0 CHECK(signed >= 0),
+    budget TEXT NOT NULL,
+    base INTEGER NOT NULL DEFAULT 0,
+    cap INTEGER NOT NULL,
+    state TEXT NOT NULL,
+    statement BLOB,
+    CHECK(base <= cap AND cap <= deposit AND signed <= deposit)
+) STRICT, WITHOUT ROWID;
+CREATE TABLE counts(
+    channel_id BLOB NOT NULL REFERENCES channels(channel_id),
+    offer_digest BLOB NOT NULL,
+    service TEXT NOT NULL,
+    unit INTEGER NOT NULL,
+    amount INTEGER NOT NULL,
+    per INTEGER NOT NULL,
+    units INTEGER NOT NULL CHECK(units >= 0),
+    PRIMARY KEY(channel_id, offer_digest, service, unit)
+) STRICT, WITHOUT ROWID;
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredChannel:
+    """A channel as the wallet remembers it.
+
+    Attributes:
+        channel_id: 32 bytes.
+        ledger_id: 32 bytes.
+        node: The node it pays.
+        commit: The canonical ChannelCommit (T1).
+        refund_signature: Of K2 over the refund (T2), 65 bytes.
+        deposit: Base units that T1 locks.
+        expires_ms: Lock time, Unix milliseconds.
+        signed: Base units signed so far.
+        budget: Name of the budget that pays now.
+        base: Base units signed when that budget took over.
+        cap: Most cumulative base units that budget allows.
+        state: OPENING, OPEN or CLOSED.
+    """
+
+    channel_id: bytes
+    ledger_id: bytes
+    node: Address
+    commit: bytes
+    refund_signature: bytes
+    deposit: int
+    expires_ms: int
+    signed: int
+    budget: str
+    base: int
+    cap: int
+    state: str
+
+
+_CHANNEL_COLUMNS = "channel_id, ledger_id, node, commit_body, refund_signature, deposit, expires_ms, signed, budget, base, cap, state"
+
+
+class PayerStore:
+    """The payer's books of one wallet.
+
+    Args:
+        folder: Where they are; made if missing.
+
+    Raises:
+        ConfigError: The books are of a newer version.
+        StorageError: They cannot be opened.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        (folder / "claims").mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="payer-store")
+        try:
+            self._db = sqlite3.connect(
+                folder / "payer.db", isolation_level=None, check_same_thread=False, timeout=30
+            )
+            self._db.execute("PRAGMA journal_mode=WAL")
+            self._db.execute("PRAGMA synchronous=FULL")
+            self._db.execute("PRAGMA foreign_keys=ON")
+            with self._transaction():
+                version = self._db.execute("PRAGMA user_version").fetchone()[0]
+                if version == 0:
+                    for statement in _SCHEMA.split(";"):
+                        self._db.execute(statement)
+                    self._db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
+                elif version != SCHEMA_VERSION:
+                    raise ConfigError(f"The wallet's books are of version {version}; update this program.")
+        except sqlite3.Error as error:
+            raise StorageError(f"The wallet's books cannot be opened ({error}).") from error
+
+    def close(self) -> None:
+        """Closes the books; claims are given up with the process or by `release`."""
+        self._writer.shutdown()
+        self._db.close()
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+            except BaseException:
+                self._db.execute("ROLLBACK")
+                raise
+            self._db.execute("COMMIT")
+        except sqlite3.Error as error:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            raise StorageError(f"The wallet's books could not be written ({error}).") from error
+
+    # Signing
+
+    async def save(self, intent: Intent) -> Durable[Intent]:
+        """Writes what is about to be signed, and what was counted with it.
+
+        Raises:
+            StorageError: It is not on disk, so nothing may be signed.
+        """
+
+        async def write(value: Intent) -> None:
+            await asyncio.get_running_loop().run_in_executor(self._writer, self._save, value)
+
+        return await Durable.awrite(intent, write)
+
+    def _save(self, intent: Intent) -> None:
+        with self._transaction():
+            self._db.execute(
+                "UPDATE channels SET signed = max(signed, ?) WHERE channel_id = ?",
+                (intent.cumulative, intent.channel_id),
+            )
+            self._save_counts(intent.channel_id, intent.tally)
+
+    def _save_counts(self, channel_id: bytes, tally: Tally) -> None:
+        self._db.executemany(
+            "INSERT INTO counts VALUES(?,?,?,?,?,?,?)"
+            " ON CONFLICT DO UPDATE SET units = excluded.units WHERE units <> excluded.units",
+            [
+                (channel_id, s.offer_digest, s.line.service, int(s.line.unit), r.amount, r.per, units)
+                for s, r, units in tally
+            ],
+        )
+
+    def tally(self, channel_id: bytes) -> Tally:
+        """Returns what was counted on a channel when it was last saved."""
+        tally = Tally()
+        for digest, service, unit, amount, per, units in self._db.execute(
+            "SELECT offer_digest, service, unit, amount, per, units FROM counts WHERE channel_id = ?",
+            (channel_id,),
+        ):
+            segment = Segment(digest, Line(service, Unit(unit)))
+            tally.price(segment, Rate(amount, per, Unit(unit)))
+            tally.add(segment, units)
+        return tally
+
+    # Channels
+
+    def add_channel(self, channel: StoredChannel, granted: int) -> None:
+        """Writes a channel that is about to be opened, and reserves its deposit in its budget.
+
+        Args:
+            channel: In state OPENING.
+            granted: Base units of the whole budget.
+
+        Raises:
+            BudgetExceeded: The budget does not cover the deposit.
+        """
+        with self._transaction():
+            self._grant(channel.budget, granted)
+            self._check(channel.budget, granted, channel.cap - channel.base)
+            c = channel
+            self._db.execute(
+                f"INSERT INTO channels({_CHANNEL_COLUMNS}) VALUES(?,?,?,?,?,?,?,?,?,?,?,?)",  # noqa: S608
+                (
+                    c.channel_id, c.ledger_id, c.node.data, c.commit, c.refund_signature, c.deposit,
+                    c.expires_ms, c.signed, c.budget, c.base, c.cap, c.state,
+                ),
+            )  # fmt: skip
+
+    def adopt(self, channel_id: bytes, budget: str, granted: int) -> StoredChannel:
+        """Lets a budget pay from a channel that is open already, as far as it reaches.
+
+        Raises:
+            BudgetExceeded: Nothing is left in the budget.
+        """
+        with self._transaction():
+            self._grant(budget, granted)
+            channel = self._one(channel_id)
+            if channel.budget == budget:
+                return channel
+            left = granted - self._reserved(budget)
+            cap = min(channel.deposit, channel.signed + left)
+            if cap <= channel.signed:
+                raise BudgetExceeded(f"The budget of {Amount(granted)} is used up.")
+            self._db.execute(
+                "UPDATE channels SET budget = ?, base = signed, cap = ? WHERE channel_id = ?",
+                (budget, cap, channel_id),
+            )
+            return replace(channel, budget=budget, base=channel.signed, cap=cap)
+
+    def _grant(self, budget: str, granted: int) -> None:
+        self._db.execute(
+            "INSERT INTO budgets VALUES(?, ?) ON CONFLICT DO UPDATE SET granted = excluded.granted",
+            (budget, granted),
+        )
+
+    def _reserved(self, budget: str) -> int:
+        query = (
+            "SELECT coalesce(sum(CASE state WHEN 'closed' THEN max(signed - base, 0) ELSE cap - base END), 0)"
+            " FROM channels WHERE budget = ?"
+        )
+        return int(self._db.execute(query, (budget,)).fetchone()[0])
+
+    def _check(self, budget: str, granted: int, wanted: int) -> None:
+        left = granted - self._reserved(budget)
+        if wanted > left:
+            raise BudgetExceeded(
+                f"{Amount(wanted)} are needed, and {Amount(max(0, left))} of the budget of "
+                f"{Amount(granted)} are left."
+            )
+
+    def left(self, budget: str, granted: int) -> int:
+        """Returns the base units of a budget that no channel has reserved."""
+        return max(0, granted - self._reserved(budget))
+
+    def channels(self, *, node: Address | None = None, ledger_id: bytes | None = None) -> list[StoredChannel]:
+        """Returns the channels that are not closed, those with the most left first."""
+        rows = self._db.execute(
+            f"SELECT {_CHANNEL_COLUMNS} FROM channels WHERE state <> 'closed'"  # noqa: S608
+            " AND (?1 IS NULL OR node = ?1) AND (?2 IS NULL OR ledger_id = ?2) ORDER BY deposit - signed DESC",
+            (node.data if node else None, ledger_id),
+        )
+        return [_channel(row) for row in rows]
+
+    def _one(self, channel_id: bytes) -> StoredChannel:
+        row = self._db.execute(
+            f"SELECT {_CHANNEL_COLUMNS} FROM channels WHERE channel_id = ?",  # noqa: S608
+            (channel_id,),
+        ).fetchone()
+        return _channel(row)
+
+    def get(self, channel_id: bytes) -> StoredChannel:
+        """Returns one channel."""
+        return self._one(channel_id)
+
+    def set_state(self, channel_id: bytes, state: str, statement: bytes | None = None) -> None:
+        """Moves a channel on; a node's signed statement is kept with it."""
+        with self._transaction():
+            self._db.execute(
+                "UPDATE channels SET state = ?, statement = coalesce(?, statement) WHERE channel_id = ?",
+                (state, statement, channel_id),
+            )
+
+    def save_books(self, channel_id: bytes, signed: int, tally: Tally) -> None:
+        """Writes what both sides agreed on when a session opened or ended."""
+        with self._transaction():
+            self._db.execute(
+                "UPDATE channels SET signed = max(signed, ?) WHERE channel_id = ?", (signed, channel_id)
+            )
+            self._save_counts(channel_id, tally)
+
+    def paid_total(self, node: Address) -> int:
+        """Returns the base units signed to a node over all channels."""
+        row = self._db.execute("SELECT coalesce(sum(signed), 0) FROM channels WHERE node = ?", (node.data,))
+        return int(row.fetchone()[0])
+
+    def claim(self, channel_id: bytes) -> Claim | None:
+        """Takes a channel for this process; None when another has it."""
+        handle = os.open(
+            self._folder / "claims" / channel_id.hex(), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600
+        )
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            return None
+        return Claim(handle)
+
+    # Nodes
+
+    def saw_offer(self, node: Address, serial: int) -> None:
+        """Remembers the highest serial of a node.
+
+        Raises:
+            IdentityError: A higher one was seen before: an old offer is being replayed.
+        """
+        with self._transaction():
+            row = self._db.execute("SELECT serial FROM nodes WHERE node = ?", (node.data,)).fetchone()
+            if row is not None and serial < row[0]:
+                raise IdentityError(f"The node shows offer {serial}, but offer {row[0]} was seen before.")
+            self._db.execute(
+                "INSERT INTO nodes VALUES(?, ?) ON CONFLICT DO UPDATE SET serial = excluded.serial",
+                (node.data, serial),
+            )
+
+    def known_endpoint(self, endpoint: str) -> Address | None:
+        """Returns who was met at a bare `host:port` before."""
+        row = self._db.execute("SELECT node FROM endpoints WHERE endpoint = ?", (endpoint,)).fetchone()
+        return Address(row[0]) if row else None
+
+    def trust_endpoint(self, endpoint: str, node: Address) -> None:
+        """Remembers who was met at a bare `host:port` on first use."""
+        with self._transaction():
+            self._db.execute("INSERT OR IGNORE INTO endpoints VALUES(?, ?)", (endpoint, node.data))
+
+
+class Claim:
+    """A channel that this process uses; `release` gives it up."""
+
+    def __init__(self, handle: int) -> None:
+        self._handle = handle
+
+    def release(self) -> None:
+        """Gives the channel up; more than once is fine."""
+        if self._handle >= 0:
+            os.close(self._handle)
+            self._handle = -1
+
+
+def _channel(
+    row: tuple[bytes, bytes, bytes, bytes, bytes, int, int, int, str, int, int, str],
+) -> StoredChannel:
+    channel_id, ledger_id, node, commit, refund, deposit, expires_ms, signed, budget, base, cap, state = row
+    return StoredChannel(
+        channel_id=channel_id,
+        ledger_id=ledger_id,
+        node=Address(node),
+        commit=commit,
+        refund_signature=refund,
+        deposit=deposit,
+        expires_ms=expires_ms,
+        signed=signed,
+        budget=budget,
+        base=base,
+        cap=cap,
+        state=state,
+    )
