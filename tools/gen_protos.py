@@ -18,8 +18,9 @@ ROOT = Path(__file__).resolve().parent.parent / "proto"
 def generate(target: Path) -> None:
     protos = sorted(str(p.relative_to(ROOT)) for p in ROOT.rglob("*.proto"))
     with_service = [p for p in protos if "\nservice " in (ROOT / p).read_text()]
-    plugins = f"--plugin=protoc-gen-mypy={tool('protoc-gen-mypy')}", (
-        f"--plugin=protoc-gen-mypy_grpc={tool('protoc-gen-mypy_grpc')}"
+    plugins = (
+        f"--plugin=protoc-gen-mypy={tool('protoc-gen-mypy')}",
+        (f"--plugin=protoc-gen-mypy_grpc={tool('protoc-gen-mypy_grpc')}"),
     )
     base = [sys.executable, "-m", "grpc_tools.protoc", f"-I{ROOT}", *plugins]
     subprocess.run([*base, f"--python_out={target}", f"--mypy_out={target}", *protos], check=True)
@@ -34,7 +35,9 @@ def tool(name: str) -> str:
 
 
 def generated(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*_pb2*.py*") if p.suffix != ".pyc"}
+    return {
+        str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*_pb2*.py*") if p.suffix != ".pyc"
+    }
 
 
 def main() -> int:

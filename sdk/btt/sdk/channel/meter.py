@@ -20,13 +20,17 @@ class Meter:
         tally: Units delivered and settled so far.
         paid: Base units of the best saved update.
         deposit: Base units that T1 locks.
+        written_off: Base units written off on this channel; `standing` includes them already.
     """
 
-    def __init__(self, *, standing: Standing, tally: Tally, paid: int, deposit: int) -> None:
+    def __init__(
+        self, *, standing: Standing, tally: Tally, paid: int, deposit: int, written_off: int = 0
+    ) -> None:
         self._standing = standing
         self.tally = tally
         self.paid = paid
         self.deposit = deposit
+        self.written_off = written_off
         self._counted = 0
         self._recount()
 
@@ -79,13 +83,19 @@ class Meter:
         excused = self.tally.refundable(segment, units, budget)
         before = self.tally.owed
         self.tally.add(segment, -excused)
+        self.written_off += before - self.tally.owed
         self._standing.written_off += before - self.tally.owed
         self._recount()
         return excused
 
     def leave(self) -> None:
-        """Takes this channel out of the payer's unpaid sum: it is closed and settled."""
+        """Takes this channel out of the payer's unpaid sum: it is closed.
+
+        What it leaves unpaid is written off: arrears follow the payer, or every new
+        channel would bring new credit.
+        """
         self._standing.unpaid -= self._counted
+        self._standing.written_off += self._counted
         self._counted = 0
 
     def _recount(self) -> None:

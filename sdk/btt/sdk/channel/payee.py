@@ -19,6 +19,7 @@ from btt.sdk.channel.payer import SignedUpdate
 from btt.sdk.channel.prices import PriceSheet, Segment, Tally
 from btt.sdk.errors import CallRepeated, CountsDiffer, InvalidRequest, SessionEnded, UpdateInvalid
 from btt.sdk.keys import PublicKey
+from btt.sdk.money import MAX_UNITS
 from btt.sdk.signing import ChannelUpdate, verify
 
 REMEMBERED_CALLS = 4096
@@ -37,6 +38,7 @@ class Payee:
         tally: What was delivered so far, from the store.
         standing: The payer's standing, shared by all its channels; `standing.paid`
             includes `best` already.
+        written_off: Base units written off on this channel; `standing` includes them already.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class Payee:
         best: SignedUpdate | None,
         tally: Tally,
         standing: Standing,
+        written_off: int = 0,
     ) -> None:
         self._ledger_id = ledger_id
         self.channel_id = channel_id
@@ -56,7 +59,11 @@ class Payee:
         self.best = best
         self.standing = standing
         self.meter = Meter(
-            standing=standing, tally=tally, paid=best.cumulative if best else 0, deposit=deposit
+            standing=standing,
+            tally=tally,
+            paid=best.cumulative if best else 0,
+            deposit=deposit,
+            written_off=written_off,
         )
         self._open: dict[bytes, dict[Segment, int]] = {}
         self._ended: dict[bytes, None] = {}
@@ -129,7 +136,7 @@ class Payee:
 
     def void(self, call_id: bytes) -> None:
         """Takes a call back whole: it failed by a fault of the payee, who bears it."""
-        for segment, units in self._open.pop(call_id).items():
+        for segment, units in self._open.pop(call_id, {}).items():
             self.meter.deliver(segment, -units)
 
     def settle(self, call_id: bytes, accepted: Mapping[Segment, int]) -> dict[Segment, int]:
@@ -147,7 +154,7 @@ class Payee:
                 raise CountsDiffer("The report is about a call that sent nothing.")
             self._remember(call_id)  # the call may still be on its way here
             return {}
-        if any(units > sent.get(segment, 0) for segment, units in accepted.items()):
+        if not all(0 <= units <= sent.get(segment, 0) for segment, units in accepted.items()):
             raise CountsDiffer("The report names more units than were sent.")
         del self._open[call_id]
         self._remember(call_id)
@@ -181,6 +188,8 @@ class Payee:
             CountsDiffer: The payer claims more than its deposit covers.
         """
         tally = self.meter.tally
+        if not all(0 <= units <= MAX_UNITS for units in accepted.values()):
+            raise CountsDiffer("The payer claims what is no count of units.")
         more = sum(
             tally.cost(s, n - tally.units(s))
             for s, n in accepted.items()
@@ -189,12 +198,12 @@ class Payee:
         if tally.owed + more > self.meter.deposit and more:
             raise CountsDiffer("The payer claims more units than its deposit covers.")
         self._open.clear()
-        settled = {}
-        for segment, _, units in list(tally):
-            claimed = accepted.get(segment, 0)
-            if claimed > units:
-                self.meter.deliver(segment, claimed - units)
-            elif claimed < units:
-                self.meter.excuse(segment, units - claimed)
-            settled[segment] = tally.units(segment)
-        return settled
+        short = {segment: units - accepted.get(segment, 0) for segment, _, units in tally}
+        # What is owed on top comes first: it decides how much of the rest is unpaid.
+        for segment, units in short.items():
+            if units < 0:
+                self.meter.deliver(segment, -units)
+        for segment, units in short.items():
+            if units > 0:
+                self.meter.excuse(segment, units)
+        return {segment: units for segment, _, units in tally}

@@ -6,7 +6,8 @@ States its rules once, without sockets, clocks or databases:
 - Ahead of delivery it pays at most one verify unit (paper: the risk of one piece).
 - It signs only what is already on disk, and signing again gives the same bytes
   (RFC 6979), so that a restart at any moment resends and never contradicts itself.
-- What it prepaid for a call and then did not take may be forfeited, never more.
+- What was prepaid and not used up when a call is reported may be forfeited, never more
+  (a unit is forfeited whole, even if only its first part was prepaid).
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from dataclasses import dataclass, field
 
 from btt.sdk.channel.durable import Durable
 from btt.sdk.channel.prices import PriceSheet, Segment, Tally
-from btt.sdk.errors import BudgetExceeded, CountsDiffer, UpdateInvalid
+from btt.sdk.errors import BudgetExceeded, CountsDiffer, InvalidRequest, UpdateInvalid
 from btt.sdk.keys import PrivateKey
+from btt.sdk.money import MAX_UNITS
 from btt.sdk.signing import ChannelUpdate, sign, verify
 
 
@@ -56,12 +58,14 @@ class PaidCall:
     Attributes:
         received: Units that arrived, per segment.
         accepted: Units that were accepted, per segment.
-        ahead: Most base units that were prepaid at any time while the call was open.
+        books: What the payer owed for when it reported on the call; None while it runs.
+        signed: Base units it had signed then.
     """
 
     received: dict[Segment, int] = field(default_factory=dict)
     accepted: dict[Segment, int] = field(default_factory=dict)
-    ahead: int = 0
+    books: Tally | None = None
+    signed: int = 0
 
 
 class Payer:
@@ -99,7 +103,7 @@ class Payer:
 
     def begin(self, call_id: bytes) -> None:
         """Opens a metered call."""
-        self._calls[call_id] = PaidCall(ahead=self.ahead)
+        self._calls[call_id] = PaidCall()
 
     def received(self, call_id: bytes, segment: Segment, units: int) -> None:
         """Counts units on arrival, before anyone looks at them."""
@@ -110,9 +114,12 @@ class Payer:
         """Counts received units as payable.
 
         Raises:
-            ValueError: More would be accepted than was received: a defect of the caller.
+            ValueError: More would be accepted than was received, or the call was reported
+                on already: a defect of the caller.
         """
         call = self._calls[call_id]
+        if call.books is not None:
+            raise ValueError("accepted after the report")
         total = call.accepted.get(segment, 0) + units
         if units < 0 or total > call.received.get(segment, 0):
             raise ValueError("more accepted than received")
@@ -137,9 +144,10 @@ class Payer:
 
     def release(self, segment: Segment, units: int) -> None:
         """Gives reserved units back: they were accepted, or will not come."""
-        self._reserved[segment] -= units
-        if self._reserved[segment] < 0:
+        left = self._reserved.get(segment, 0) - units
+        if left < 0:
             raise ValueError("more released than reserved")
+        self._reserved[segment] = left
 
     def _reserved_cost(self, segment: Segment, units: int) -> int:
         wanted = dict(self._reserved)
@@ -190,8 +198,6 @@ class Payer:
             raise TypeError("only a saved intent of this channel can be signed")
         cumulative = saved.value.cumulative
         self.signed = max(self.signed, cumulative)
-        for call in self._calls.values():
-            call.ahead = max(call.ahead, self.ahead)
         update = ChannelUpdate(channel=self.channel_id, cumulative=cumulative)
         return SignedUpdate(cumulative, sign(self._key, update, self._ledger_id))
 
@@ -205,8 +211,15 @@ class Payer:
     # Settling
 
     def end(self, call_id: bytes) -> PaidCall:
-        """Returns what was counted in a call that has ended, for the report."""
-        return self._calls[call_id]
+        """Closes the count of a call that has ended, and returns it for the report.
+
+        Updates signed before this must reach the payee before the report, and later ones
+        after it: what may be forfeited is what is prepaid and not used up now.
+        """
+        call = self._calls[call_id]
+        if call.books is None:
+            call.books, call.signed = self.tally.copy(), self.signed
+        return call
 
     def settle(self, call_id: bytes, settled: Mapping[Segment, int]) -> None:
         """Takes the payee's books of an ended call.
@@ -216,21 +229,24 @@ class Payer:
             settled: Units per segment: accepted, and forfeited of what was prepaid.
 
         Raises:
-            CountsDiffer: The payee forfeits more than was prepaid, or lists other units.
+            CountsDiffer: The payee forfeits more than was prepaid, lists other units, or
+                settles a call that was not reported on.
         """
-        call = self._calls.pop(call_id)
-        if not all(self.tally.knows(segment) for segment in settled):
-            raise CountsDiffer("The node settled a line that its offer does not have.")
-        lost = {s: n - call.accepted.get(s, 0) for s, n in settled.items()}
-        if any(n < 0 for n in lost.values()) or call.accepted.keys() - settled.keys():
+        call = self._calls.get(call_id)
+        if call is None or call.books is None:
+            raise CountsDiffer("The node settled a call that was not reported on.")
+        known = self._known(settled)
+        lost = {s: known.get(s, 0) - call.accepted.get(s, 0) for s in known.keys() | call.accepted.keys()}
+        if any(n < 0 for n in lost.values()):
             raise CountsDiffer("The node settled less than was accepted.")
-        cost = sum(self.tally.cost(s, n) for s, n in lost.items())
-        if cost > call.ahead:
-            raise CountsDiffer(f"The node forfeits {cost} base units, but only {call.ahead} were prepaid.")
+        if not _was_prepaid(call.books, lost, call.signed):
+            raise CountsDiffer("The node forfeits more than was prepaid.")
+        del self._calls[call_id]
         for segment, units in lost.items():
             self.tally.add(segment, units)
-        for other in self._calls.values():
-            other.ahead = max(0, other.ahead - cost)
+            for other in self._calls.values():
+                if other.books is not None:
+                    other.books.add(segment, units)
 
     def reconcile(self, *, best: SignedUpdate | None, settled: Mapping[Segment, int]) -> None:
         """Takes the payee's books when a session opens: no call of an older one is left.
@@ -246,19 +262,39 @@ class Payer:
         if best is not None and best.cumulative > self.signed:
             if best.cumulative > self.deposit:
                 raise UpdateInvalid("The node shows a payment above the deposit.")
-            verify(
-                self._key.public,
-                ChannelUpdate(channel=self.channel_id, cumulative=best.cumulative),
-                self._ledger_id,
-                best.signature,
-            )
+            try:
+                verify(
+                    self._key.public,
+                    ChannelUpdate(channel=self.channel_id, cumulative=best.cumulative),
+                    self._ledger_id,
+                    best.signature,
+                )
+            except InvalidRequest as error:
+                raise UpdateInvalid("The node shows a payment that is not ours.") from error
             self.signed = best.cumulative
-        lost = {s: n - self.tally.units(s) for s, n in settled.items() if self.tally.knows(s)}
-        claimed = self.tally.owed + sum(self.tally.cost(s, n) for s, n in lost.items() if n > 0)
-        if len(lost) != len(settled) or (claimed > self.tally.owed and claimed > self.signed):
+        lost = {s: max(0, n - self.tally.units(s)) for s, n in self._known(settled).items()}
+        if not _was_prepaid(self.tally, lost, self.signed):
             raise CountsDiffer("The node claims units that were neither accepted nor paid.")
         for segment, units in lost.items():
-            if units > 0:
-                self.tally.add(segment, units)
+            self.tally.add(segment, units)
         self._calls.clear()
         self._reserved.clear()
+
+    def _known(self, settled: Mapping[Segment, int]) -> dict[Segment, int]:
+        # The payee may list lines of offers that were never used here: at 0 units they say nothing.
+        counts = {segment: units for segment, units in settled.items() if units}
+        if not all(self.tally.knows(s) and 0 < n <= MAX_UNITS for s, n in counts.items()):
+            raise CountsDiffer("The node settled a line that its offer does not have, or no count.")
+        return counts
+
+
+def _was_prepaid(books: Tally, lost: Mapping[Segment, int], signed: int) -> bool:
+    """Says whether a payee that writes off all it can may still keep these units.
+
+    It keeps a unit only if without it less would be owed than is paid. Units are whole,
+    so what is kept may end above what is paid, by a part of one unit.
+    """
+    kept = {segment: units for segment, units in lost.items() if units}
+    owed = books.owed + sum(books.cost(s, n) for s, n in kept.items())
+    last = max((books.cost(s, n) - books.cost(s, n - 1) for s, n in kept.items()), default=0)
+    return not kept or owed - last < signed

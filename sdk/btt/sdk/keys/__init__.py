@@ -47,7 +47,7 @@ class PublicKey:
     __slots__ = ("_address", "_data", "_handle")
 
     def __init__(self, data: bytes) -> None:
-        if not isinstance(data, bytes) or len(data) != PUBLIC_KEY_SIZE or data[0] not in (2, 3):
+        if not isinstance(data, bytes) or len(data) != PUBLIC_KEY_SIZE:
             raise InvalidRequest("A public key is 33 bytes, compressed.")
         try:
             self._handle = _backend.current().load_public(data)

@@ -12,16 +12,18 @@ import asyncio
 import fcntl
 import os
 import sqlite3
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from btt.sdk.channel import Durable, Intent, Line, Segment, Tally
+from btt.sdk.channel import Durable, Intent, Tally
 from btt.sdk.errors import BudgetExceeded, ConfigError, IdentityError, StorageError
 from btt.sdk.keys import Address
-from btt.sdk.money import Amount, Rate, Unit
+from btt.sdk.money import Amount
+from btt.sdk.payment.counts import COUNTS_SCHEMA, load_tally, save_tally
 
 SCHEMA_VERSION = 1
 OPENING, OPEN, CLOSED = "opening", "open", "closed"
@@ -54,16 +56,6 @@ CREATE TABLE channels(
     state TEXT NOT NULL,
     statement BLOB,
     CHECK(base <= cap AND cap <= deposit AND signed <= deposit)
-) STRICT, WITHOUT ROWID;
-CREATE TABLE counts(
-    channel_id BLOB NOT NULL REFERENCES channels(channel_id),
-    offer_digest BLOB NOT NULL,
-    service TEXT NOT NULL,
-    unit INTEGER NOT NULL,
-    amount INTEGER NOT NULL,
-    per INTEGER NOT NULL,
-    units INTEGER NOT NULL CHECK(units >= 0),
-    PRIMARY KEY(channel_id, offer_digest, service, unit)
 ) STRICT, WITHOUT ROWID;
 """
 
@@ -101,7 +93,10 @@ class StoredChannel:
     state: str
 
 
-_CHANNEL_COLUMNS = "channel_id, ledger_id, node, commit_body, refund_signature, deposit, expires_ms, signed, budget, base, cap, state"
+_CHANNEL_COLUMNS = (
+    "channel_id, ledger_id, node, commit_body, refund_signature, deposit, expires_ms,"
+    " signed, budget, base, cap, state"
+)
 
 
 class PayerStore:
@@ -118,6 +113,7 @@ class PayerStore:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         (folder / "claims").mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._lock = threading.RLock()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="payer-store")
         try:
             self._db = sqlite3.connect(
@@ -129,7 +125,7 @@ class PayerStore:
             with self._transaction():
                 version = self._db.execute("PRAGMA user_version").fetchone()[0]
                 if version == 0:
-                    for statement in _SCHEMA.split(";"):
+                    for statement in (_SCHEMA + COUNTS_SCHEMA).split(";"):
                         self._db.execute(statement)
                     self._db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
                 elif version != SCHEMA_VERSION:
@@ -144,18 +140,19 @@ class PayerStore:
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
-        try:
-            self._db.execute("BEGIN IMMEDIATE")
+        with self._lock:
             try:
-                yield
-            except BaseException:
-                self._db.execute("ROLLBACK")
-                raise
-            self._db.execute("COMMIT")
-        except sqlite3.Error as error:
-            if self._db.in_transaction:
-                self._db.execute("ROLLBACK")
-            raise StorageError(f"The wallet's books could not be written ({error}).") from error
+                self._db.execute("BEGIN IMMEDIATE")
+                try:
+                    yield
+                except BaseException:
+                    self._db.execute("ROLLBACK")
+                    raise
+                self._db.execute("COMMIT")
+            except sqlite3.Error as error:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+                raise StorageError(f"The wallet's books could not be written ({error}).") from error
 
     # Signing
 
@@ -177,29 +174,11 @@ class PayerStore:
                 "UPDATE channels SET signed = max(signed, ?) WHERE channel_id = ?",
                 (intent.cumulative, intent.channel_id),
             )
-            self._save_counts(intent.channel_id, intent.tally)
-
-    def _save_counts(self, channel_id: bytes, tally: Tally) -> None:
-        self._db.executemany(
-            "INSERT INTO counts VALUES(?,?,?,?,?,?,?)"
-            " ON CONFLICT DO UPDATE SET units = excluded.units WHERE units <> excluded.units",
-            [
-                (channel_id, s.offer_digest, s.line.service, int(s.line.unit), r.amount, r.per, units)
-                for s, r, units in tally
-            ],
-        )
+            save_tally(self._db, intent.channel_id, intent.tally)
 
     def tally(self, channel_id: bytes) -> Tally:
         """Returns what was counted on a channel when it was last saved."""
-        tally = Tally()
-        for digest, service, unit, amount, per, units in self._db.execute(
-            "SELECT offer_digest, service, unit, amount, per, units FROM counts WHERE channel_id = ?",
-            (channel_id,),
-        ):
-            segment = Segment(digest, Line(service, Unit(unit)))
-            tally.price(segment, Rate(amount, per, Unit(unit)))
-            tally.add(segment, units)
-        return tally
+        return load_tally(self._db, channel_id)
 
     # Channels
 
@@ -218,7 +197,7 @@ class PayerStore:
             self._check(channel.budget, granted, channel.cap - channel.base)
             c = channel
             self._db.execute(
-                f"INSERT INTO channels({_CHANNEL_COLUMNS}) VALUES(?,?,?,?,?,?,?,?,?,?,?,?)",  # noqa: S608
+                f"INSERT INTO channels({_CHANNEL_COLUMNS}) VALUES(?,?,?,?,?,?,?,?,?,?,?,?)",
                 (
                     c.channel_id, c.ledger_id, c.node.data, c.commit, c.refund_signature, c.deposit,
                     c.expires_ms, c.signed, c.budget, c.base, c.cap, c.state,
@@ -275,7 +254,8 @@ class PayerStore:
         """Returns the channels that are not closed, those with the most left first."""
         rows = self._db.execute(
             f"SELECT {_CHANNEL_COLUMNS} FROM channels WHERE state <> 'closed'"  # noqa: S608
-            " AND (?1 IS NULL OR node = ?1) AND (?2 IS NULL OR ledger_id = ?2) ORDER BY deposit - signed DESC",
+            " AND (?1 IS NULL OR node = ?1) AND (?2 IS NULL OR ledger_id = ?2)"
+            " ORDER BY deposit - signed DESC",
             (node.data if node else None, ledger_id),
         )
         return [_channel(row) for row in rows]
@@ -305,7 +285,7 @@ class PayerStore:
             self._db.execute(
                 "UPDATE channels SET signed = max(signed, ?) WHERE channel_id = ?", (signed, channel_id)
             )
-            self._save_counts(channel_id, tally)
+            save_tally(self._db, channel_id, tally)
 
     def paid_total(self, node: Address) -> int:
         """Returns the base units signed to a node over all channels."""

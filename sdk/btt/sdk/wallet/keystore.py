@@ -192,7 +192,7 @@ def _parse(path: Path, data: bytes) -> tuple[_Header, bytes]:
     if set(found) != _FILE_KEYS or found["kdf"] != _KDF or found["cipher"] != _CIPHER:
         raise broken
     n, r, p = found["n"], found["r"], found["p"]
-    if not all(type(value) is int and value > 0 for value in (n, r, p)) or n < 2 or n & (n - 1):
+    if not all(type(value) is int and value > 0 for value in (n, r, p)):
         raise broken
     try:
         salt, nonce, sealed = (bytes.fromhex(found[name]) for name in ("salt", "nonce", "ciphertext"))

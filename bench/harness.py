@@ -1,0 +1,387 @@
+"""Runs contestants against each other so that only their ratio counts.
+
+A shared machine drifts by a factor of two within minutes, so a number from one run
+says little. Here all contestants run in alternating rounds (the order is reversed in
+every second round), each run is paired with the peer's run of the same round, and
+the result is the median of the paired ratios with its spread.
+
+A contestant is one or more child processes that follow a small protocol on their
+standard streams, one JSON object a line: the child prints `{"event": "ready", ...}`,
+waits for a line (`go`), works, prints `{"event": "done", "seconds": s, "bytes": n}`,
+and stays until its standard input ends. So the harness can read the CPU clock of every
+process around the work alone, and a child never outlives the harness.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+GIB = 1 << 30
+MIB = 1 << 20
+SAMPLE_SECONDS = 0.02
+"""How often the anonymous memory of every child is read."""
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class ChildFailed(Exception):
+    """A child process died, stayed silent or printed something else than was agreed."""
+
+
+def cpu_seconds(pid: int) -> float:
+    """Returns user and system time that a process used so far, all its threads, ended ones too."""
+    # The kernel's clock id of another process's CPU time (clock_getcpuclockid(3)): nanoseconds, where
+    # /proc/<pid>/stat has ticks of 10 ms.
+    return time.clock_gettime((~pid << 3) | 2)
+
+
+def anonymous_bytes(pid: int) -> int:
+    """Returns RssAnon of a process; mapped and cached file pages are not the process's own."""
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("RssAnon:"):
+                return int(line.split()[1]) << 10
+    return 0
+
+
+class Child:
+    """One child process, its messages, and its peak of anonymous memory.
+
+    Args:
+        role: Name in tables, for example `server`.
+        module: Module to run with `python -m`.
+        arguments: Its command line.
+        timeout: Longest silence allowed while a message is awaited, seconds.
+    """
+
+    def __init__(self, role: str, module: str, arguments: Sequence[str], *, timeout: float = 300) -> None:
+        self.role = role
+        self._module = module
+        self._timeout = timeout
+        self._peak = 0
+        self._stop = threading.Event()
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", module, *arguments],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self._sampler = threading.Thread(target=self._sample, daemon=True)
+        self._sampler.start()
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def _sample(self) -> None:
+        while not self._stop.wait(SAMPLE_SECONDS):
+            self._peak = max(self._peak, anonymous_bytes(self.pid))
+
+    def tell(self, line: str = "go") -> None:
+        """Sends one line to the child."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
+
+    def expect(self, event: str) -> dict[str, Any]:
+        """Waits for one message.
+
+        Raises:
+            ChildFailed: The child ended, said something else, or nothing within the time.
+        """
+        assert self.process.stdout is not None
+        watchdog = threading.Timer(self._timeout, self.process.kill)
+        watchdog.start()
+        try:
+            line = self.process.stdout.readline()
+        finally:
+            watchdog.cancel()
+        try:
+            message = json.loads(line)
+        except ValueError:
+            message = None
+        if not isinstance(message, dict) or message.get("event") != event:
+            raise ChildFailed(f"{self._module} ({self.role}) was to say {event!r}, it said {line!r}.")
+        return message
+
+    def cpu(self) -> float:
+        return cpu_seconds(self.pid)
+
+    def peak(self) -> int:
+        """Returns the highest RssAnon seen so far, bytes."""
+        return max(self._peak, anonymous_bytes(self.pid))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._sampler.join()
+        process = self.process
+        assert process.stdin is not None
+        assert process.stdout is not None
+        with contextlib.suppress(OSError):
+            process.stdin.close()
+        for end in (process.terminate, process.kill):
+            try:
+                process.wait(timeout=10)
+            except subprocess.TimeoutExpired:
+                end()
+        process.wait()
+        process.stdout.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What one contestant did in one round.
+
+    Args:
+        seconds: Wall time of the work.
+        bytes: Bytes of payload delivered.
+        cpu: CPU seconds of each role during the work.
+        anonymous: Peak RssAnon of each role over its life, bytes.
+        extra: Other figures of the contestant's own.
+    """
+
+    seconds: float
+    bytes: int
+    cpu: Mapping[str, float]
+    anonymous: Mapping[str, int]
+    extra: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def rate(self) -> float:
+        """Bytes per second."""
+        return self.bytes / self.seconds
+
+    @property
+    def cpu_per_gib(self) -> float:
+        """CPU seconds of all roles together per GiB."""
+        return sum(self.cpu.values()) * GIB / self.bytes
+
+
+def warm(source: Path, folder: Path, *, spare: int = 256 * MIB) -> None:
+    """Brings memory into the same state before each run: the source cached, enough free pages backed.
+
+    A virtual machine may hand free pages back to its host and drop cold cache within seconds; whoever
+    touches them next pays up to ten times the price of a write. Without this the order decides.
+
+    Args:
+        source: The file that will be read.
+        folder: Where a scratch file of the same size is written and removed.
+        spare: How many bytes more than the file are touched.
+    """
+    scratch = folder / "warm"
+    with source.open("rb") as reader, scratch.open("wb", buffering=0) as writer:
+        while block := reader.read(MIB):
+            writer.write(block)
+        for _ in range(spare // MIB):
+            writer.write(bytes(MIB))
+    scratch.unlink()
+
+
+def measure(worker: Child, *others: Child, prepare: Callable[[], None] | None = None) -> Run:
+    """Lets a worker that is ready do its work, and measures it and the processes it works with.
+
+    Args:
+        worker: The child that is told to go and says when it is done.
+        others: Children that serve it.
+        prepare: Called last before the start, for example `warm`.
+    """
+    if prepare is not None:
+        prepare()
+    children = (worker, *others)
+    before = [child.cpu() for child in children]
+    worker.tell()
+    done = worker.expect("done")
+    cpu = {child.role: child.cpu() - start for child, start in zip(children, before, strict=True)}
+    own = {"event", "seconds", "bytes"}
+    return Run(
+        seconds=done["seconds"],
+        bytes=done["bytes"],
+        cpu=cpu,
+        anonymous={child.role: child.peak() for child in children},
+        extra={name: value for name, value in done.items() if name not in own},
+    )
+
+
+Contestant = Callable[[Path], Run]
+"""Does one run; its argument is an empty folder that is removed afterwards."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ratio:
+    """A median of paired ratios with its spread."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Ratio:
+        return cls(statistics.median(values), min(values), max(values))
+
+
+class Results:
+    """The runs of all contestants, round by round."""
+
+    def __init__(self, runs: Mapping[str, Sequence[Run]]) -> None:
+        self.runs = runs
+
+    def paired(self, name: str, other: str, value: Callable[[Run], float] = lambda run: run.rate) -> Ratio:
+        """Compares two contestants round by round.
+
+        Args:
+            name: Contestant above the line.
+            other: Contestant below the line.
+            value: What is compared; the rate unless told otherwise.
+        """
+        pairs = zip(self.runs[name], self.runs[other], strict=True)
+        return Ratio.of([value(mine) / value(theirs) for mine, theirs in pairs])
+
+    def median(self, name: str, value: Callable[[Run], float]) -> float:
+        return statistics.median(value(run) for run in self.runs[name])
+
+    def roles(self, name: str) -> list[str]:
+        return list(self.runs[name][0].cpu)
+
+    def peak(self, name: str, role: str) -> int:
+        return max(run.anonymous[role] for run in self.runs[name])
+
+
+def alternate(
+    contestants: Mapping[str, Contestant],
+    *,
+    rounds: int,
+    parent: Path,
+    progress: Callable[[int, str, Run], None] | None = None,
+) -> Results:
+    """Runs all contestants in every round, in reversed order in every second one.
+
+    Args:
+        contestants: Name and how to run it.
+        rounds: How many runs each contestant gets.
+        parent: Folder under which each run gets an empty one of its own.
+        progress: Called after each run with round (from 0), name and run.
+    """
+    runs: dict[str, list[Run]] = {name: [] for name in contestants}
+    for number in range(rounds):
+        order = list(contestants)
+        if number % 2:
+            order.reverse()
+        for name in order:
+            folder = Path(tempfile.mkdtemp(prefix="run-", dir=parent))
+            try:
+                run = contestants[name](folder)
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+            runs[name].append(run)
+            if progress is not None:
+                progress(number, name, run)
+    return Results(runs)
+
+
+@contextlib.contextmanager
+def workspace() -> Iterator[Path]:
+    """Gives a temporary folder on a real disk and removes it; `BTT_BENCH_DIR` names its parent."""
+    # A tmpfs would make fsync free, which is not what users have.
+    folder = Path(tempfile.mkdtemp(prefix="btt-bench-", dir=os.environ.get("BTT_BENCH_DIR", "/var/tmp")))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def random_file(path: Path, size: int) -> Path:
+    """Writes a file of random bytes, which is in the page cache afterwards.
+
+    Args:
+        path: Where; an existing file is replaced.
+        size: Bytes.
+    """
+    with path.open("wb") as file:
+        left = size
+        while left:
+            left -= file.write(os.urandom(min(left, MIB)))
+        file.flush()
+        # Else its write-back falls into the first contestant's time.
+        os.fsync(file.fileno())
+    return path
+
+
+def report(
+    title: str, results: Results, ratios: Mapping[str, Ratio], *, facts: Mapping[str, Any] | None = None
+) -> None:
+    """Prints the contestants and their ratios as tables."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    table = Table(title=title)
+    for column in ("contestant", "MiB/s (min-max)", "CPU s/GiB", "peak anon MiB"):
+        table.add_column(column)
+    for name, runs in results.runs.items():
+        rates = sorted(run.rate / MIB for run in runs)
+        cpu = {
+            role: results.median(name, lambda run, role=role: run.cpu[role] * GIB / run.bytes)  # type: ignore[misc]
+            for role in results.roles(name)
+        }
+        table.add_row(
+            name,
+            f"{statistics.median(rates):.0f} ({rates[0]:.0f}-{rates[-1]:.0f})",
+            f"{results.median(name, lambda run: run.cpu_per_gib):.2f}: "
+            + ", ".join(f"{role} {value:.2f}" for role, value in cpu.items()),
+            ", ".join(f"{role} {results.peak(name, role) / MIB:.0f}" for role in results.roles(name)),
+        )
+    console.print(table)
+    if ratios:
+        table = Table(title="paired ratios")
+        for column in ("ratio", "median", "min", "max"):
+            table.add_column(column)
+        for name, ratio in ratios.items():
+            table.add_row(name, f"{ratio.median:.3f}", f"{ratio.low:.3f}", f"{ratio.high:.3f}")
+        console.print(table)
+    for name, value in (facts or {}).items():
+        console.print(f"{name}: {value}")
+
+
+def as_json(results: Results, ratios: Mapping[str, Ratio], *, facts: Mapping[str, Any] | None = None) -> str:
+    """Returns one JSON object: `ratios` (medians), `spread`, `runs`, `facts`."""
+    return json.dumps(
+        {
+            "ratios": {name: round(ratio.median, 4) for name, ratio in ratios.items()},
+            "spread": {name: [round(ratio.low, 4), round(ratio.high, 4)] for name, ratio in ratios.items()},
+            "runs": {name: [asdict(run) for run in runs] for name, runs in results.runs.items()},
+            "facts": dict(facts or {}),
+        }
+    )
+
+
+# What the children say.
+
+
+def say(event: str, **values: Any) -> None:
+    """Prints one message of a child to the harness."""
+    print(json.dumps({"event": event, **values}), flush=True)
+
+
+def heard() -> bool:
+    """Waits for the harness's next line; false when the harness is gone or done."""
+    return bool(sys.stdin.readline())

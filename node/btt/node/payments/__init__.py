@@ -1,0 +1,1 @@
+"""The payee side of payment sessions: books, sessions, meters."""

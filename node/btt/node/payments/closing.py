@@ -1,0 +1,118 @@
+"""Closes channels on the ledger for the payee: when asked, and always before their lock time.
+
+What will be captured is fixed on disk before the ledger is asked, so that asking again
+after a lost answer or a crash is the same request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import structlog
+
+from btt.node.payments.sessions import Sessions
+from btt.node.payments.store import CLOSED, OPEN, ChannelRecord, PayeeStore
+from btt.sdk.errors import BttError, ChannelClosed, ChannelUnknown, SessionEnded
+from btt.sdk.keys import PrivateKey
+from btt.sdk.ledger import LedgerClient
+from btt.sdk.signing import ChannelClose
+
+log = structlog.get_logger(__name__)
+
+
+class Closer:
+    """Closes a node's channels.
+
+    Args:
+        store: The payee's books.
+        sessions: Ended before their channel closes.
+        ledger: Where to close.
+        key: K2.
+        clock: Unix milliseconds.
+        margin_ms: How long before its lock time a channel is closed.
+    """
+
+    def __init__(
+        self,
+        *,
+        store: PayeeStore,
+        sessions: Sessions,
+        ledger: LedgerClient,
+        key: PrivateKey,
+        clock: Callable[[], int],
+        margin_ms: int,
+    ) -> None:
+        self._store = store
+        self._sessions = sessions
+        self._ledger = ledger
+        self._key = key
+        self._clock = clock
+        self._margin_ms = margin_ms
+
+    async def close(self, channel_id: bytes) -> tuple[bytes, bytes]:
+        """Closes a channel; call it under the channel's lock.
+
+        Returns:
+            The ledger's canonical receipt and the operator's signature.
+
+        Raises:
+            ChannelUnknown: The node has no such channel.
+            LedgerUnreachable: The ledger does not answer; `sweep` tries again.
+            LedgerError: The ledger refused.
+        """
+        found = await self._store.channel(channel_id)
+        if found is None:
+            raise ChannelUnknown("This node has no such channel.")
+        record, tally = found
+        session = self._sessions.live(channel_id)
+        if session is not None:
+            tally = session.payee.meter.tally
+            self._sessions.end(session, SessionEnded("The channel is being closed."))
+        best = record.best.cumulative if record.best else 0
+        # What was prepaid and not used goes back to the payer with the rest.
+        capture = await self._store.begin_close(channel_id, min(best, tally.owed), max(0, tally.owed - best))
+        self._sessions.forget(record.payer, channel_id)
+        receipt = await self._ledger.close_channel(
+            ChannelClose(channel=channel_id, capture=capture),
+            self._key,
+            best if capture else 0,
+            record.best.signature if record.best and capture else b"",
+        )
+        body = receipt.encode()
+        await self._store.end_close(channel_id, body, receipt.signature)
+        log.info("channel.closed", channel=channel_id.hex(), captured=capture)
+        return body, receipt.signature
+
+    async def sweep(self) -> int:
+        """Closes what must be closed now: begun closes, and channels near their lock time.
+
+        Returns:
+            How many were closed.
+        """
+        closed = 0
+        for record, _ in await self._store.channels():
+            if record.state == CLOSED or (record.state == OPEN and not self._is_due(record)):
+                continue
+            async with self._sessions.lock(record.channel_id):
+                try:
+                    await self.close(record.channel_id)
+                    closed += 1
+                except ChannelClosed:
+                    log.warning("channel.closed_by_other", channel=record.channel_id.hex())
+                    await self._store.end_close(record.channel_id, b"", b"")
+                except BttError as error:
+                    log.warning("channel.close_failed", channel=record.channel_id.hex(), error=str(error))
+        return closed
+
+    def _is_due(self, record: ChannelRecord) -> bool:
+        return record.expires_ms - self._margin_ms <= self._clock()
+
+    async def run(self, interval_s: float) -> None:
+        """Sweeps for ever."""
+        while True:
+            try:
+                await self.sweep()
+            except BttError as error:
+                log.warning("channel.sweep_failed", error=str(error))
+            await asyncio.sleep(interval_s)

@@ -1,0 +1,339 @@
+"""PaymentService: agrees to channels, binds sessions, takes updates, gives receipts."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+from collections.abc import AsyncIterator, Callable
+from typing import TypeAlias
+
+import grpc.aio
+import structlog
+
+from btt.node.payments.closing import Closer
+from btt.node.payments.sessions import Session, Sessions, network_of
+from btt.node.payments.store import CLOSED, CLOSING, ChannelRecord, PayeeStore
+from btt.proto.ledger.v1 import ledger_pb2
+from btt.proto.payment.v1 import payment_pb2, payment_pb2_grpc
+from btt.sdk.channel import SignedUpdate
+from btt.sdk.errors import (
+    AppRefused,
+    BttError,
+    ChannelClosed,
+    ChannelClosing,
+    ChannelExpired,
+    CountsDiffer,
+    Draining,
+    InternalError,
+    InvalidRequest,
+    PriceChanged,
+    RequestExpired,
+    SessionEnded,
+    SignerMismatch,
+    TermsRefused,
+)
+from btt.sdk.identity import Offer
+from btt.sdk.keys import PrivateKey
+from btt.sdk.ledger import LedgerClient
+from btt.sdk.payment.session import count_protos, counts_of, read_counts, update_proto
+from btt.sdk.rpc import abort
+from btt.sdk.signing import (
+    APP_UNKNOWN,
+    EARLY_CLOSE,
+    ChannelCommit,
+    ChannelRefund,
+    SessionOpen,
+    service_reference,
+    sign,
+    sign_document,
+    verify,
+)
+
+log = structlog.get_logger(__name__)
+
+NONCE_LIFE_MS = 60_000
+MAX_NONCES = 4096
+MAX_OPEN_AHEAD_MS = 5 * 60_000
+Context: TypeAlias = "grpc.aio.ServicerContext[object, object]"
+
+
+class PaymentServicer(payment_pb2_grpc.PaymentServiceServicer):
+    """The payment side of a node.
+
+    Args:
+        ledger_id: 32 bytes.
+        ledger: The ledger of the node's own configuration.
+        identity: Signs statements.
+        payee_key: K2.
+        store: The payee's books.
+        sessions: The live sessions.
+        closer: Closes channels.
+        offers: Returns the offers that a session may pin now: the current one, and the one
+            before it while it is valid.
+        clock: Unix milliseconds.
+    """
+
+    def __init__(
+        self,
+        *,
+        ledger_id: bytes,
+        ledger: LedgerClient,
+        identity: PrivateKey,
+        payee_key: PrivateKey,
+        store: PayeeStore,
+        sessions: Sessions,
+        closer: Closer,
+        offers: Callable[[], list[Offer]],
+        clock: Callable[[], int],
+    ) -> None:
+        self._ledger_id = ledger_id
+        self._ledger = ledger
+        self._identity = identity
+        self._payee_key = payee_key
+        self._store = store
+        self._sessions = sessions
+        self._closer = closer
+        self._offers = offers
+        self._clock = clock
+        self._nonces: dict[bytes, int] = {}
+        self.draining = False
+
+    async def Begin(  # noqa: N802
+        self, request: payment_pb2.BeginRequest, context: Context
+    ) -> payment_pb2.BeginResponse:
+        """Returns a nonce for one Open."""
+        now = self._clock()
+        if len(self._nonces) >= MAX_NONCES:
+            self._nonces = {n: until for n, until in self._nonces.items() if until > now}
+            while len(self._nonces) >= MAX_NONCES:
+                del self._nonces[next(iter(self._nonces))]
+        nonce = secrets.token_bytes(16)
+        self._nonces[nonce] = now + NONCE_LIFE_MS
+        return payment_pb2.BeginResponse(server_nonce=nonce)
+
+    async def AgreeRefund(  # noqa: N802
+        self, request: payment_pb2.AgreeRefundRequest, context: Context
+    ) -> payment_pb2.AgreeRefundResponse:
+        """Signs T2 for a channel whose terms suit (paper: step 4)."""
+        try:
+            commit = ChannelCommit.decode(request.commit)
+            self._check_terms(commit)
+            refund = ChannelRefund(
+                channel=commit.channel_id(self._ledger_id), not_before_ms=commit.expires_ms
+            )
+            return payment_pb2.AgreeRefundResponse(signature=sign(self._payee_key, refund, self._ledger_id))
+        except BttError as error:
+            await abort(context, error)
+
+    def _check_terms(self, commit: ChannelCommit) -> None:
+        offer = self._offers()[0]
+        life = commit.expires_ms - self._clock()
+        problem = None
+        if commit.payee != offer.payee or commit.k2 != offer.payee_key:
+            problem = "It does not pay this node."
+        elif commit.service_ref != service_reference(offer.node):
+            problem = "It is for another node."
+        elif commit.amount < offer.terms.min_amount:
+            problem = f"It must lock at least {offer.terms.min_amount} base units."
+        elif not offer.terms.min_lifetime_ms <= life <= offer.terms.max_lifetime_ms:
+            problem = "Its lock time is outside this node's terms."
+        elif commit.flags & EARLY_CLOSE and commit.challenge_ms < offer.terms.min_challenge_ms:
+            # A window shorter than our longest absence would let a payer close on us unseen.
+            problem = f"Its challenge window must be at least {offer.terms.min_challenge_ms} ms."
+        if problem:
+            raise TermsRefused(f"The node refuses this channel. {problem}")
+
+    async def Open(  # noqa: N802
+        self, request: payment_pb2.OpenRequest, context: Context
+    ) -> payment_pb2.OpenResponse:
+        """Binds a channel to a new session."""
+        try:
+            return await self._open(request, network_of(context.peer()))
+        except BttError as error:
+            await abort(context, error)
+
+    async def _open(self, request: payment_pb2.OpenRequest, network: str) -> payment_pb2.OpenResponse:
+        if self.draining:
+            raise Draining("The node is stopping.")
+        body = SessionOpen.decode(request.open)
+        offer = self._check_open(body)
+        async with self._sessions.lock(body.channel):
+            known = await self._store.channel(body.channel)
+            if known is not None and known[0].state in (CLOSING, CLOSED):
+                raise ChannelClosed("The channel is closed.")
+            # An old receipt proves nothing: the live state decides before any credit.
+            state = await self._ledger.channel(body.channel, self._payee_key)
+            if state.phase == ledger_pb2.CHANNEL_PHASE_CLOSED:
+                raise ChannelClosed("The channel is closed on the ledger.")
+            if state.phase != ledger_pb2.CHANNEL_PHASE_OPEN:
+                raise ChannelClosing("The channel is closing on the ledger.")
+            commit = ChannelCommit.decode(state.commit)
+            verify(commit.k1, body, self._ledger_id, request.signature)
+            self._check_channel(commit, offer)
+            if known is None:
+                await self._store.add_channel(
+                    ChannelRecord(
+                        channel_id=body.channel,
+                        payer=commit.payer,
+                        commit=state.commit,
+                        deposit=state.deposit,
+                        expires_ms=commit.expires_ms,
+                        epoch=0,
+                        best=None,
+                        written_off=0,
+                        state="open",
+                        capture=None,
+                        arrears=0,
+                    )
+                )
+            best = _update(request.best) if request.HasField("best") else None
+            session, settled = await self._sessions.open(
+                channel_id=body.channel,
+                commit=commit,
+                offer=offer,
+                network=network,
+                best=best,
+                accepted=read_counts(request.accepted),
+            )
+        log.info("session.open", channel=body.channel.hex(), payer=str(commit.payer), epoch=session.epoch)
+        return payment_pb2.OpenResponse(
+            token=session.token,
+            epoch=session.epoch,
+            best=update_proto(session.payee.best),
+            settled=counts_of(settled),
+            credit=session.payee.standing.credit,
+        )
+
+    def _check_open(self, body: SessionOpen) -> Offer:
+        now = self._clock()
+        current = self._offers()
+        if body.node != current[0].node:
+            raise SignerMismatch("The session is for another node.")
+        if not now <= body.valid_until_ms <= now + MAX_OPEN_AHEAD_MS:
+            raise RequestExpired("The session request is not current.")
+        if self._nonces.pop(body.server_nonce, 0) < now:
+            raise RequestExpired("The session request has no nonce of this node.", hint="Call Begin first.")
+        if body.app != APP_UNKNOWN:
+            raise AppRefused("The application carries no grant that this node knows.")
+        offer = next((offer for offer in current if offer.digest == body.offer_digest), None)
+        if offer is None:
+            raise PriceChanged("The node's offer has changed.")
+        return offer
+
+    def _check_channel(self, commit: ChannelCommit, offer: Offer) -> None:
+        if commit.payee != offer.payee or commit.k2 != self._payee_key.public:
+            raise SignerMismatch("The channel does not pay this node.")
+        if commit.service_ref != service_reference(offer.node):
+            raise SignerMismatch("The channel is for another node.")
+        if commit.flags & EARLY_CLOSE and commit.challenge_ms < offer.terms.min_challenge_ms:
+            raise TermsRefused("The channel's challenge window is too short for this node.")
+        if commit.expires_ms - self._clock() < offer.terms.min_lifetime_ms // 2:
+            raise ChannelExpired("The channel's lock time is too near.")
+
+    async def Pay(  # noqa: N802
+        self, request_iterator: AsyncIterator[payment_pb2.PayRequest], context: Context
+    ) -> AsyncIterator[payment_pb2.PayResponse]:
+        """Takes updates and reports, gives statements and settlements; its end ends the session."""
+        session: Session | None = None
+        reader: asyncio.Task[None] | None = None
+        try:
+            session = await self._attach(request_iterator)
+            reader = asyncio.create_task(self._hear(session, request_iterator))
+            while True:
+                settled, stale = await session.news()
+                for call_id, counts in settled:
+                    yield payment_pb2.PayResponse(
+                        settlement=payment_pb2.Settlement(call_id=call_id, settled=counts_of(counts))
+                    )
+                if stale:
+                    yield payment_pb2.PayResponse(statement=_statement(session))
+        except BttError as error:
+            await abort(context, error)
+        finally:
+            if session is not None:
+                self._sessions.end(session, SessionEnded("The payment stream ended."))
+            if reader is not None:
+                reader.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await reader
+
+    async def _attach(self, requests: AsyncIterator[payment_pb2.PayRequest]) -> Session:
+        async for first in requests:
+            if not first.HasField("attach"):
+                break
+            session = self._sessions.find(first.attach.token)
+            if session.attached:
+                raise SessionEnded("The session has a payment stream already.")
+            session.attached = True
+            return session
+        raise InvalidRequest("The payment stream does not begin with a token.")
+
+    async def _hear(self, session: Session, requests: AsyncIterator[payment_pb2.PayRequest]) -> None:
+        try:
+            async for request in requests:
+                session.heard()
+                if request.HasField("update"):
+                    await session.pay(_update(request.update), self._store)
+                    self._sessions.paid(session)
+                elif request.HasField("report"):
+                    report = request.report
+                    if len(report.call_id) != 16:
+                        raise InvalidRequest("A call id has 16 bytes.")
+                    session.settle(report.call_id, read_counts(report.accepted))
+                    session.advance()
+                else:
+                    raise InvalidRequest("The payment stream carries an unknown message.")
+            self._sessions.end(session, SessionEnded("The payer ended the payment stream."))
+        except BttError as error:
+            self._sessions.end(session, error)
+        except Exception as error:
+            log.exception("session.defect")
+            self._sessions.end(session, InternalError(f"The payment stream failed ({error})."))
+
+    async def Close(  # noqa: N802
+        self, request: payment_pb2.CloseRequest, context: Context
+    ) -> payment_pb2.CloseResponse:
+        """Ends a session with a signed statement, and closes its channel if asked."""
+        try:
+            session = self._sessions.find(request.token)
+            channel_id = session.payee.channel_id
+            async with self._sessions.lock(channel_id):
+                if session.payee.open_calls:
+                    raise CountsDiffer("Calls of this session were not reported yet.")
+                meter = session.payee.meter
+                await self._store.save_books(channel_id, meter.tally, meter.written_off)
+                statement = payment_pb2.SessionStatement(
+                    channel_id=channel_id,
+                    epoch=session.epoch,
+                    settled=count_protos(meter.tally),
+                    owed=meter.owed,
+                    paid=meter.paid,
+                    written_off=meter.written_off,
+                    time_ms=self._clock(),
+                )
+                receipt, signature = b"", b""
+                if request.close_channel:
+                    receipt, signature = await self._closer.close(channel_id)
+                else:
+                    self._sessions.end(session, SessionEnded("The session was closed."))
+            return payment_pb2.CloseResponse(
+                statement=sign_document(
+                    self._identity, "SessionStatement", self._ledger_id, statement.SerializeToString()
+                ),
+                ledger_receipt=receipt,
+                ledger_signature=signature,
+            )
+        except BttError as error:
+            await abort(context, error)
+
+
+def _statement(session: Session) -> payment_pb2.Statement:
+    meter = session.payee.meter
+    return payment_pb2.Statement(
+        owed=meter.owed, paid=meter.paid, credit=session.payee.standing.credit, demand=session.demand
+    )
+
+
+def _update(proto: payment_pb2.Update) -> SignedUpdate:
+    return SignedUpdate(proto.cumulative, proto.signature)

@@ -1,0 +1,398 @@
+"""The payee's books on disk: offers, channels, best updates, what was delivered.
+
+One SQLite file per node, write-ahead log, `synchronous=FULL`. Writes of all sessions
+are queued to one thread that commits whatever has gathered in one transaction, so that
+many sessions share an fsync; nobody hears "saved" before it is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import sqlite3
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from btt.sdk.channel import Durable, Line, SignedUpdate, Tally
+from btt.sdk.errors import ConfigError, StorageError
+from btt.sdk.keys import Address
+from btt.sdk.money import Unit
+from btt.sdk.payment.counts import COUNTS_SCHEMA, load_tally, save_tally
+
+SCHEMA_VERSION = 1
+OPEN, CLOSING, CLOSED = "open", "closing", "closed"
+_MAX_BATCH = 512
+
+_SCHEMA = """
+CREATE TABLE offers(
+    digest BLOB PRIMARY KEY CHECK(length(digest) = 32),
+    serial INTEGER NOT NULL UNIQUE,
+    payload BLOB NOT NULL,
+    signature BLOB NOT NULL
+) STRICT, WITHOUT ROWID;
+CREATE TABLE channels(
+    channel_id BLOB PRIMARY KEY CHECK(length(channel_id) = 32),
+    payer BLOB NOT NULL CHECK(length(payer) = 20),
+    commit_body BLOB NOT NULL,
+    deposit INTEGER NOT NULL,
+    expires_ms INTEGER NOT NULL,
+    epoch INTEGER NOT NULL DEFAULT 0,
+    best INTEGER NOT NULL DEFAULT 0 CHECK(best >= 0 AND best <= deposit),
+    best_signature BLOB,
+    written_off INTEGER NOT NULL DEFAULT 0 CHECK(written_off >= 0),
+    state TEXT NOT NULL DEFAULT 'open',
+    capture INTEGER CHECK(capture >= 0 AND capture <= best),
+    arrears INTEGER NOT NULL DEFAULT 0,
+    receipt BLOB,
+    receipt_signature BLOB
+) STRICT, WITHOUT ROWID;
+CREATE INDEX channels_payer ON channels(payer);
+CREATE TRIGGER best_never_falls BEFORE UPDATE OF best ON channels WHEN new.best < old.best
+BEGIN SELECT raise(ABORT, 'a best update never falls'); END;
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class ChannelRecord:
+    """A channel as the node remembers it; amounts in base units.
+
+    Attributes:
+        channel_id: 32 bytes.
+        payer: Account that pays.
+        commit: The canonical ChannelCommit (T1).
+        deposit: What T1 locks.
+        expires_ms: Lock time, Unix milliseconds.
+        epoch: Sessions so far.
+        best: The best update, if any.
+        written_off: What was delivered here and not accepted.
+        state: OPEN, CLOSING (the capture is fixed) or CLOSED.
+        capture: What is taken at the close, once CLOSING.
+        arrears: What stayed owed at the close.
+    """
+
+    channel_id: bytes
+    payer: Address
+    commit: bytes
+    deposit: int
+    expires_ms: int
+    epoch: int
+    best: SignedUpdate | None
+    written_off: int
+    state: str
+    capture: int | None
+    arrears: int
+
+
+@dataclass(frozen=True, slots=True)
+class Earnings:
+    """What a node has served and earned; amounts in base units.
+
+    Attributes:
+        paid: Best updates of all channels.
+        captured: Of that, taken on the ledger.
+        written_off: Delivered, not accepted, and not owed.
+        units: Units settled, per service and unit.
+        open_channels: Channels that are not closed.
+        closed_channels: Channels that are.
+    """
+
+    paid: int
+    captured: int
+    written_off: int
+    units: dict[Line, int]
+    open_channels: int
+    closed_channels: int
+
+
+_COLUMNS = (
+    "channel_id, payer, commit_body, deposit, expires_ms, epoch, best, best_signature,"
+    " written_off, state, capture, arrears"
+)
+Job = Callable[[sqlite3.Connection], Any]
+
+
+class PayeeStore:
+    """The payee's books of one node.
+
+    Args:
+        path: The SQLite file; made if missing.
+
+    Raises:
+        ConfigError: The books are of a newer version.
+        StorageError: They cannot be opened.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            self._db = connect(path)
+            version = self._db.execute("PRAGMA user_version").fetchone()[0]
+            if version == 0:
+                self._db.executescript(
+                    f"BEGIN IMMEDIATE;{_SCHEMA}{COUNTS_SCHEMA}PRAGMA user_version={SCHEMA_VERSION};COMMIT;"
+                )
+            elif version != SCHEMA_VERSION:
+                raise ConfigError(f"The node's books are of version {version}; update this program.")
+        except sqlite3.Error as error:
+            raise StorageError(f"The node's books cannot be opened ({error}).") from error
+        self._jobs: queue.SimpleQueue[tuple[Job, asyncio.AbstractEventLoop, asyncio.Future[Any]] | None]
+        self._jobs = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._write, name="payee-store", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Commits what is queued and closes the books."""
+        self._jobs.put(None)
+        self._thread.join()
+        self._db.close()
+
+    async def run(self, job: Job) -> Any:
+        """Runs a job on the books, and returns its result once it is committed.
+
+        Args:
+            job: Called with the connection, inside a transaction, in the writer thread.
+
+        Raises:
+            StorageError: The transaction failed, and nothing of it happened.
+        """
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[Any] = loop.create_future()
+        self._jobs.put((job, loop, done))
+        return await done
+
+    def _write(self) -> None:
+        while True:
+            first = self._jobs.get()
+            batch = [] if first is None else [first]
+            stop = first is None
+            while len(batch) < _MAX_BATCH and not stop:
+                try:
+                    item = self._jobs.get_nowait()
+                except queue.Empty:
+                    break
+                if item is None:
+                    stop = True
+                else:
+                    batch.append(item)
+            if batch:
+                self._commit(batch)
+            if stop:
+                return
+
+    def _commit(self, batch: list[tuple[Job, asyncio.AbstractEventLoop, asyncio.Future[Any]]]) -> None:
+        results: list[Any] = []
+        failure: Exception | None = None
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
+            results = [job(self._db) for job, _, _ in batch]
+            self._db.execute("COMMIT")
+        except Exception as error:  # noqa: BLE001 - a job's defect must not end the writer
+            failure = StorageError(f"The node's books could not be written ({error}).")
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+        for index, (_, loop, done) in enumerate(batch):
+            try:
+                loop.call_soon_threadsafe(_resolve, done, failure or results[index])
+            except RuntimeError:
+                continue  # the loop has ended; what is committed is committed
+
+    # Offers
+
+    async def add_offer(self, digest: bytes, serial: int, payload: bytes, signature: bytes) -> None:
+        """Keeps an offer that was signed."""
+        await self.run(
+            lambda db: db.execute(
+                "INSERT OR IGNORE INTO offers VALUES(?,?,?,?)", (digest, serial, payload, signature)
+            )
+        )
+
+    async def last_serial(self) -> int:
+        """Returns the highest offer serial that was ever signed; 0 before the first."""
+        return int(
+            await self.run(lambda db: db.execute("SELECT coalesce(max(serial), 0) FROM offers").fetchone()[0])
+        )
+
+    # Channels
+
+    async def channel(self, channel_id: bytes) -> tuple[ChannelRecord, Tally] | None:
+        """Returns a channel and what was delivered on it, or None."""
+
+        def read(db: sqlite3.Connection) -> tuple[ChannelRecord, Tally] | None:
+            row = db.execute(
+                f"SELECT {_COLUMNS} FROM channels WHERE channel_id = ?",  # noqa: S608
+                (channel_id,),
+            ).fetchone()
+            return (_record(row), load_tally(db, channel_id)) if row else None
+
+        return await self.run(read)  # type: ignore[no-any-return]
+
+    async def channels(
+        self, *, payer: Address | None = None, closed: bool = False
+    ) -> list[tuple[ChannelRecord, Tally]]:
+        """Returns channels with what was delivered on them; closed ones only if asked for."""
+
+        def read(db: sqlite3.Connection) -> list[tuple[ChannelRecord, Tally]]:
+            rows = db.execute(
+                f"SELECT {_COLUMNS} FROM channels WHERE (?1 IS NULL OR payer = ?1)"  # noqa: S608
+                " AND (?2 OR state <> 'closed')",
+                (payer.data if payer else None, closed),
+            ).fetchall()
+            return [(_record(row), load_tally(db, row[0])) for row in rows]
+
+        return await self.run(read)  # type: ignore[no-any-return]
+
+    async def add_channel(self, record: ChannelRecord) -> None:
+        """Keeps a channel that the ledger has opened."""
+        r = record
+        await self.run(
+            lambda db: db.execute(
+                "INSERT OR IGNORE INTO channels(channel_id, payer, commit_body, deposit, expires_ms)"
+                " VALUES(?,?,?,?,?)",
+                (r.channel_id, r.payer.data, r.commit, r.deposit, r.expires_ms),
+            )
+        )
+
+    async def next_epoch(self, channel_id: bytes) -> int:
+        """Counts a session of a channel, and returns its number."""
+        return int(
+            await self.run(
+                lambda db: db.execute(
+                    "UPDATE channels SET epoch = epoch + 1 WHERE channel_id = ? RETURNING epoch",
+                    (channel_id,),
+                ).fetchone()[0]
+            )
+        )
+
+    async def save(
+        self, channel_id: bytes, update: SignedUpdate, tally: Tally, written_off: int
+    ) -> Durable[SignedUpdate]:
+        """Writes an update that was checked, with the books of its channel.
+
+        Raises:
+            StorageError: It is not on disk, so it does not count.
+        """
+        books = tally.copy()
+
+        async def write(value: SignedUpdate) -> None:
+            await self.run(lambda db: _save(db, channel_id, value, books, written_off))
+
+        return await Durable.awrite(update, write)
+
+    async def save_books(self, channel_id: bytes, tally: Tally, written_off: int) -> None:
+        """Writes what was delivered and written off on a channel."""
+        books = tally.copy()
+        await self.run(lambda db: _save(db, channel_id, None, books, written_off))
+
+    async def begin_close(self, channel_id: bytes, capture: int, arrears: int) -> int:
+        """Fixes what will be captured, before the ledger is asked; the first call decides.
+
+        Returns:
+            The capture that stands, base units.
+        """
+
+        def write(db: sqlite3.Connection) -> int:
+            db.execute(
+                "UPDATE channels SET state = 'closing', capture = ?, arrears = ?"
+                " WHERE channel_id = ? AND state = 'open'",
+                (capture, arrears, channel_id),
+            )
+            row = db.execute("SELECT capture FROM channels WHERE channel_id = ?", (channel_id,)).fetchone()
+            return int(row[0] or 0)
+
+        return int(await self.run(write))
+
+    async def end_close(self, channel_id: bytes, receipt: bytes, signature: bytes) -> None:
+        """Keeps the ledger's receipt of a close."""
+        await self.run(
+            lambda db: db.execute(
+                "UPDATE channels SET state = 'closed', receipt = ?, receipt_signature = ?"
+                " WHERE channel_id = ?",
+                (receipt, signature, channel_id),
+            )
+        )
+
+    async def earnings(self) -> Earnings:
+        """Returns what the node has served and earned."""
+        return await self.run(read_earnings)  # type: ignore[no-any-return]
+
+
+def connect(path: Path) -> sqlite3.Connection:
+    """Opens a node's books."""
+    db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=30)
+    db.execute("PRAGMA journal_mode=WAL")
+    db.execute("PRAGMA synchronous=FULL")
+    db.execute("PRAGMA foreign_keys=ON")
+    return db
+
+
+def read_earnings(db: sqlite3.Connection) -> Earnings:
+    """Reads the sums of a node's books."""
+    paid, captured, written_off, opened, closed = db.execute(
+        "SELECT coalesce(sum(best), 0), coalesce(sum(CASE state WHEN 'closed' THEN capture END), 0),"
+        " coalesce(sum(written_off), 0), coalesce(sum(state <> 'closed'), 0),"
+        " coalesce(sum(state = 'closed'), 0) FROM channels"
+    ).fetchone()
+    units = {
+        Line(service, Unit(unit)): total
+        for service, unit, total in db.execute(
+            "SELECT service, unit, sum(units) FROM counts GROUP BY service, unit"
+        )
+    }
+    return Earnings(paid, captured, written_off, units, opened, closed)
+
+
+def _resolve(done: asyncio.Future[Any], result: Any) -> None:
+    if done.cancelled():
+        return
+    if isinstance(result, StorageError):
+        done.set_exception(result)
+    else:
+        done.set_result(result)
+
+
+def _save(
+    db: sqlite3.Connection, channel_id: bytes, update: SignedUpdate | None, tally: Tally, written_off: int
+) -> None:
+    if update is not None:
+        db.execute(
+            "UPDATE channels SET best = ?, best_signature = ? WHERE channel_id = ? AND best < ?",
+            (update.cumulative, update.signature, channel_id, update.cumulative),
+        )
+    db.execute(
+        "UPDATE channels SET written_off = ?1 WHERE channel_id = ?2 AND written_off <> ?1",
+        (written_off, channel_id),
+    )
+    save_tally(db, channel_id, tally)
+
+
+def _record(row: tuple[Any, ...]) -> ChannelRecord:
+    (
+        channel_id,
+        payer,
+        commit,
+        deposit,
+        expires_ms,
+        epoch,
+        best,
+        signature,
+        written_off,
+        state,
+        capture,
+        arrears,
+    ) = row
+    return ChannelRecord(
+        channel_id=channel_id,
+        payer=Address(payer),
+        commit=commit,
+        deposit=deposit,
+        expires_ms=expires_ms,
+        epoch=epoch,
+        best=SignedUpdate(best, signature) if signature is not None else None,
+        written_off=written_off,
+        state=state,
+        capture=capture,
+        arrears=arrears,
+    )

@@ -1,0 +1,25 @@
+"""The client of the private ledger: accounts, transfers and channels, every answer verified.
+
+`LedgerAddress` says which ledger and where; it comes from one's own configuration, never from a
+peer. `LedgerClient` talks to it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from btt.sdk.ledger.address import LedgerAddress, tls_name
+
+if TYPE_CHECKING:
+    from btt.sdk.ledger.client import LedgerClient, SignedReceipt
+
+__all__ = ["LedgerAddress", "LedgerClient", "SignedReceipt", "tls_name"]
+
+
+def __getattr__(name: str) -> object:
+    # The client needs gRPC, which is slow to import; an address alone does not.
+    if name in ("LedgerClient", "SignedReceipt"):
+        from btt.sdk.ledger import client
+
+        return getattr(client, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

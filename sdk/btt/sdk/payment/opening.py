@@ -1,0 +1,182 @@
+"""Finds or opens the channel that pays a node (paper: channel steps 1 to 6)."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import grpc.aio
+
+from btt.proto.payment.v1 import payment_pb2, payment_pb2_grpc
+from btt.sdk.errors import BudgetExceeded, LedgerError
+from btt.sdk.identity import Offer
+from btt.sdk.keys import PrivateKey
+from btt.sdk.ledger import LedgerClient
+from btt.sdk.payment.store import CLOSED, OPEN, OPENING, Claim, PayerStore, StoredChannel
+from btt.sdk.rpc import to_error
+from btt.sdk.signing import EARLY_CLOSE, ChannelCommit, ChannelRefund, service_reference, verify
+from btt.sdk.wallet import derive_channel_key
+
+LIFETIME_MS = 24 * 3600 * 1000
+"""Life of a new channel, within the node's terms (paper: several times the download plus hours)."""
+EXPIRY_MARGIN_MS = 10 * 60 * 1000
+"""A channel this near its lock time is left to its payee to close."""
+
+
+@dataclass(frozen=True, slots=True)
+class Purse:
+    """What pays: an account, its books, and the budget it may use.
+
+    Attributes:
+        account: Key of the account.
+        store: The wallet's books.
+        ledger: The ledger of one's own configuration.
+        budget: Name of the budget.
+        granted: Base units of the whole budget.
+        clock: Unix milliseconds.
+    """
+
+    account: PrivateKey
+    store: PayerStore
+    ledger: LedgerClient
+    budget: str
+    granted: int
+    clock: Callable[[], int]
+
+    def channel_key(self, commit: ChannelCommit) -> PrivateKey:
+        """Returns K1 of a channel of this account."""
+        return derive_channel_key(self.account, commit.nonce)
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedChannel:
+    """A channel that this process may use.
+
+    Attributes:
+        stored: As it is in the books.
+        commit: T1.
+        claim: Released when the session ends.
+    """
+
+    stored: StoredChannel
+    commit: ChannelCommit
+    claim: Claim
+
+
+async def obtain_channel(
+    purse: Purse, offer: Offer, stub: payment_pb2_grpc.PaymentServiceAsyncStub, need: int
+) -> OpenedChannel:
+    """Takes a channel to the node that is open already, or opens one.
+
+    Args:
+        purse: What pays.
+        offer: The node's offer.
+        stub: The node's PaymentService.
+        need: Base units the coming work is expected to cost.
+
+    Raises:
+        BudgetExceeded: The budget does not cover a channel.
+        LedgerError: The ledger or the node refused the channel.
+        LedgerUnreachable: The ledger does not answer.
+    """
+    least = min(need, offer.sheet.unit_charge)
+    for stored in purse.store.channels(node=offer.node, ledger_id=offer.ledger_id):
+        claim = purse.store.claim(stored.channel_id)
+        if claim is None:
+            continue
+        try:
+            commit = ChannelCommit.decode(stored.commit)
+            if commit.payer == purse.account.public.address and commit.k2 == offer.payee_key:
+                usable = await _take_up(purse, stored, commit, least)
+                if usable is not None:
+                    return OpenedChannel(usable, commit, claim)
+        except BaseException:
+            claim.release()
+            raise
+        claim.release()
+    return await _open_new(purse, offer, stub, need)
+
+
+async def _take_up(
+    purse: Purse, stored: StoredChannel, commit: ChannelCommit, least: int
+) -> StoredChannel | None:
+    """Makes an existing channel usable, or returns None."""
+    if stored.state == OPENING:
+        # We stopped between asking and hearing the answer; asking again is harmless.
+        try:
+            await purse.ledger.open_channel(commit, purse.account, stored.refund_signature)
+        except LedgerError:
+            purse.store.set_state(stored.channel_id, CLOSED)
+            return None
+        purse.store.set_state(stored.channel_id, OPEN)
+    if stored.expires_ms - EXPIRY_MARGIN_MS < purse.clock():
+        return None
+    try:
+        adopted = purse.store.adopt(stored.channel_id, purse.budget, purse.granted)
+    except BudgetExceeded:
+        return None
+    return adopted if adopted.cap - adopted.signed >= least else None
+
+
+async def _open_new(
+    purse: Purse, offer: Offer, stub: payment_pb2_grpc.PaymentServiceAsyncStub, need: int
+) -> OpenedChannel:
+    terms = offer.terms
+    info = await purse.ledger.info()
+    left = purse.store.left(purse.budget, purse.granted)
+    deposit = max(need, terms.min_amount, 1)
+    if deposit > left:
+        # Less than hoped for may still buy a part of the work, which resumes later.
+        deposit = max(left, terms.min_amount, 1)
+    life = min(max(LIFETIME_MS, terms.min_lifetime_ms), terms.max_lifetime_ms, info.max_lifetime_ms)
+    nonce = secrets.token_bytes(16)
+    commit = ChannelCommit(
+        payer=purse.account.public.address,
+        payee=offer.payee,
+        k1=derive_channel_key(purse.account, nonce).public,
+        k2=offer.payee_key,
+        amount=deposit,
+        expires_ms=purse.clock() + life,
+        challenge_ms=max(terms.min_challenge_ms, info.min_challenge_ms),
+        flags=EARLY_CLOSE,
+        fee=0,
+        nonce=nonce,
+        service_ref=service_reference(offer.node),
+    )
+    channel_id = commit.channel_id(offer.ledger_id)
+    try:
+        reply = await stub.AgreeRefund(payment_pb2.AgreeRefundRequest(commit=commit.encode()), timeout=20)
+    except grpc.aio.AioRpcError as failure:
+        raise to_error(failure) from failure
+    # The refund is in our hands before any money is locked (paper: step 5).
+    refund = ChannelRefund(channel=channel_id, not_before_ms=commit.expires_ms)
+    verify(offer.payee_key, refund, offer.ledger_id, reply.signature)
+    stored = StoredChannel(
+        channel_id=channel_id,
+        ledger_id=offer.ledger_id,
+        node=offer.node,
+        commit=commit.encode(),
+        refund_signature=reply.signature,
+        deposit=deposit,
+        expires_ms=commit.expires_ms,
+        signed=0,
+        budget=purse.budget,
+        base=0,
+        cap=deposit,
+        state=OPENING,
+    )
+    claim = purse.store.claim(channel_id)
+    assert claim is not None, "a fresh channel id is claimed by nobody"
+    try:
+        purse.store.add_channel(stored, purse.granted)
+        try:
+            await purse.ledger.open_channel(commit, purse.account, reply.signature)
+        except LedgerError:
+            purse.store.set_state(channel_id, CLOSED)
+            raise
+        purse.store.set_state(channel_id, OPEN)
+    except BaseException:
+        claim.release()
+        raise
+    return OpenedChannel(stored, commit, claim)

@@ -1,0 +1,412 @@
+"""A payment session: one channel bound to one offer, paying while calls run.
+
+Two tasks keep it: one reads statements, one signs. The signing task sleeps until
+something is due, saves the intent, signs, sends, and then reports calls that ended. If
+the Pay stream breaks the session is over, with everything it still carried: opening it
+again settles by cumulative counts, whatever was lost on the way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import grpc.aio
+from google.protobuf.message import DecodeError
+
+from btt.proto.payment.v1 import payment_pb2, payment_pb2_grpc
+from btt.sdk.channel import Line, Payer, Segment, SignedUpdate, Tally
+from btt.sdk.errors import (
+    BttError,
+    BudgetExceeded,
+    ChannelClosed,
+    CountsDiffer,
+    InvalidRequest,
+    SessionEnded,
+)
+from btt.sdk.identity import Offer
+from btt.sdk.money import Unit
+from btt.sdk.payment.calls import MeteredCall, PayUnaryStream, PayUnaryUnary, Verdicts
+from btt.sdk.payment.connection import NodeConnection
+from btt.sdk.payment.opening import OpenedChannel, Purse, obtain_channel
+from btt.sdk.payment.store import CLOSED
+from btt.sdk.rpc import to_error
+from btt.sdk.signing import APP_UNKNOWN, ChannelClose, SessionOpen, open_document, sign
+
+OPEN_VALID_MS = 60_000
+PayStream = grpc.aio.StreamStreamCall[payment_pb2.PayRequest, payment_pb2.PayResponse]
+
+
+@dataclass(frozen=True, slots=True)
+class SessionReceipt:
+    """How a session ended, signed by the node.
+
+    Attributes:
+        channel_id: 32 bytes.
+        paid: Base units paid over the life of the channel.
+        owed: Base units owed over the life of the channel, by the node's books.
+        written_off: Base units the node wrote off.
+        counts_agree: The node's settled units are exactly those of our own books.
+        channel_closed: The ledger has closed the channel; its receipt was verified.
+        captured: Base units that the payee took on the ledger, once closed.
+        statement: The signed SessionStatement, serialised, to keep.
+    """
+
+    channel_id: bytes
+    paid: int
+    owed: int
+    written_off: int
+    counts_agree: bool
+    channel_closed: bool
+    captured: int
+    statement: bytes
+
+
+class PaymentSession:
+    """An open session; made by `open`."""
+
+    def __init__(self, purse: Purse, node: NodeConnection, opened: OpenedChannel, payer: Payer) -> None:
+        self._purse = purse
+        self._node = node
+        self._opened = opened
+        self.payer = payer
+        self.offer: Offer = node.offer
+        self.token = b""
+        self.error: BttError | None = None
+        self._credit = 0
+        self._demand = 0
+        self._paid = payer.signed
+        self._calls: dict[bytes, MeteredCall] = {}
+        self._reports: list[MeteredCall] = []
+        self._settling: set[bytes] = set()
+        self._wake = asyncio.Event()
+        self._changed = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._control = node.channel(label="payment")
+        self._stub: payment_pb2_grpc.PaymentServiceAsyncStub = payment_pb2_grpc.PaymentServiceStub(
+            self._control
+        )
+        self.channel = node.channel(label="data", interceptors=[PayUnaryStream(self), PayUnaryUnary(self)])
+
+    # Opening
+
+    @classmethod
+    async def open(cls, purse: Purse, node: NodeConnection, *, need: int) -> PaymentSession:
+        """Opens a session with a node, on a channel it has or on a new one.
+
+        Args:
+            purse: What pays.
+            node: Whom.
+            need: Base units the coming work is expected to cost.
+
+        Raises:
+            BudgetExceeded: The budget covers no channel.
+            CountsDiffer: The node claims what was neither accepted nor paid.
+            BttError: The node or the ledger refused, or did not answer.
+        """
+        while True:
+            control = node.channel(label="payment")
+            try:
+                stub: payment_pb2_grpc.PaymentServiceAsyncStub = payment_pb2_grpc.PaymentServiceStub(control)
+                opened = await obtain_channel(purse, node.offer, stub, need)
+            finally:
+                await control.close()
+            stored = opened.stored
+            payer = Payer(
+                ledger_id=stored.ledger_id,
+                channel_id=stored.channel_id,
+                key=purse.channel_key(opened.commit),
+                deposit=stored.cap,
+                signed=stored.signed,
+                tally=purse.store.tally(stored.channel_id),
+            )
+            payer.pin(node.offer.sheet)
+            session = cls(purse, node, opened, payer)
+            try:
+                await session._start()
+            except ChannelClosed:
+                # The node closed it while we were away; what it took is at most what we signed.
+                purse.store.set_state(stored.channel_id, CLOSED)
+                await session._discard()
+                continue
+            except BaseException:
+                await session._discard()
+                raise
+            return session
+
+    async def _start(self) -> None:
+        try:
+            begin = await self._stub.Begin(payment_pb2.BeginRequest(), timeout=20)
+            body = SessionOpen(
+                node=self.offer.node,
+                channel=self.payer.channel_id,
+                offer_digest=self.offer.digest,
+                app=APP_UNKNOWN,
+                client_nonce=secrets.token_bytes(16),
+                server_nonce=begin.server_nonce,
+                valid_until_ms=self._purse.clock() + OPEN_VALID_MS,
+            )
+            key = self._purse.channel_key(self._opened.commit)
+            reply = await self._stub.Open(
+                payment_pb2.OpenRequest(
+                    open=body.encode(),
+                    signature=sign(key, body, self.offer.ledger_id),
+                    best=update_proto(self.payer.last()),
+                    accepted=count_protos(self.payer.tally),
+                ),
+                timeout=30,
+            )
+        except grpc.aio.AioRpcError as failure:
+            raise to_error(failure) from failure
+        if len(reply.token) != 32:
+            raise InvalidRequest("The node's session token is malformed.")
+        best = SignedUpdate(reply.best.cumulative, reply.best.signature) if reply.HasField("best") else None
+        self.payer.reconcile(best=best, settled=read_counts(reply.settled))
+        self._purse.store.save_books(self.payer.channel_id, self.payer.signed, self.payer.tally)
+        self.token = reply.token
+        self._credit = reply.credit
+        self._paid = self.payer.signed
+        stream = self._stub.Pay()
+        await stream.write(payment_pb2.PayRequest(attach=payment_pb2.Attach(token=self.token)))
+        self._tasks = [
+            asyncio.create_task(self._guard(self._read(stream)), name="payment-statements"),
+            asyncio.create_task(self._guard(self._sign(stream)), name="payment-updates"),
+        ]
+        self.nudge()
+
+    # Calls
+
+    def verdicts(self) -> Verdicts:
+        """Returns a block in which verified methods may be called; see `Verdicts`."""
+        return Verdicts()
+
+    def begin_call(self, call: MeteredCall) -> None:
+        """Opens a metered call.
+
+        Raises:
+            BttError: The session has ended; the error says why.
+            BudgetExceeded: Not one more unit can be paid.
+        """
+        if self.error is not None:
+            raise self.error
+        if self.payer.tally.owed >= self.payer.deposit:
+            raise BudgetExceeded("The channel is used up.")
+        self.payer.begin(call.call_id)
+        self._calls[call.call_id] = call
+
+    def report_call(self, call: MeteredCall) -> None:
+        """Reports a call that has ended and whose messages are all decided."""
+        self._calls.pop(call.call_id, None)
+        if self.error is None:
+            self._reports.append(call)
+            self._settling.add(call.call_id)
+            self._wake.set()
+
+    def nudge(self) -> None:
+        """Wakes the signing task if something is due."""
+        if self._due() is not None:
+            self._wake.set()
+
+    def _due(self) -> int | None:
+        return self.payer.due(credit=self._credit, demand=self._demand, flush=not self._calls)
+
+    # The two tasks
+
+    async def _sign(self, stream: PayStream) -> None:
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            while (due := self._due()) is not None:
+                saved = await self._purse.store.save(self.payer.intend(due))
+                update = self.payer.sign(saved)
+                await stream.write(payment_pb2.PayRequest(update=update_proto(update)))
+            while self._reports:
+                call = self._reports.pop(0)
+                counted = self.payer.end(call.call_id)
+                await stream.write(
+                    payment_pb2.PayRequest(
+                        report=payment_pb2.Report(
+                            call_id=call.call_id,
+                            received=counts_of(counted.received),
+                            accepted=counts_of(counted.accepted),
+                        )
+                    )
+                )
+
+    async def _read(self, stream: PayStream) -> None:
+        async for message in stream:
+            if message.HasField("statement"):
+                self._take_statement(message.statement)
+            elif message.HasField("settlement"):
+                settlement = message.settlement
+                if settlement.call_id not in self._settling:
+                    raise CountsDiffer("The node settled a call that was not reported.")
+                self._settling.discard(settlement.call_id)
+                self.payer.settle(settlement.call_id, read_counts(settlement.settled))
+                self.nudge()
+            self._changed.set()
+        raise SessionEnded("The node ended the payment stream.")
+
+    def _take_statement(self, statement: payment_pb2.Statement) -> None:
+        tolerance = statement.credit + self.offer.sheet.unit_charge
+        if statement.owed > self.payer.tally.owed + tolerance:
+            raise CountsDiffer(
+                f"The node says {statement.owed} base units are owed; we count {self.payer.tally.owed}."
+            )
+        if statement.paid > self.payer.signed:
+            raise CountsDiffer("The node says more is paid than was signed.")
+        self._credit = statement.credit
+        self._demand = statement.demand
+        self._paid = max(self._paid, statement.paid)
+        self.nudge()
+
+    async def _guard(self, work: asyncio.Future[None] | object) -> None:
+        try:
+            await work  # type: ignore[misc]
+        except grpc.aio.AioRpcError as failure:
+            self.fail(to_error(failure))
+        except BttError as error:
+            self.fail(error)
+        except asyncio.InvalidStateError:
+            self.fail(SessionEnded("The payment stream is closed."))
+
+    def fail(self, error: BttError) -> None:
+        """Ends the session: running calls are cancelled and raise this error."""
+        if self.error is None:
+            self.error = error
+            for call in list(self._calls.values()):
+                call.cancel()
+            self._changed.set()
+            self._wake.set()
+
+    # Ending
+
+    async def settle(self) -> None:
+        """Waits until all that is accepted is paid and every ended call is settled.
+
+        Raises:
+            BttError: The session ended before.
+        """
+        while True:
+            if self.error is not None:
+                raise self.error
+            if not (
+                self._calls or self._settling or self._due() is not None or self._paid < self.payer.signed
+            ):
+                return
+            self._changed.clear()
+            await self._changed.wait()
+
+    async def close(self, *, close_channel: bool) -> SessionReceipt:
+        """Pays what is due, takes the node's signed statement, and ends the session.
+
+        Args:
+            close_channel: Have the payee close the channel on the ledger too.
+
+        Raises:
+            BttError: The session ended before, or the node or the ledger refused. What was
+                signed stays in the books; `open` takes it up again.
+        """
+        try:
+            await self.settle()
+            reply = await self._stub.Close(
+                payment_pb2.CloseRequest(token=self.token, close_channel=close_channel), timeout=60
+            )
+            return self._receipt(reply, close_channel=close_channel)
+        except grpc.aio.AioRpcError as failure:
+            raise to_error(failure) from failure
+        finally:
+            await self._discard()
+
+    def _receipt(self, reply: payment_pb2.CloseResponse, *, close_channel: bool) -> SessionReceipt:
+        payload = open_document(
+            reply.statement, "SessionStatement", self.offer.ledger_id, self.offer.node_key
+        )
+        statement = payment_pb2.SessionStatement()
+        try:
+            statement.ParseFromString(payload)
+        except DecodeError:
+            raise InvalidRequest("The node's statement is malformed.") from None
+        if statement.channel_id != self.payer.channel_id:
+            raise CountsDiffer("The node's statement is about another channel.")
+        mine = {s: units for s, _, units in self.payer.tally if units}
+        theirs = {s: units for s, units in read_counts(statement.settled).items() if units}
+        captured = 0
+        if close_channel:
+            captured = min(statement.paid, statement.owed)
+            close = ChannelClose(channel=self.payer.channel_id, capture=captured)
+            self._purse.ledger.check_receipt(
+                reply.ledger_receipt, reply.ledger_signature, close.digest(self.offer.ledger_id)
+            )
+        self._purse.store.save_books(self.payer.channel_id, self.payer.signed, self.payer.tally)
+        document = reply.statement.SerializeToString()
+        state = CLOSED if close_channel else self._opened.stored.state
+        self._purse.store.set_state(self.payer.channel_id, state, document)
+        return SessionReceipt(
+            channel_id=self.payer.channel_id,
+            paid=statement.paid,
+            owed=statement.owed,
+            written_off=statement.written_off,
+            counts_agree=mine == theirs and statement.paid == self.payer.signed,
+            channel_closed=close_channel,
+            captured=captured,
+            statement=document,
+        )
+
+    async def abandon(self) -> None:
+        """Ends the session without a word to the node, as a lost connection would."""
+        self.fail(SessionEnded("The session was closed here."))
+        await self._discard()
+
+    async def _discard(self) -> None:
+        self.fail(SessionEnded("The session is closed."))
+        for task in self._tasks:
+            task.cancel()
+        for task in self._tasks:
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+        await self.channel.close()
+        await self._control.close()
+        self._opened.claim.release()
+
+
+def update_proto(update: SignedUpdate | None) -> payment_pb2.Update | None:
+    """Puts an update on the wire."""
+    if update is None:
+        return None
+    return payment_pb2.Update(cumulative=update.cumulative, signature=update.signature)
+
+
+def count_protos(tally: Tally) -> list[payment_pb2.Count]:
+    """Puts a tally on the wire."""
+    return counts_of({segment: units for segment, _, units in tally})
+
+
+def counts_of(counts: Mapping[Segment, int]) -> list[payment_pb2.Count]:
+    """Puts counts on the wire."""
+    return [
+        payment_pb2.Count(
+            offer_digest=s.offer_digest, service=s.line.service, unit=int(s.line.unit), units=units
+        )
+        for s, units in counts.items()
+    ]
+
+
+def read_counts(protos: Iterable[payment_pb2.Count]) -> dict[Segment, int]:
+    """Reads counts from the wire.
+
+    Raises:
+        InvalidRequest: One is malformed, or stands twice.
+    """
+    counts: dict[Segment, int] = {}
+    for proto in protos:
+        if len(proto.offer_digest) != 32 or proto.unit not in (Unit.BYTE, Unit.COUNT) or len(counts) > 4096:
+            raise InvalidRequest("A count is malformed.")
+        segment = Segment(proto.offer_digest, Line(proto.service, Unit(proto.unit)))
+        if segment in counts or proto.units >= 2**63:
+            raise InvalidRequest("A count stands twice or is out of range.")
+        counts[segment] = proto.units
+    return counts

@@ -1,0 +1,1 @@
+"""The content service: publishes files as hybrid torrents and serves them in paid runs."""

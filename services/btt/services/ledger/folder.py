@@ -1,0 +1,135 @@
+"""The folder of a ledger: its keys, its certificate and its books. Whoever reads it is the ledger."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from btt.sdk.errors import ConfigError, InvalidRequest, StorageError
+from btt.sdk.keys import Address, PrivateKey
+from btt.sdk.ledger.address import tls_name
+from btt.sdk.money import SUPPLY
+from btt.sdk.tls import make_certificate
+from btt.services.ledger import store
+from btt.services.ledger.books import Terms
+from btt.services.ledger.genesis import Identity
+
+DATABASE: Final = "ledger.sqlite3"
+OPERATOR_KEY: Final = "operator.key"
+TLS_KEY: Final = "tls.key"
+CERTIFICATE: Final = "tls.pem"
+
+
+def system_ms() -> int:
+    """Returns this machine's time, Unix milliseconds."""
+    return time.time_ns() // 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class LedgerFolder:
+    """An opened folder.
+
+    Args:
+        path: Of the folder.
+        operator_key: Signs receipts and documents.
+        tls_key: PEM.
+        certificate: PEM.
+    """
+
+    path: Path
+    operator_key: PrivateKey
+    tls_key: bytes
+    certificate: bytes
+
+    @property
+    def database(self) -> Path:
+        """Where the books are."""
+        return self.path / DATABASE
+
+    @classmethod
+    def open(cls, path: Path) -> LedgerFolder:
+        """Reads the keys of a ledger.
+
+        Raises:
+            ConfigError: There is no ledger in the folder, or its keys are unreadable.
+        """
+        try:
+            return cls(
+                path,
+                PrivateKey(bytes.fromhex((path / OPERATOR_KEY).read_text("ascii"))),
+                (path / TLS_KEY).read_bytes(),
+                (path / CERTIFICATE).read_bytes(),
+            )
+        except FileNotFoundError:
+            raise ConfigError(
+                f"There is no ledger in {path}.", hint="Make one with `btt ledger init`."
+            ) from None
+        except (OSError, ValueError, InvalidRequest) as error:
+            raise ConfigError(f"The keys of the ledger in {path} cannot be read: {error}.") from error
+
+
+def init(
+    path: Path,
+    *,
+    name: str,
+    supply_to: Address | None = None,
+    amount: int = SUPPLY,
+    terms: Terms | None = None,
+    clock: Callable[[], int] = system_ms,
+) -> tuple[LedgerFolder, Identity]:
+    """Makes a new ledger with an unbacked issue.
+
+    An attempt that broke off is taken up again: keys that exist are kept.
+
+    Args:
+        path: Of the folder; made if it is missing, readable by its owner alone.
+        name: Of the ledger, for people.
+        supply_to: Gets the issue; the operator's own account by default.
+        amount: Base units issued.
+        terms: What the ledger accepts in a T1.
+        clock: Unix milliseconds.
+
+    Raises:
+        ConfigError: There is a ledger already, or an argument does not do.
+        StorageError: The disk failed.
+    """
+    if (path / DATABASE).exists():
+        raise ConfigError(f"There is a ledger in {path} already.")
+    try:
+        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if not (path / OPERATOR_KEY).exists():
+            _write_secret(path / OPERATOR_KEY, PrivateKey.generate().secret.hex().encode())
+        operator = PrivateKey(bytes.fromhex((path / OPERATOR_KEY).read_text("ascii")))
+        if not (path / CERTIFICATE).exists():
+            key, certificate = make_certificate(tls_name(operator.address))
+            _write_secret(path / TLS_KEY, key)
+            _write_secret(path / CERTIFICATE, certificate)
+    except OSError as error:
+        raise StorageError(f"The ledger's folder {path} cannot be made: {error}.") from error
+    folder = LedgerFolder.open(path)
+    identity = store.create(
+        folder.database,
+        name=name,
+        operator_key=operator,
+        supply_to=supply_to or operator.address,
+        amount=amount,
+        clock=clock,
+        terms=terms,
+    )
+    return folder, identity
+
+
+def _write_secret(path: Path, data: bytes) -> None:
+    """Writes a file for its owner alone; it appears complete or not at all."""
+    unfinished = path.with_name(path.name + ".new")
+    unfinished.unlink(missing_ok=True)
+    descriptor = os.open(unfinished, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.rename(path)

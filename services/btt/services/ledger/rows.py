@@ -1,0 +1,283 @@
+"""SQL of the ledger: rows to values, a batch to rows, and the sums that must hold before COMMIT."""
+
+from __future__ import annotations
+
+import sqlite3
+from dataclasses import astuple, dataclass, fields
+from typing import Final
+
+from btt.sdk.errors import InvariantBroken
+from btt.services.ledger import books
+from btt.services.ledger.books import Account, Channel, Phase, Request, Terms
+from btt.services.ledger.genesis import Identity
+from btt.services.ledger.journal import EntryRef, Head, Side
+from btt.services.ledger.overlay import Batch
+
+_CHANNEL_COLUMNS: Final = ", ".join(
+    "commitment" if field.name == "commit" else field.name for field in fields(Channel)
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """Sums of the books: base units, and numbers of channels. issued = accounts + channels."""
+
+    issued: int
+    accounts: int
+    channels: int
+    open_channels: int
+    closed_channels: int
+
+
+def read_identity(connection: sqlite3.Connection) -> Identity:
+    """Reads what never changes about the ledger."""
+    row = connection.execute(
+        "SELECT ledger_id, genesis, name, unbacked, min_challenge_ms, max_challenge_ms, "
+        "min_lifetime_ms, max_lifetime_ms, open_fee FROM ledger"
+    ).fetchone()
+    return Identity(row[0], row[1], row[2], bool(row[3]), Terms(*row[4:]))
+
+
+def read_head(connection: sqlite3.Connection) -> tuple[Head, Totals]:
+    """Reads the end of the journal and the running sums."""
+    row = connection.execute(
+        "SELECT epoch, seq, hash, time_ms, issued, accounts, channels, open_channels, closed_channels "
+        "FROM head"
+    ).fetchone()
+    return Head(*row[:4]), Totals(*row[4:])
+
+
+def read_account(connection: sqlite3.Connection, account: bytes) -> Account | None:
+    """Reads an account by id."""
+    row = connection.execute(
+        "SELECT acct, id, balance, locked, public_key FROM accounts WHERE id = ?", (account,)
+    ).fetchone()
+    return Account(*row) if row else None
+
+
+def read_channel(connection: sqlite3.Connection, channel_id: bytes) -> Channel | None:
+    """Reads a channel."""
+    row = connection.execute(
+        f"SELECT {_CHANNEL_COLUMNS} FROM channels WHERE id = ?",  # noqa: S608 (names of our own fields)
+        (channel_id,),
+    ).fetchone()
+    if row is None:
+        return None
+    values = dict(zip((field.name for field in fields(Channel)), row, strict=True))
+    values["phase"] = Phase(values["phase"])
+    return Channel(**values)
+
+
+def read_request(connection: sqlite3.Connection, owner: Account, request_id: bytes) -> Request | None:
+    """Reads what became of a request id."""
+    row = connection.execute(
+        "SELECT request_id, digest, failure, keep_until_ms FROM requests WHERE acct = ? AND request_id = ?",
+        (owner.number, request_id),
+    ).fetchone()
+    return Request(owner.id, *row) if row else None
+
+
+def read_entry(connection: sqlite3.Connection, request_digest: bytes) -> EntryRef | None:
+    """Reads the part of an entry that its receipt names."""
+    row = connection.execute(
+        "SELECT seq, time_ms, epoch, request_digest, hash FROM entries WHERE request_digest = ?",
+        (request_digest,),
+    ).fetchone()
+    return EntryRef(*row) if row else None
+
+
+def write(connection: sqlite3.Connection, batch: Batch) -> None:
+    """Writes a batch into the open transaction.
+
+    Raises:
+        InvariantBroken: A row is not what the batch was computed from.
+    """
+    number = {account.id: account.number for account in batch.accounts.values()}
+    new, changed = [], []
+    for account in batch.accounts.values():
+        old = batch.stored_account(account.id)
+        values = (account.balance, account.locked, account.public_key)
+        if old is None:
+            new.append((account.number, account.id, *values))
+        else:
+            changed.append((*values, account.number, old.balance, old.locked))
+    connection.executemany(
+        "INSERT INTO accounts (acct, id, balance, locked, public_key) VALUES (?, ?, ?, ?, ?)", new
+    )
+    _all_of(
+        connection.executemany(
+            "UPDATE accounts SET balance = ?, locked = ?, public_key = ? "
+            "WHERE acct = ? AND balance = ? AND locked = ?",
+            changed,
+        ),
+        len(changed),
+    )
+    connection.executemany(
+        "INSERT INTO entries VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        [
+            (e.seq, e.time_ms, e.epoch, e.kind, e.request_digest, e.body, e.signatures, e.prev_hash, e.hash)
+            for e in batch.entries
+        ],
+    )
+    connection.executemany(
+        "INSERT INTO postings VALUES (?, ?, ?, ?, ?)",
+        [
+            (entry.seq, leg, number[posting.account], posting.side, posting.amount)
+            for entry in batch.entries
+            for leg, posting in enumerate(entry.postings)
+        ],
+    )
+    _write_channels(connection, batch, number)
+    connection.executemany(
+        "INSERT INTO requests VALUES (?, ?, ?, ?, ?)",
+        [
+            (batch.number_of(r.account), r.request_id, r.digest, r.failure, r.keep_until_ms)
+            for r in batch.requests.values()
+        ],
+    )
+
+
+def _write_channels(connection: sqlite3.Connection, batch: Batch, number: dict[bytes, int]) -> None:
+    new, changed = [], []
+    for channel in batch.channels.values():
+        old = batch.stored_channel(channel.id)
+        if old is None:
+            new.append(
+                (number[books.locked_in(channel.id)], *(getattr(channel, f.name) for f in fields(Channel)))
+            )
+        else:
+            changed.append(
+                (
+                    channel.deposit,
+                    channel.captured,
+                    channel.best,
+                    channel.best_signature,
+                    channel.phase,
+                    channel.deadline_ms,
+                    channel.closed_seq,
+                    channel.id,
+                    old.phase,
+                    old.best,
+                )
+            )
+    marks = ", ".join("?" * (1 + len(fields(Channel))))
+    connection.executemany(
+        f"INSERT INTO channels (acct, {_CHANNEL_COLUMNS}) VALUES ({marks})",  # noqa: S608 (our own names)
+        new,
+    )
+    _all_of(
+        connection.executemany(
+            "UPDATE channels SET deposit = ?, captured = ?, best = ?, best_signature = ?, phase = ?, "
+            "deadline_ms = ?, closed_seq = ? WHERE id = ? AND phase = ? AND best = ?",
+            changed,
+        ),
+        len(changed),
+    )
+
+
+def _all_of(cursor: sqlite3.Cursor, expected: int) -> None:
+    if expected and cursor.rowcount != expected:
+        raise InvariantBroken("A stored row is not what the ledger computed from.")
+
+
+def add_up(connection: sqlite3.Connection, batch: Batch, before: Totals) -> Totals:
+    """Reads back what a batch wrote and checks that it adds up.
+
+    Entries balance; every balance moved by exactly its postings; a channel's account holds what
+    the channel says; what users have locked is what channels hold. That no balance is negative,
+    nothing is above the supply and the sums agree is checked by the tables themselves.
+
+    Args:
+        connection: In the transaction that wrote the batch.
+        batch: What was written.
+        before: The sums before it.
+
+    Returns:
+        The sums after it.
+
+    Raises:
+        InvariantBroken: Something does not add up.
+    """
+    by_entry: dict[int, int] = {}
+    moved: dict[int, int] = {}
+    found = connection.execute(
+        "SELECT seq, acct, side, amount FROM postings WHERE seq > ?", (batch.before.seq,)
+    )
+    for seq, acct, side, amount in found:
+        signed = amount if side == Side.CREDIT else -amount
+        by_entry[seq] = by_entry.get(seq, 0) + signed
+        moved[acct] = moved.get(acct, 0) + signed
+    if len(by_entry) != len(batch.entries) or any(by_entry.values()):
+        raise InvariantBroken("The debits and credits of an entry differ.")
+    issued = accounts = channels = locked = 0
+    for account in batch.accounts.values():
+        old = batch.stored_account(account.id)
+        change = account.balance - (old.balance if old else 0)
+        locked += account.locked - (old.locked if old else 0)
+        asset = books.is_asset(account.id)
+        if moved.pop(account.number, 0) != (-change if asset else change):
+            raise InvariantBroken(f"The balance of account {account.number} is not the sum of its postings.")
+        if asset:
+            issued += change
+        elif books.is_channel(account.id):
+            channels += change
+        else:
+            accounts += change
+    if moved or locked != channels:
+        raise InvariantBroken("A posting or a lock belongs to no account of the batch.")
+    wrong = connection.execute(
+        "SELECT 1 FROM postings p JOIN accounts a USING (acct) LEFT JOIN channels c USING (acct) "
+        "WHERE p.seq > ? AND substr(a.id, 1, 1) = x'02' AND a.balance IS NOT "
+        "CASE c.phase WHEN 3 THEN 0 ELSE c.deposit - c.captured END LIMIT 1",
+        (batch.before.seq,),
+    ).fetchone()
+    if wrong:
+        raise InvariantBroken("A channel's account does not hold what the channel says.")
+    opened = sum(batch.stored_channel(channel.id) is None for channel in batch.channels.values())
+    closed = sum(
+        channel.phase is Phase.CLOSED
+        and ((was := batch.stored_channel(channel.id)) is None or was.phase is not Phase.CLOSED)
+        for channel in batch.channels.values()
+    )
+    return Totals(
+        before.issued + issued,
+        before.accounts + accounts,
+        before.channels + channels,
+        before.open_channels + opened - closed,
+        before.closed_channels + closed,
+    )
+
+
+def purge_requests(connection: sqlite3.Connection, now_ms: int, most: int) -> int:
+    """Removes request ids that nobody can use any more; returns how many."""
+    return connection.execute(
+        "DELETE FROM requests WHERE (acct, request_id) IN "
+        "(SELECT acct, request_id FROM requests WHERE keep_until_ms < ? ORDER BY keep_until_ms LIMIT ?)",
+        (now_ms, most),
+    ).rowcount
+
+
+def move_head(
+    connection: sqlite3.Connection, before: Head, after: Head, totals: Totals, writer: bytes
+) -> None:
+    """Moves the head, if this writer still owns it.
+
+    Raises:
+        InvariantBroken: Another writer has moved the head.
+    """
+    done = connection.execute(
+        "UPDATE head SET seq = ?, hash = ?, time_ms = ?, issued = ?, accounts = ?, channels = ?, "
+        "open_channels = ?, closed_channels = ? WHERE writer = ? AND epoch = ? AND seq = ? AND hash = ?",
+        (
+            after.seq,
+            after.hash,
+            after.time_ms,
+            *astuple(totals),
+            writer,
+            before.epoch,
+            before.seq,
+            before.hash,
+        ),
+    )
+    if done.rowcount != 1:
+        raise InvariantBroken("Another writer has moved the ledger's head; this one stops.")

@@ -1,0 +1,144 @@
+"""One order for all operations, many of them in one commit.
+
+A single task takes what has queued up while the disk was busy, lets the books decide each
+operation on top of those before it, commits the batch as one transaction in the one writer thread,
+and only then answers. So one fsync serves everyone who waited, no operation races another, and an
+answer always stands on the disk.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final
+
+from btt.sdk.errors import BttError, Draining, InvariantBroken, RateLimited
+from btt.services.ledger.journal import EntryRef
+from btt.services.ledger.store import Store
+from btt.services.ledger.verify import Operation
+
+MOST_IN_BATCH: Final = 512
+MOST_QUEUED: Final = 4096
+
+_Outcome = EntryRef | BttError
+_Waiting = tuple[Operation, "asyncio.Future[EntryRef]"]
+
+
+class Sequencer:
+    """Orders operations and commits them in groups.
+
+    Use it as an async context manager; it closes the store at the end.
+
+    Args:
+        store: The books; the sequencer is their only user.
+        clock: Unix milliseconds.
+    """
+
+    def __init__(self, store: Store, *, clock: Callable[[], int]) -> None:
+        self._store = store
+        self._clock = clock
+        self._queue: deque[_Waiting] = deque()
+        self._wake = asyncio.Event()
+        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ledger-writer")
+        self._task: asyncio.Task[None] | None = None
+        self._stopping = False
+        self.halted: InvariantBroken | None = None
+        """Set for ever once the books would have become inconsistent."""
+        self.batches = 0
+        """Batches committed or tried since the start."""
+
+    async def __aenter__(self) -> Sequencer:
+        self._task = asyncio.create_task(self._run(), name="ledger-sequencer")
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.stop()
+
+    async def stop(self) -> None:
+        """Refuses new operations, finishes those that wait, and closes the store."""
+        self._stopping = True
+        self._wake.set()
+        if self._task is not None:
+            task, self._task = self._task, None
+            await task
+            await asyncio.get_running_loop().run_in_executor(self._writer, self._store.close)
+            self._writer.shutdown()
+
+    async def submit(self, operation: Operation) -> EntryRef:
+        """Has an operation applied.
+
+        Cancelling the call does not undo it: the operation may be in the journal, and sending it
+        again tells.
+
+        Args:
+            operation: From the Verifier.
+
+        Returns:
+            Its entry, durable.
+
+        Raises:
+            BttError: The books refused it.
+            StorageError: The disk failed; the same operation may be sent again.
+            InvariantBroken: The ledger has stopped.
+            RateLimited: Too many operations wait.
+            Draining: The ledger is stopping.
+        """
+        if self.halted is not None:
+            raise _again(self.halted)
+        if self._stopping or self._task is None:
+            raise Draining("The ledger is stopping.")
+        if len(self._queue) >= MOST_QUEUED:
+            raise RateLimited("Too many operations wait for the ledger.")
+        future: asyncio.Future[EntryRef] = asyncio.get_running_loop().create_future()
+        self._queue.append((operation, future))
+        self._wake.set()
+        return await future
+
+    async def _run(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            if not self._queue:
+                if self._stopping:
+                    return
+                self._wake.clear()
+                await self._wake.wait()
+                continue
+            taken = [self._queue.popleft() for _ in range(min(len(self._queue), MOST_IN_BATCH))]
+            # Whoever has gone cannot be told; he asks again with the same request.
+            waiting = [item for item in taken if not item[1].done()]
+            operations = [operation for operation, _ in waiting]
+            outcomes = await loop.run_in_executor(self._writer, self._commit, operations)
+            for (_, future), outcome in zip(waiting, outcomes, strict=True):
+                if future.done():
+                    continue
+                if isinstance(outcome, BttError):
+                    future.set_exception(outcome)
+                else:
+                    future.set_result(outcome)
+
+    def _commit(self, operations: list[Operation]) -> list[_Outcome]:
+        """Runs in the writer thread; returns one outcome per operation."""
+        if self.halted is not None:
+            return [_again(self.halted) for _ in operations]
+        self.batches += 1
+        try:
+            batch = self._store.begin(self._clock())
+            outcomes = [batch.run(operation) for operation in operations]
+            if not batch.empty:
+                self._store.commit(batch)
+        except BttError as error:
+            if isinstance(error, InvariantBroken):
+                self.halted = error
+            return [_again(error) for _ in operations]
+        except Exception as error:  # noqa: BLE001 (a defect must not leave callers waiting for ever)
+            self.halted = InvariantBroken(f"The ledger failed in a way it does not know: {error!r}.")
+            self.halted.__cause__ = error
+            return [_again(self.halted) for _ in operations]
+        return outcomes
+
+
+def _again(error: BttError) -> BttError:
+    """A fresh one for each caller: an exception that is raised twice keeps both tracebacks."""
+    return type(error)(error.message)

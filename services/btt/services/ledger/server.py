@@ -1,0 +1,125 @@
+"""Runs a ledger: opens its folder, checks its books, listens with its pinned certificate."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import grpc.aio
+
+from btt.proto.ledger.v1.ledger_pb2_grpc import add_LedgerServiceServicer_to_server
+from btt.sdk.errors import ConfigError
+from btt.sdk.ledger.address import LedgerAddress
+from btt.sdk.tls import certificate_sha256, server_credentials
+from btt.services.ledger.folder import LedgerFolder, system_ms
+from btt.services.ledger.genesis import Identity
+from btt.services.ledger.sequencer import Sequencer
+from btt.services.ledger.service import LedgerService
+from btt.services.ledger.store import Reader, Store
+
+MAX_MESSAGE: Final = 64 * 1024
+"""Largest message, bytes; the largest honest one is about 500."""
+MAX_CALLS: Final = 1024
+"""Calls that are served at once; more are refused as RESOURCE_EXHAUSTED."""
+
+_OPTIONS: Final = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE),
+    ("grpc.max_send_message_length", MAX_MESSAGE),
+    ("grpc.max_metadata_size", 8 * 1024),
+    # Two ledgers on one port would share its connections.
+    ("grpc.so_reuseport", 0),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LedgerConfig:
+    """How a ledger runs.
+
+    Args:
+        folder: Made by `folder.init`.
+        host: Name or IP address to listen on.
+        port: TCP port; 0 takes a free one.
+        advertise_host: Host in the printed address; the one it listens on by default.
+        grace: Seconds that calls may take when the ledger stops.
+    """
+
+    folder: Path
+    host: str = "127.0.0.1"
+    port: int = 0
+    advertise_host: str | None = None
+    grace: float = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class RunningLedger:
+    """A ledger that listens.
+
+    Args:
+        address: Where, and who it is.
+        identity: What it is.
+        sequencer: Its order of operations.
+    """
+
+    address: LedgerAddress
+    identity: Identity
+    sequencer: Sequencer
+
+
+@asynccontextmanager
+async def serve(
+    config: LedgerConfig, *, clock: Callable[[], int] = system_ms
+) -> AsyncIterator[RunningLedger]:
+    """Runs a ledger inside this process until the context ends.
+
+    Args:
+        config: How it runs.
+        clock: Unix milliseconds.
+
+    Raises:
+        ConfigError: There is no ledger in the folder, another process runs it, or the port is taken.
+        InvariantBroken: The books do not add up.
+        StorageError: The disk failed.
+    """
+    folder = LedgerFolder.open(config.folder)
+    store = Store.open(folder.database)
+    async with AsyncExitStack() as stack:
+        sequencer = await stack.enter_async_context(Sequencer(store, clock=clock))
+        service = LedgerService(
+            sequencer=sequencer,
+            reader=Reader(folder.database),
+            identity=store.identity,
+            operator_key=folder.operator_key,
+            certificates=[certificate_sha256(folder.certificate)],
+            clock=clock,
+        )
+        stack.callback(service.close)
+        server = grpc.aio.server(options=_OPTIONS, maximum_concurrent_rpcs=MAX_CALLS)
+        add_LedgerServiceServicer_to_server(service, server)
+        port = _listen(server, config, folder)
+        await server.start()
+        # Calls end first, then the reader, then the sequencer with what it still holds.
+        stack.push_async_callback(server.stop, config.grace)
+        address = LedgerAddress(
+            folder.operator_key.address,
+            config.advertise_host or config.host,
+            port,
+            store.identity.ledger_id,
+        )
+        yield RunningLedger(address, store.identity, sequencer)
+
+
+def _listen(server: grpc.aio.Server, config: LedgerConfig, folder: LedgerFolder) -> int:
+    host = f"[{config.host}]" if ":" in config.host else config.host
+    credentials = server_credentials(folder.tls_key, folder.certificate)
+    try:
+        port = server.add_secure_port(f"{host}:{config.port}", credentials)
+    except RuntimeError:
+        port = 0
+    if port == 0:
+        raise ConfigError(
+            f"The ledger cannot listen on {host}:{config.port}.", hint="Choose another --listen address."
+        )
+    return port

@@ -1,0 +1,361 @@
+"""The books on disk: one SQLite file, one writer, nothing acknowledged before COMMIT.
+
+WAL with synchronous=FULL: a commit that returned is on the disk. A batch is one transaction, and
+before it commits the rows it touched are read back and must add up; if they do not, it is rolled
+back and the ledger stops, because it is better to stop than to be wrong. A second process is kept
+out by a lock file, and a writer that lost its lease cannot commit.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
+from dataclasses import astuple
+from pathlib import Path
+from typing import Final
+
+from btt.sdk.errors import BttError, ConfigError, InvariantBroken, StorageError
+from btt.sdk.keys import Address, PrivateKey
+from btt.sdk.money import SUPPLY
+from btt.sdk.signing import document_digest
+from btt.services.ledger import books, genesis, rows, schema
+from btt.services.ledger.books import Account, Channel, Request, Terms
+from btt.services.ledger.check import check_books
+from btt.services.ledger.genesis import Identity
+from btt.services.ledger.journal import NO_HASH, EntryRef, Head
+from btt.services.ledger.overlay import Batch
+from btt.services.ledger.rows import Totals
+
+_MOST_CACHED: Final = 100_000
+_PURGE_EVERY_MS: Final = 60_000
+_MOST_PURGED: Final = 1_000
+_PRAGMAS: Final = (
+    "PRAGMA synchronous = FULL",
+    "PRAGMA foreign_keys = ON",
+    "PRAGMA busy_timeout = 5000",
+    "PRAGMA trusted_schema = OFF",
+)
+
+
+def _connect(path: Path, *, read_only: bool = False) -> sqlite3.Connection:
+    uri = f"{path.absolute().as_uri()}?mode={'ro' if read_only else 'rw'}"
+    try:
+        connection = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False)
+        for pragma in _PRAGMAS:
+            connection.execute(pragma)
+    except sqlite3.Error as error:
+        raise StorageError(f"The ledger's database {path} cannot be opened: {error}.") from error
+    return connection
+
+
+def create(
+    path: Path,
+    *,
+    name: str,
+    operator_key: PrivateKey,
+    supply_to: Address,
+    amount: int,
+    clock: Callable[[], int],
+    random: Callable[[int], bytes] = secrets.token_bytes,
+    terms: Terms | None = None,
+) -> Identity:
+    """Makes the database of a new ledger, with an issue that nothing backs.
+
+    Args:
+        path: Of the new file; it appears complete or not at all.
+        name: Of the ledger, for people.
+        operator_key: Signs receipts and documents.
+        supply_to: Gets the issue.
+        amount: Base units, 1 to the supply.
+        clock: Unix milliseconds.
+        random: Makes n random bytes.
+        terms: What the ledger accepts in a T1.
+
+    Raises:
+        ConfigError: The file exists, or an argument does not do.
+        StorageError: The disk failed.
+    """
+    if path.exists():
+        raise ConfigError(f"There is a ledger at {path} already.")
+    if not 0 < amount <= SUPPLY:
+        raise ConfigError(f"The issue is between 1 and {SUPPLY} base units.")
+    terms = terms or Terms()
+    description = genesis.describe(name, operator_key=operator_key.public.data, nonce=random(32))
+    identity = Identity(genesis.ledger_id(description), description, name, True, terms)
+    unfinished = path.with_name(path.name + ".new")
+    for leftover in (unfinished, *(unfinished.with_name(unfinished.name + end) for end in ("-wal", "-shm"))):
+        leftover.unlink(missing_ok=True)
+    try:
+        os.close(os.open(unfinished, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+        with closing(_connect(unfinished)) as connection:
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.executescript(schema.TABLES)
+            connection.execute("BEGIN IMMEDIATE")
+            connection.execute(
+                "INSERT INTO ledger VALUES (1, ?, ?, ?, 1, ?, ?, ?, ?, ?)",
+                (identity.ledger_id, description, name, *astuple(terms)),
+            )
+            connection.execute("INSERT INTO epochs VALUES (1, ?, 1)", (operator_key.public.data,))
+            connection.execute("INSERT INTO head VALUES (1, 1, x'', 0, ?, 0, 0, 0, 0, 0, 0)", (NO_HASH,))
+            connection.execute("COMMIT")
+        with Store.open(unfinished) as store:
+            batch = Batch(store, clock_ms=clock(), terms=terms)
+            body, effect = genesis.issue(supply_to.data, amount)
+            digest = document_digest(genesis.DOCUMENT, identity.ledger_id, body)
+            proof = operator_key.public.data + operator_key.sign(digest)
+            batch.absorb(effect, digest=digest, body=body, signatures=proof)
+            store.commit(batch)
+        if unfinished.with_name(unfinished.name + "-wal").exists():
+            raise StorageError(f"The new ledger's database {unfinished} did not close cleanly.")
+        unfinished.rename(path)
+        _sync_folder(path.parent)
+    except (OSError, sqlite3.Error) as error:
+        raise StorageError(f"The ledger at {path} could not be made: {error}.") from error
+    finally:
+        unfinished.with_name(unfinished.name + ".lock").unlink(missing_ok=True)
+    return identity
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class Store:
+    """The writer's side of the books. Not thread-safe: one thread at a time uses it.
+
+    Use `Store.open`; close it, or use it as a context manager.
+    """
+
+    def __init__(self, path: Path, connection: sqlite3.Connection, lock: int) -> None:
+        self.path = path
+        self._connection = connection
+        self._lock = lock
+        self._next_account = 1
+        self._writer = secrets.token_bytes(16)
+        self._accounts: dict[bytes, Account] = {}
+        self._channels: dict[bytes, Channel] = {}
+        self._next_purge_ms = 0
+        self._stale = True
+        self.identity = rows.read_identity(connection)
+
+    @classmethod
+    def open(cls, path: Path) -> Store:
+        """Opens the books, after checking all of them.
+
+        Args:
+            path: Of the database.
+
+        Raises:
+            ConfigError: There is no ledger, or another process has it.
+            InvariantBroken: The books do not add up.
+            StorageError: The disk failed.
+        """
+        if not path.is_file():
+            raise ConfigError(f"There is no ledger at {path}.", hint="Make one with `btt ledger init`.")
+        lock = _take_lock(path)
+        connection = None
+        try:
+            connection = _connect(path)
+            with _storage():
+                _check_version(connection)
+                check_books(connection)
+                store = cls(path, connection, lock)
+                connection.execute("UPDATE head SET writer = ?", (store._writer,))
+                store.reload()
+        except BaseException:
+            if connection is not None:
+                connection.close()
+            os.close(lock)
+            raise
+        return store
+
+    def close(self) -> None:
+        """Closes the books and gives up the lock."""
+        self._connection.close()
+        os.close(self._lock)
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    @property
+    def head(self) -> Head:
+        """The end of the journal."""
+        return self._head
+
+    @property
+    def next_account(self) -> int:
+        """Number of the next new account."""
+        return self._next_account
+
+    def reload(self) -> None:
+        """Forgets everything cached and reads the committed state again.
+
+        Raises:
+            StorageError: The database cannot be read.
+        """
+        self._accounts.clear()
+        self._channels.clear()
+        with _storage():
+            if self._connection.in_transaction:
+                self._connection.execute("ROLLBACK")
+            self._head, self._totals = rows.read_head(self._connection)
+            self._next_account = (
+                1 + self._connection.execute("SELECT coalesce(max(acct), 0) FROM accounts").fetchone()[0]
+            )
+        self._stale = False
+
+    def account(self, account: bytes) -> Account | None:
+        """Returns a committed account."""
+        found = self._accounts.get(account)
+        if found is None:
+            with _storage():
+                found = rows.read_account(self._connection, account)
+            if found is not None:
+                self._accounts[account] = found
+        return found
+
+    def channel(self, channel_id: bytes) -> Channel | None:
+        """Returns a committed channel."""
+        found = self._channels.get(channel_id)
+        if found is None:
+            with _storage():
+                found = rows.read_channel(self._connection, channel_id)
+            if found is not None:
+                self._channels[channel_id] = found
+        return found
+
+    def request(self, account: bytes, request_id: bytes) -> Request | None:
+        """Returns what became of a request id."""
+        owner = self.account(account)
+        with _storage():
+            return rows.read_request(self._connection, owner, request_id) if owner else None
+
+    def entry(self, request_digest: bytes) -> EntryRef | None:
+        """Returns the entry that a request made."""
+        with _storage():
+            return rows.read_entry(self._connection, request_digest)
+
+    def begin(self, clock_ms: int) -> Batch:
+        """Starts a batch on the committed state.
+
+        Raises:
+            StorageError: The state had to be read again, and could not be.
+        """
+        if self._stale:
+            self.reload()
+        return Batch(self, clock_ms=clock_ms, terms=self.identity.terms)
+
+    def commit(self, batch: Batch) -> None:
+        """Makes a batch durable, all of it or nothing.
+
+        A StorageError means that nothing was acknowledged. After a failed fsync the disk may still
+        hold the batch after a crash; a retry with the same request then gets its receipt.
+
+        Args:
+            batch: Begun on this store, with the store unchanged since.
+
+        Raises:
+            InvariantBroken: The books would not add up; the ledger must stop.
+            StorageError: The disk or the database failed; the state is read again.
+        """
+        connection = self._connection
+        self._stale = True
+        try:
+            with _storage():
+                connection.execute("BEGIN IMMEDIATE")
+                rows.write(connection, batch)
+                totals = rows.add_up(connection, batch, self._totals)
+                self._purge(batch.now_ms)
+                rows.move_head(connection, batch.before, batch.head, totals, self._writer)
+                connection.execute("COMMIT")
+        except BaseException:
+            with suppress(sqlite3.Error):
+                if connection.in_transaction:
+                    connection.execute("ROLLBACK")
+            raise
+        if len(self._accounts) + len(self._channels) > _MOST_CACHED:
+            self._accounts.clear()
+            self._channels.clear()
+        self._accounts.update(batch.accounts)
+        self._channels.update(batch.channels)
+        self._head, self._totals = batch.head, totals
+        self._next_account = batch.next_account
+        self._stale = False
+
+    def _purge(self, now_ms: int) -> None:
+        if now_ms < self._next_purge_ms:
+            return
+        purged = rows.purge_requests(self._connection, now_ms, _MOST_PURGED)
+        if purged < _MOST_PURGED:
+            self._next_purge_ms = now_ms + _PURGE_EVERY_MS
+
+
+class Reader:
+    """Reads the committed books beside the writer. Not thread-safe.
+
+    Args:
+        path: Of the database.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._connection = _connect(path, read_only=True)
+
+    def close(self) -> None:
+        """Closes the connection."""
+        self._connection.close()
+
+    def head(self) -> tuple[Head, Totals]:
+        """Returns the end of the journal and the sums of the books at that moment."""
+        with _storage():
+            return rows.read_head(self._connection)
+
+    def account(self, address: bytes) -> Account | None:
+        """Returns the account of an address (20 bytes)."""
+        with _storage():
+            return rows.read_account(self._connection, books.user(address))
+
+    def channel(self, channel_id: bytes) -> Channel | None:
+        """Returns a channel (id of 32 bytes)."""
+        with _storage():
+            return rows.read_channel(self._connection, channel_id)
+
+
+@contextmanager
+def _storage() -> Iterator[None]:
+    try:
+        yield
+    except BttError:
+        raise
+    except sqlite3.IntegrityError as error:
+        raise InvariantBroken(f"The books would be inconsistent: {error}.") from error
+    except (sqlite3.Error, OSError) as error:
+        raise StorageError(f"The ledger's database failed: {error}.") from error
+
+
+def _check_version(connection: sqlite3.Connection) -> None:
+    version = connection.execute("PRAGMA user_version").fetchone()[0]
+    if version != schema.VERSION:
+        raise ConfigError(f"The ledger's database has schema {version}; this program knows {schema.VERSION}.")
+
+
+def _take_lock(path: Path) -> int:
+    lock = os.open(path.with_name(path.name + ".lock"), os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(lock)
+        raise ConfigError(
+            f"Another process runs the ledger at {path}.", hint="A ledger has one writer; stop the other one."
+        ) from None
+    return lock

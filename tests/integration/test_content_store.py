@@ -1,0 +1,488 @@
+"""The destination of a fetch: what survives, what is refused, what is never overwritten."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import random
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import libtorrent as lt
+import pytest
+
+from btt.sdk.content import files
+from btt.sdk.content.store import Destination
+from btt.sdk.content.torrent import RUN, Torrent
+from btt.sdk.errors import ConfigError, StorageError
+
+SIZES = [0, 1, 16383, 16384, 16385, RUN - 1, RUN, RUN + 1, 2 * RUN, 5 * RUN + 7]
+
+
+def data_of(size: int) -> bytes:
+    return random.Random(size).randbytes(size)
+
+
+def torrent_of(path: Path) -> Torrent:
+    builder = lt.create_torrent(lt.list_files(str(path)), RUN)
+    lt.set_piece_hashes(builder, str(path.parent))
+    return Torrent.from_torrent(bytes(lt.bencode(builder.generate())))[0]
+
+
+def single(tmp_path: Path, data: bytes) -> Torrent:
+    source = tmp_path / "source" / "film.bin"
+    source.parent.mkdir(exist_ok=True)
+    source.write_bytes(data)
+    return torrent_of(source)
+
+
+def folder(tmp_path: Path) -> Torrent:
+    root = tmp_path / "source" / "album"
+    for at, size in enumerate(SIZES):
+        path = root / "abc"[at % 3] / f"{size}.bin"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data_of(size))
+    return torrent_of(root)
+
+
+def run_of(data: bytes, run: int) -> bytes:
+    return data[run * RUN : (run + 1) * RUN]
+
+
+def fill(place: Destination, torrent: Torrent, file: int, data: bytes) -> None:
+    for runs in place.missing(file):
+        for run in runs:
+            place.write_run(file, run, run_of(data, run))
+
+
+def everything(root: Path) -> list[str]:
+    return sorted(str(p.relative_to(root)) for p in root.rglob("*")) if root.exists() else []
+
+
+@pytest.mark.parametrize("size", SIZES[1:])
+def test_a_file_written_in_any_order_gets_its_name_when_whole(tmp_path: Path, size: int) -> None:
+    data = data_of(size)
+    torrent = single(tmp_path, data)
+    out = tmp_path / "deep" / "out"
+    with Destination(out, torrent) as place:
+        place.scan()
+        assert place.missing_bytes == size
+        assert place.missing(0) == [range(torrent.runs(0))]
+        order = list(range(torrent.runs(0)))
+        random.Random(1).shuffle(order)
+        with ThreadPoolExecutor(4) as threads:
+            list(threads.map(lambda run: place.write_run(0, run, run_of(data, run)), order))
+        assert place.missing(0) == []
+        assert everything(out) == ["film.bin.btt-part"]
+        assert place.finish(0) == out / "film.bin" == place.path
+        assert place.finish(0) == out / "film.bin"
+        assert place.is_finished(0)
+    assert (out / "film.bin").read_bytes() == data
+    assert everything(out) == ["film.bin"]
+
+
+def test_a_folder_is_rebuilt_with_all_its_files(tmp_path: Path) -> None:
+    torrent = folder(tmp_path)
+    out = tmp_path / "out"
+    with Destination(out, torrent) as place:
+        place.scan()
+        assert place.missing_bytes == sum(SIZES)
+        for entry in torrent.files:
+            fill(place, torrent, entry.index, data_of(entry.length))
+            place.finish(entry.index)
+        assert place.missing_bytes == 0
+    source = tmp_path / "source"
+    assert everything(out) == everything(source)
+    for path in source.rglob("*.bin"):
+        assert (out / path.relative_to(source)).read_bytes() == path.read_bytes()
+
+
+def test_a_second_attempt_keeps_what_verifies_and_nothing_else(tmp_path: Path) -> None:
+    data = data_of(5 * RUN + 7)
+    torrent = single(tmp_path, data)
+    with Destination(tmp_path / "out", torrent) as place:
+        place.scan()
+        for run in (0, 2, 3, 5):
+            place.write_run(0, run, run_of(data, run))
+    part = tmp_path / "out" / "film.bin.btt-part"
+    with part.open("r+b") as broken:  # as a crash may leave it
+        broken.seek(2 * RUN + 5)
+        broken.write(b"xyz")
+    seen: list[tuple[int, int]] = []
+    with Destination(tmp_path / "out", torrent) as place:
+        assert place.missing(0) == [range(6)]
+        place.scan(progress=lambda done, total: seen.append((done, total)))
+        assert place.missing(0) == [range(1, 3), range(4, 5)]
+        assert place.missing_bytes == 3 * RUN
+        fill(place, torrent, 0, data)
+        place.finish(0)
+    assert seen == sorted(seen)
+    assert seen[-1] == (len(data), len(data))
+    assert (tmp_path / "out/film.bin").read_bytes() == data
+    with Destination(tmp_path / "out", torrent) as place:
+        place.scan()
+        assert place.is_finished(0)
+        assert place.missing(0) == []
+        assert place.finish(0).read_bytes() == data
+    assert everything(tmp_path / "out") == ["film.bin"]
+
+
+def test_a_folder_resumes_file_by_file(tmp_path: Path) -> None:
+    torrent = folder(tmp_path)
+    out = tmp_path / "out"
+    large = max(torrent.files, key=lambda f: f.length)
+    with Destination(out, torrent) as place:
+        place.scan()
+        for entry in torrent.files[:3]:
+            fill(place, torrent, entry.index, data_of(entry.length))
+        for entry in torrent.files[:2]:
+            place.finish(entry.index)
+        place.write_run(large.index, 1, run_of(data_of(large.length), 1))
+    with Destination(out, torrent) as place:
+        place.scan()
+        assert [place.is_finished(f.index) for f in torrent.files[:3]] == [True, True, False]
+        assert place.missing(2) == []
+        assert place.missing(large.index) == [range(1), range(2, 6)]
+        for entry in torrent.files:
+            fill(place, torrent, entry.index, data_of(entry.length))
+            place.finish(entry.index)
+    assert everything(out) == everything(tmp_path / "source")
+
+
+def test_holes_of_a_large_part_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = data_of(3 * RUN)
+    torrent = single(tmp_path, data)
+    part = tmp_path / "out" / "film.bin.btt-part"
+    part.parent.mkdir()
+    with part.open("wb") as sparse:
+        sparse.truncate(4 << 30)
+        sparse.seek(RUN)
+        sparse.write(run_of(data, 1))
+        sparse.seek((4 << 30) - 5)
+        sparse.write(b"trash")
+    read: list[int] = []
+    real = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda fd, b, at: read.append(at) or real(fd, b, at))  # type: ignore[func-returns-value]
+    with Destination(tmp_path / "out", torrent) as place:
+        place.scan()
+        assert place.missing(0) == [range(1), range(2, 3)]
+        assert read == [RUN]
+        fill(place, torrent, 0, data)
+        assert place.finish(0).read_bytes() == data  # what lay behind the end is gone
+
+
+def test_another_file_of_that_name_is_left_alone(tmp_path: Path) -> None:
+    data = data_of(2 * RUN)
+    torrent = single(tmp_path, data)
+    out = tmp_path / "out"
+    out.mkdir()
+    for other in (b"mine", data[:-1] + b"?", data + b"x", b""):
+        (out / "film.bin").write_bytes(other)
+        with Destination(out, torrent) as place, pytest.raises(ConfigError, match="something else"):
+            place.scan()
+        assert (out / "film.bin").read_bytes() == other
+    assert everything(out) == ["film.bin"]
+
+
+def test_a_file_that_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    data = data_of(RUN)
+    torrent = single(tmp_path, data)
+    with Destination(tmp_path / "out", torrent) as place:
+        place.scan()
+        fill(place, torrent, 0, data)
+        place.path.write_bytes(b"mine")
+        with pytest.raises(ConfigError):
+            place.finish(0)
+        assert place.path.read_bytes() == b"mine"
+        place.path.unlink()
+        assert place.finish(0).read_bytes() == data
+
+
+def test_a_crash_between_naming_and_dropping_the_part_is_tidied(tmp_path: Path) -> None:
+    data = data_of(RUN)
+    torrent = single(tmp_path, data)
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "film.bin").write_bytes(data)
+    (out / "film.bin.btt-part").hardlink_to(out / "film.bin")
+    with Destination(out, torrent) as place:
+        place.scan()
+        assert place.is_finished(0)
+    assert everything(out) == ["film.bin"]
+
+
+@pytest.mark.parametrize("where", ["film.bin", "film.bin.btt-part"])
+@pytest.mark.parametrize("kind", ["link", "dangling", "folder", "pipe", "hard link"])
+def test_nothing_is_written_through_what_is_no_plain_file(tmp_path: Path, where: str, kind: str) -> None:
+    data = data_of(RUN)
+    torrent = single(tmp_path, data)
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"precious")
+    out = tmp_path / "out"
+    out.mkdir()
+    trap = out / where
+    make: dict[str, Callable[[], Any]] = {
+        "link": lambda: trap.symlink_to(victim),
+        "dangling": lambda: trap.symlink_to(tmp_path / "nowhere"),
+        "folder": trap.mkdir,
+        "pipe": lambda: os.mkfifo(trap),
+        "hard link": lambda: trap.hardlink_to(victim),
+    }
+    make[kind]()
+
+    def fetch() -> None:
+        with Destination(out, torrent) as place:
+            place.scan()
+            fill(place, torrent, 0, data)
+            place.finish(0)
+
+    with pytest.raises(ConfigError):
+        fetch()
+    assert victim.read_bytes() == b"precious"
+    assert not (tmp_path / "nowhere").exists()
+
+
+@pytest.mark.parametrize("where", ["album", "album/a", "album/b"])
+def test_no_folder_of_a_torrent_is_entered_through_a_link(tmp_path: Path, where: str) -> None:
+    torrent = folder(tmp_path)
+    outside, out = tmp_path / "outside", tmp_path / "out"
+    outside.mkdir()
+    (out / where).parent.mkdir(parents=True)
+    (out / where).symlink_to(outside)
+
+    def fetch() -> None:
+        with Destination(out, torrent) as place:
+            place.scan()
+
+    with pytest.raises(ConfigError):
+        fetch()
+    assert everything(outside) == []
+
+
+def test_a_link_that_appears_during_the_fetch_is_not_followed(tmp_path: Path) -> None:
+    torrent = folder(tmp_path)
+    outside, out = tmp_path / "outside", tmp_path / "out"
+    outside.mkdir()
+    with Destination(out, torrent) as place:
+        place.scan()
+        (out / "album" / "b").symlink_to(outside)
+        entry = next(f for f in torrent.files if f.path[0] == "b" and f.length)
+        with pytest.raises(ConfigError):
+            place.write_run(entry.index, 0, data_of(entry.length)[:RUN])
+    assert everything(outside) == []
+
+
+@pytest.mark.parametrize("kind", ["single", "folder"])
+def test_two_fetches_do_not_write_to_the_same_place(tmp_path: Path, kind: str) -> None:
+    torrent = single(tmp_path, data_of(2 * RUN)) if kind == "single" else folder(tmp_path)
+    out = tmp_path / "out"
+
+    def second() -> None:
+        with Destination(out, torrent) as place:
+            place.scan()
+
+    with Destination(out, torrent) as first:
+        first.scan()
+        with pytest.raises(ConfigError, match="Another fetch"):
+            second()
+    second()
+
+
+def test_a_lock_on_a_part_that_was_finished_meanwhile_is_no_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other fetch names the file between our open and our lock: we must not write into it."""
+    data = data_of(RUN)
+    torrent = single(tmp_path, data)
+    out = tmp_path / "out"
+    out.mkdir()
+    part = out / "film.bin.btt-part"
+    part.write_bytes(b"")
+    real = fcntl.flock
+
+    def late(fd: int, how: int) -> None:
+        part.rename(out / "film.bin")
+        real(fd, how)
+
+    monkeypatch.setattr(files.fcntl, "flock", late)
+    with Destination(out, torrent) as place, pytest.raises(ConfigError, match="Another fetch"):
+        place.scan()
+
+
+def test_nothing_is_left_when_nothing_arrived(tmp_path: Path) -> None:
+    torrent = single(tmp_path, data_of(RUN))
+    with Destination(tmp_path / "out", torrent) as place:
+        place.scan()
+    assert everything(tmp_path / "out") == []
+
+
+def test_a_full_disk_keeps_what_arrived(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = data_of(3 * RUN)
+    torrent = single(tmp_path, data)
+    real = os.pwrite
+    with Destination(tmp_path / "out", torrent) as place:
+        place.scan()
+        place.write_run(0, 0, run_of(data, 0))
+
+        def full(fd: int, data: bytes, at: int) -> int:
+            if at == RUN:
+                return real(fd, data[:1000], at)  # a short write comes first
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(os, "pwrite", full)
+        with pytest.raises(StorageError, match="full"):
+            place.write_run(0, 1, run_of(data, 1))
+        assert place.missing(0) == [range(1, 3)]
+    monkeypatch.undo()
+    with Destination(tmp_path / "out", torrent) as place:
+        place.scan()
+        assert place.missing(0) == [range(1, 3)]
+        fill(place, torrent, 0, data)
+        assert place.finish(0).read_bytes() == data
+
+
+def test_short_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = data_of(RUN)
+    torrent = single(tmp_path, data)
+    real = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, at: real(fd, data[:300_000], at))
+    with Destination(tmp_path / "out", torrent) as place:
+        place.scan()
+        fill(place, torrent, 0, data)
+        assert place.finish(0).read_bytes() == data
+
+
+def test_too_little_space_is_said_before_anything_is_paid(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = data_of(5 * RUN)
+    torrent = single(tmp_path, data)
+    with Destination(tmp_path / "out", torrent) as place:
+        place.scan()
+        for run in range(3):
+            place.write_run(0, run, run_of(data, run))
+    real = os.fstatvfs
+
+    class Small:
+        def __init__(self, free: int) -> None:
+            self.f_bavail, self.f_frsize = free // 512, 512
+
+    monkeypatch.setattr(os, "fstatvfs", lambda fd: real(fd) and Small(2 * RUN - 512))
+    with Destination(tmp_path / "out", torrent) as place, pytest.raises(StorageError, match="bytes free"):
+        place.scan()
+    monkeypatch.setattr(os, "fstatvfs", lambda fd: real(fd) and Small(2 * RUN))
+    with Destination(tmp_path / "out", torrent) as place:
+        place.scan()  # three runs have their space already
+
+
+def test_a_failing_sync_leaves_the_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = data_of(RUN)
+    torrent = single(tmp_path, data)
+
+    def broken(fd: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with Destination(tmp_path / "out", torrent) as place:
+        place.scan()
+        fill(place, torrent, 0, data)
+        monkeypatch.setattr(os, "fsync", broken)
+        with pytest.raises(StorageError):
+            place.finish(0)
+        assert not place.is_finished(0)
+    assert everything(tmp_path / "out") == ["film.bin.btt-part"]
+
+
+def test_data_and_folder_are_synced_around_the_naming(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = data_of(RUN)
+    torrent = single(tmp_path, data)
+    events: list[str] = []
+    sync, name = os.fsync, files.give_name
+    with Destination(tmp_path / "out", torrent) as place:
+        place.scan()
+        fill(place, torrent, 0, data)
+        monkeypatch.setattr(os, "fsync", lambda fd: events.append("sync") or sync(fd))  # type: ignore[func-returns-value]
+        monkeypatch.setattr(files, "give_name", lambda *a, **k: events.append("name") or name(*a, **k))  # type: ignore[func-returns-value]
+        place.finish(0)
+    assert events == ["sync", "name", "sync"]
+
+
+def test_the_order_of_use_is_checked(tmp_path: Path) -> None:
+    data = data_of(2 * RUN)
+    torrent = single(tmp_path, data)
+    place = Destination(tmp_path / "out", torrent)
+    with pytest.raises(ValueError, match="not open"):
+        place.scan()
+    with place:
+        with pytest.raises(ValueError, match="scan"):
+            place.write_run(0, 0, run_of(data, 0))
+        place.scan()
+        with pytest.raises(ValueError, match="length"):
+            place.write_run(0, 0, b"short")
+        with pytest.raises(IndexError):
+            place.write_run(0, 2, run_of(data, 0))
+        place.write_run(0, 0, run_of(data, 0))
+        with pytest.raises(ValueError, match="missing"):
+            place.finish(0)
+        fill(place, torrent, 0, data)
+    with pytest.raises(ValueError, match="not open"):
+        place.finish(0)
+
+
+def test_a_run_that_comes_twice_is_harmless_even_after_the_end(tmp_path: Path) -> None:
+    data = data_of(2 * RUN)
+    torrent = single(tmp_path, data)
+    with Destination(tmp_path / "out", torrent) as place:
+        place.scan()
+        fill(place, torrent, 0, data)
+        place.write_run(0, 0, bytes(RUN))  # not written: the run is there
+        place.finish(0)
+        place.write_run(0, 1, run_of(data, 1))
+    assert place.path.read_bytes() == data
+    assert everything(tmp_path / "out") == ["film.bin"]
+
+
+def test_progress_can_end_the_scan(tmp_path: Path) -> None:
+    data = data_of(2 * RUN)
+    torrent = single(tmp_path, data)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/film.bin.btt-part").write_bytes(data)
+
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with Destination(tmp_path / "out", torrent) as place, pytest.raises(KeyboardInterrupt):
+        place.scan(progress=stop)
+
+
+def test_closing_waits_for_writes_and_leaves_no_descriptor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = data_of(RUN)
+    before = len(list(Path("/dev/fd").iterdir()))
+    started, go = threading.Event(), threading.Event()
+    real = os.pwrite
+
+    def slow(fd: int, data: bytes, at: int) -> int:
+        started.set()
+        go.wait(10)
+        return real(fd, data, at)
+
+    torrent = single(tmp_path, data)
+    monkeypatch.setattr(os, "pwrite", slow)
+    with ThreadPoolExecutor(2) as threads, Destination(tmp_path / "out", torrent) as place:
+        place.scan()
+        writing = threads.submit(place.write_run, 0, 0, data)
+        assert started.wait(10)
+        closing = threads.submit(place.close)
+        assert not closing.done()
+        go.set()
+        writing.result(10)
+        closing.result(10)
+    assert (tmp_path / "out/film.bin.btt-part").read_bytes() == data
+    assert len(list(Path("/dev/fd").iterdir())) == before
