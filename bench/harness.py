@@ -181,7 +181,7 @@ def warm(source: Path, folder: Path, *, spare: int = 256 * MIB) -> None:
     """Brings memory into the same state before each run: the source cached, enough free pages backed.
 
     A virtual machine may hand free pages back to its host and drop cold cache within seconds; whoever
-    touches them next pays up to ten times the price of a write. Without this the order decides.
+    touches them next pays up to ten times the price of a write. Without this, luck would decide.
 
     Args:
         source: The file that will be read.
@@ -189,7 +189,7 @@ def warm(source: Path, folder: Path, *, spare: int = 256 * MIB) -> None:
         spare: How many bytes more than the file are touched.
     """
     scratch = folder / "warm"
-    with source.open("rb") as reader, scratch.open("wb", buffering=0) as writer:
+    with source.open("rb", buffering=0) as reader, scratch.open("wb", buffering=0) as writer:
         while block := reader.read(MIB):
             writer.write(block)
         for _ in range(spare // MIB):
@@ -197,17 +197,17 @@ def warm(source: Path, folder: Path, *, spare: int = 256 * MIB) -> None:
     scratch.unlink()
 
 
-def measure(worker: Child, *others: Child, prepare: Callable[[], None] | None = None) -> Run:
+def measure(worker: Child, *others: Child, source: Path, folder: Path) -> Run:
     """Lets a worker that is ready do its work, and measures it and the processes it works with.
 
     Args:
         worker: The child that is told to go and says when it is done.
         others: Children that serve it.
-        prepare: Called last before the start, for example `warm`.
+        source: The file that is delivered.
+        folder: Where the worker writes it.
     """
-    if prepare is not None:
-        prepare()
     children = (worker, *others)
+    warm(source, folder)
     before = [child.cpu() for child in children]
     worker.tell()
     done = worker.expect("done")

@@ -19,7 +19,7 @@ from pathlib import Path
 import grpc
 import grpc.aio
 
-from bench.harness import MIB, Child, Run, heard, measure, say, warm
+from bench.harness import MIB, Child, Run, heard, measure, say
 from btt.proto.content.v1 import content_pb2, content_pb2_grpc
 from btt.sdk.tls import make_certificate, server_credentials
 
@@ -113,7 +113,7 @@ def contestant(source: Path, folder: Path) -> Run:
         arguments = ["fetch", str(folder / "out"), str(size), str(ready["port"]), ready["certificate"]]
         with Child("client", module, arguments) as client:
             client.expect("ready")
-            return measure(client, server, prepare=lambda: warm(source, folder))
+            return measure(client, server, source=source, folder=folder)
 
 
 def _main() -> None:

@@ -186,6 +186,23 @@ def test_a_source_that_changes_meanwhile_is_not_published(
     assert catalogue.list() == []
 
 
+@pytest.mark.parametrize(("gone", "error"), [(True, ConfigError), (False, StorageError)])
+def test_a_read_that_fails_is_told_from_a_source_that_changed(
+    tmp_path: Path, catalogue: Catalogue, monkeypatch: pytest.MonkeyPatch, gone: bool, error: type[Exception]
+) -> None:
+    source = write(tmp_path / "f", 5)
+
+    def broken(*rest: object) -> None:
+        if gone:
+            source.unlink()
+        raise RuntimeError("No such file or directory [system:2]")
+
+    monkeypatch.setattr(lt, "set_piece_hashes", broken)
+    with pytest.raises(error):
+        publish(source, catalogue)
+    assert catalogue.list() == []
+
+
 def test_progress_can_end_it(tmp_path: Path, catalogue: Catalogue) -> None:
     def stop(done: int, total: int) -> None:
         raise KeyboardInterrupt

@@ -215,6 +215,33 @@ def test_a_crash_between_naming_and_dropping_the_part_is_tidied(tmp_path: Path) 
     assert everything(out) == ["film.bin"]
 
 
+def test_a_link_to_the_right_bytes_is_not_the_file(tmp_path: Path) -> None:
+    torrent = single(tmp_path, data_of(RUN))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/film.bin").symlink_to(tmp_path / "source/film.bin")
+    with Destination(tmp_path / "out", torrent) as place, pytest.raises(ConfigError, match="link"):
+        place.scan()
+
+
+def test_a_disk_without_hard_links_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_links(*names: str, **more: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    data = data_of(RUN)
+    torrent = single(tmp_path, data)
+    monkeypatch.setattr(os, "link", no_links)
+    with Destination(tmp_path / "out", torrent) as place:
+        place.scan()
+        fill(place, torrent, 0, data)
+        place.path.write_bytes(b"mine")
+        with pytest.raises(ConfigError):
+            place.finish(0)
+        assert place.path.read_bytes() == b"mine"
+        place.path.unlink()
+        assert place.finish(0).read_bytes() == data
+    assert everything(tmp_path / "out") == ["film.bin"]
+
+
 @pytest.mark.parametrize("where", ["film.bin", "film.bin.btt-part"])
 @pytest.mark.parametrize("kind", ["link", "dangling", "folder", "pipe", "hard link"])
 def test_nothing_is_written_through_what_is_no_plain_file(tmp_path: Path, where: str, kind: str) -> None:

@@ -128,20 +128,17 @@ class TestStrangers:
         self, total: int, each: int, asks: list[tuple[int, int, int]]
     ) -> None:
         strangers = Strangers(total=total, per_network=each)
-        now = high = 10 * HOUR
-        level = {"all": (total * HOUR, high)}  # in base-unit milliseconds, at a time
+        now = 100 * HOUR
+        level: dict[str, tuple[int, int]] = {}  # in base-unit milliseconds, at the highest time it saw
         for network, amount, step in asks:
             now += step
-            high = max(high, now)
-
-            def fill(name: str, size: int, at: int = high) -> int:
-                held, since = level.get(name, (size * HOUR, at))
-                return min(size * HOUR, held + (at - since) * size)
-
-            everyone, one = fill("all", total), fill(str(network), each)
-            lent = min(everyone, one) >= amount * HOUR
-            level["all"] = (everyone - lent * amount * HOUR, high)
-            level[str(network)] = (one - lent * amount * HOUR, high)
+            sizes = {"all": total, str(network): each}
+            for name, size in sizes.items():
+                held, since = level.get(name, (size * HOUR, now))
+                level[name] = min(size * HOUR, held + max(0, now - since) * size), max(now, since)
+            lent = all(level[name][0] >= amount * HOUR for name in sizes)
+            for name in sizes:
+                level[name] = level[name][0] - lent * amount * HOUR, level[name][1]
             assert strangers.lend(str(network), amount, now) == lent
 
 

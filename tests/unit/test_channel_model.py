@@ -16,8 +16,19 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from btt.sdk.channel import Durable, Intent, Line, Payee, Payer, Price, PriceSheet, Segment, SignedUpdate
-from btt.sdk.channel import Standing, Tally
+from btt.sdk.channel import (
+    Durable,
+    Intent,
+    Line,
+    Payee,
+    Payer,
+    Price,
+    PriceSheet,
+    Segment,
+    SignedUpdate,
+    Standing,
+    Tally,
+)
 from btt.sdk.errors import BudgetExceeded
 from btt.sdk.keys import PrivateKey
 from btt.sdk.money import Rate, Unit
@@ -86,6 +97,8 @@ class World:
                 self.truth.price(segment, rate)
         self.most_signed = 0
         self.payee_restored = False
+        self.owned_up = False
+        self.borne = 0  # what payers used of calls that the payee voided comes on top of the credit
         self.calls = 0
         self.up: list[SignedUpdate | Report] = []
         self.down: list[tuple[bytes, dict[Segment, int]]] = []
@@ -131,7 +144,12 @@ class World:
         last = self.payer.last()
         if last is not None:
             self.take_update(last)
-        settled = self.payee.reconcile(books(self.payer.tally))
+        claimed = books(self.payer.tally)
+        if any(units > self.payee.meter.tally.units(segment) for segment, units in claimed.items()):
+            # A payee lost its books or voided a call, or a payer came back with an old state and
+            # then with a newer one: it owns up to what was written off, and that stays counted too.
+            self.owned_up = True
+        settled = self.payee.reconcile(claimed)
         self.save_payee()
         self.payer.reconcile(best=self.payee.best, settled=settled)
         for segment, units in books(self.payer.tally).items():
@@ -264,7 +282,7 @@ class World:
         s = self.standing
         assert s.unpaid == max(0, self.payee.meter.excess)
         if not self.payee_restored:
-            assert s.unpaid + s.written_off <= s.exposure
+            assert self.owned_up or s.unpaid + s.written_off <= s.exposure + self.borne
             assert s.paid == self.payee.meter.paid
 
 
@@ -300,6 +318,17 @@ class Machine(RuleBasedStateMachine):
     @rule(i=st.integers(0, 2))
     def end(self, i: int) -> None:
         self.world.end(self.call(i))
+
+    @precondition(lambda self: self.world.running)
+    @rule(i=st.integers(0, 2))
+    def fail(self, i: int) -> None:
+        """The payee breaks a call off by its own fault."""
+        call_id = self.call(i)
+        self.world.payee.void(call_id)
+        self.world.end(call_id)
+        used = self.world.up[-1]
+        assert isinstance(used, Report)
+        self.world.borne += sum(self.world.truth.rate(s).owed(n) for s, n in used.accepted.items())
 
     @rule(flush=st.booleans())
     def pay(self, flush: bool) -> None:

@@ -22,9 +22,7 @@ def make_sheet(name: bytes, byte_rate: Rate, call_rate: Rate) -> PriceSheet:
 
 
 def make_pair(deposit: int = 10**15) -> tuple[Payer, Payee]:
-    payer = Payer(
-        ledger_id=LEDGER, channel_id=CHANNEL, key=KEY, deposit=deposit, signed=0, tally=Tally()
-    )
+    payer = Payer(ledger_id=LEDGER, channel_id=CHANNEL, key=KEY, deposit=deposit, signed=0, tally=Tally())
     payee = Payee(
         ledger_id=LEDGER,
         channel_id=CHANNEL,
@@ -120,7 +118,9 @@ def test_a_copy_is_independent() -> None:
     st.integers(0, 80),
     st.integers(0, 40),
 )
-def test_refundable_takes_the_most_units_for_an_amount(rate: Rate, have: int, units: int, amount: int) -> None:
+def test_refundable_takes_the_most_units_for_an_amount(
+    rate: Rate, have: int, units: int, amount: int
+) -> None:
     tally = Tally()
     segment = Segment(b"1" * 32, BYTES)
     tally.price(segment, rate)

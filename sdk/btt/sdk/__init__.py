@@ -1,1 +1,22 @@
-"""What dApps and service authors import."""
+"""What dApps and service authors import; the names below load on first use."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from btt.sdk.budget import Budget
+from btt.sdk.errors import BttError
+from btt.sdk.money import Amount, Rate
+
+if TYPE_CHECKING:
+    from btt.sdk.client import Client, Wallet
+
+__all__ = ["Amount", "BttError", "Budget", "Client", "Rate", "Wallet"]
+
+
+def __getattr__(name: str) -> object:
+    if name in ("Client", "Wallet"):
+        from btt.sdk import client
+
+        return getattr(client, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,11 +11,11 @@ from collections.abc import Callable
 
 import structlog
 
+from btt.node.payments.ledger import PayeeLedger
 from btt.node.payments.sessions import Sessions
 from btt.node.payments.store import CLOSED, OPEN, ChannelRecord, PayeeStore
 from btt.sdk.errors import BttError, ChannelClosed, ChannelUnknown, SessionEnded
 from btt.sdk.keys import PrivateKey
-from btt.sdk.ledger import LedgerClient
 from btt.sdk.signing import ChannelClose
 
 log = structlog.get_logger(__name__)
@@ -38,7 +38,7 @@ class Closer:
         *,
         store: PayeeStore,
         sessions: Sessions,
-        ledger: LedgerClient,
+        ledger: PayeeLedger,
         key: PrivateKey,
         clock: Callable[[], int],
         margin_ms: int,

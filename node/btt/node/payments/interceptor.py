@@ -119,8 +119,10 @@ class PaymentInterceptor(grpc.aio.ServerInterceptor):
         """Wraps the handler of a call by what its method costs."""
         handler: Any = await continuation(handler_call_details)
         charge = self._charges.get(handler_call_details.method)
-        if handler is None or charge is None:
-            return handler
+        if handler is None:
+            return None
+        if charge is None:
+            return handler  # type: ignore[no-any-return]
         if charge.free:
             return self._free(handler, charge)
         metadata = dict(handler_call_details.invocation_metadata or ())

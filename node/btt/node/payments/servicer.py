@@ -12,6 +12,7 @@ import grpc.aio
 import structlog
 
 from btt.node.payments.closing import Closer
+from btt.node.payments.ledger import PayeeLedger
 from btt.node.payments.sessions import Session, Sessions, network_of
 from btt.node.payments.store import CLOSED, CLOSING, ChannelRecord, PayeeStore
 from btt.proto.ledger.v1 import ledger_pb2
@@ -35,7 +36,6 @@ from btt.sdk.errors import (
 )
 from btt.sdk.identity import Offer
 from btt.sdk.keys import PrivateKey
-from btt.sdk.ledger import LedgerClient
 from btt.sdk.payment.session import count_protos, counts_of, read_counts, update_proto
 from btt.sdk.rpc import abort
 from btt.sdk.signing import (
@@ -78,7 +78,7 @@ class PaymentServicer(payment_pb2_grpc.PaymentServiceServicer):
         self,
         *,
         ledger_id: bytes,
-        ledger: LedgerClient,
+        ledger: PayeeLedger,
         identity: PrivateKey,
         payee_key: PrivateKey,
         store: PayeeStore,

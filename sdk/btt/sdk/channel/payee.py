@@ -66,6 +66,7 @@ class Payee:
             written_off=written_off,
         )
         self._open: dict[bytes, dict[Segment, int]] = {}
+        self._voided: dict[bytes, dict[Segment, int]] = {}
         self._ended: dict[bytes, None] = {}
 
     def pin(self, sheet: PriceSheet) -> None:
@@ -118,7 +119,7 @@ class Payee:
         Raises:
             CallRepeated: The id is that of an open call, or of one that was reported on.
         """
-        if call_id in self._open or call_id in self._ended:
+        if call_id in self._open or call_id in self._voided or call_id in self._ended:
             raise CallRepeated("This call id was used before.")
         self._open[call_id] = {}
 
@@ -135,9 +136,17 @@ class Payee:
         self.meter.deliver(segment, units)
 
     def void(self, call_id: bytes) -> None:
-        """Takes a call back whole: it failed by a fault of the payee, who bears it."""
-        for segment, units in self._open.pop(call_id, {}).items():
+        """Takes a call back whole: it failed by a fault of the payee, who bears it.
+
+        What its payer reports as accepted all the same is counted again: it used that.
+        """
+        sent = self._open.pop(call_id, {})
+        for segment, units in sent.items():
             self.meter.deliver(segment, -units)
+        if any(sent.values()):
+            self._voided[call_id] = sent
+            if len(self._voided) > REMEMBERED_CALLS:
+                del self._voided[next(iter(self._voided))]
 
     def settle(self, call_id: bytes, accepted: Mapping[Segment, int]) -> dict[Segment, int]:
         """Settles an ended call by what its payer says it accepted.
@@ -149,15 +158,17 @@ class Payee:
             CountsDiffer: The payer claims to have accepted more than was sent.
         """
         sent = self._open.get(call_id)
-        if sent is None:
-            if any(accepted.values()):
-                raise CountsDiffer("The report is about a call that sent nothing.")
-            self._remember(call_id)  # the call may still be on its way here
-            return {}
-        if not all(0 <= units <= sent.get(segment, 0) for segment, units in accepted.items()):
+        counted = self._voided.get(call_id, {}) if sent is None else sent
+        if not all(0 <= units <= counted.get(segment, 0) for segment, units in accepted.items()):
             raise CountsDiffer("The report names more units than were sent.")
-        del self._open[call_id]
-        self._remember(call_id)
+        self._open.pop(call_id, None)
+        self._voided.pop(call_id, None)
+        self._remember(call_id)  # even if unknown: it may still be on its way here
+        if sent is None:
+            for segment, units in accepted.items():
+                if units:
+                    self.meter.deliver(segment, units)
+            return {segment: units for segment, units in accepted.items() if units}
         settled = {}
         for segment, units in sent.items():
             short = units - accepted.get(segment, 0)
@@ -198,6 +209,7 @@ class Payee:
         if tally.owed + more > self.meter.deposit and more:
             raise CountsDiffer("The payer claims more units than its deposit covers.")
         self._open.clear()
+        self._voided.clear()
         short = {segment: units - accepted.get(segment, 0) for segment, _, units in tally}
         # What is owed on top comes first: it decides how much of the rest is unpaid.
         for segment, units in short.items():

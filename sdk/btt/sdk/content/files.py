@@ -108,9 +108,7 @@ def give_name(part: str, name: str, *, folder: int, target: Path) -> None:
     """
     try:
         os.link(part, name, src_dir_fd=folder, dst_dir_fd=folder, follow_symlinks=False)
-    except FileExistsError:
-        raise ConfigError(f"{target} exists and is something else.", hint=OTHER_FOLDER) from None
-    except OSError:  # a file system without hard links
+    except OSError:  # the name is taken, or the file system has no hard links
         with contextlib.suppress(FileNotFoundError):
             os.stat(name, dir_fd=folder, follow_symlinks=False)
             raise ConfigError(f"{target} exists and is something else.", hint=OTHER_FOLDER) from None

@@ -25,7 +25,7 @@ Progress = Callable[[int, int], None]
 """Called with the bytes looked at and the bytes in all; what it raises ends the work."""
 
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-_WRITE = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+_WRITE = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class _Part:

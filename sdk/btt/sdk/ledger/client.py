@@ -128,6 +128,7 @@ class LedgerClient:
         """
         try:
             certificate = await read_certificate(address.host, address.port, timeout=timeout)
+            _check_name(certificate, tls_name(address.operator))
             channel = pinned_channel(address.host, address.port, certificate, tls_name(address.operator))
         except IdentityError:
             raise
@@ -378,6 +379,20 @@ class LedgerClient:
 
 
 _State = TypeVar("_State", pb.AccountState, pb.ChannelState)
+
+
+def _check_name(certificate: bytes, name: str) -> None:
+    """Tells a wrong ledger from a broken network, before TLS refuses it without a reason."""
+    from cryptography import x509
+
+    try:
+        extensions = x509.load_pem_x509_certificate(certificate).extensions
+        names = extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        known = name in names.get_values_for_type(x509.DNSName)
+    except (ValueError, x509.ExtensionNotFound):
+        known = False
+    if not known:
+        raise IdentityError(f"What answers there is not the ledger {name}.")
 
 
 def _explain(failure: grpc.aio.AioRpcError) -> BttError:

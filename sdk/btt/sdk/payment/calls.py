@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 TOKEN_KEY = "btt-session-bin"  # noqa: S105 - a header's name
 CALL_KEY = "btt-call-bin"
 
+Units = list[tuple[Segment, int]]
+
 _VERDICTS: ContextVar[Verdicts | None] = ContextVar("btt_verdicts", default=None)
 
 
@@ -44,7 +46,7 @@ class Verdicts:
     """
 
     def __init__(self) -> None:
-        self._waiting: dict[int, tuple[Any, MeteredCall]] = {}
+        self._waiting: dict[int, tuple[Any, MeteredCall, Units]] = {}
         self._calls: list[MeteredCall] = []
         self._token: Token[Verdicts | None] | None = None
 
@@ -67,7 +69,8 @@ class Verdicts:
         Raises:
             ValueError: The message came from no call of this block, or was decided before.
         """
-        self._take(message).accepted(message)
+        call, units = self._take(message)
+        call.accepted(units)
 
     def reject(self, message: Any) -> None:
         """Rejects a message: it is not paid.
@@ -77,15 +80,15 @@ class Verdicts:
         """
         self._take(message)
 
-    def _take(self, message: Any) -> MeteredCall:
+    def _take(self, message: Any) -> tuple[MeteredCall, Units]:
         kept = self._waiting.pop(id(message), None)
         if kept is None or kept[0] is not message:
             raise ValueError("this message waits for no verdict here")
-        return kept[1]
+        return kept[1], kept[2]
 
-    def expect(self, message: Any, call: MeteredCall) -> None:
+    def expect(self, message: Any, call: MeteredCall, units: Units) -> None:
         """Keeps a message until it is decided; called by the interceptors."""
-        self._waiting[id(message)] = (message, call)
+        self._waiting[id(message)] = (message, call, units)
 
     def watch(self, call: MeteredCall) -> None:
         """Ties a call to this block; called by the interceptors."""
@@ -152,17 +155,17 @@ class MeteredCall:
         for segment, count in units:
             self._session.payer.received(self.call_id, segment, count)
         if self._verdicts is None:
-            self.accepted(message)
+            self.accepted(units)
         elif not self._decided:
-            self._verdicts.expect(message, self)
+            self._verdicts.expect(message, self, units)
 
-    def accepted(self, message: Any) -> None:
-        """Counts a message as payable."""
-        for segment, count in self._units(message):
+    def accepted(self, units: Units) -> None:
+        """Counts the units of a message as payable."""
+        for segment, count in units:
             self._session.payer.accepted(self.call_id, segment, count)
         self._session.nudge()
 
-    def _units(self, message: Any) -> list[tuple[Segment, int]]:
+    def _units(self, message: Any) -> Units:
         digest = self._session.offer.digest
         return [(Segment(digest, line), count) for line, count in self._charge.units(message)]
 

@@ -78,6 +78,7 @@ class PaymentSession:
         self.error: BttError | None = None
         self._credit = 0
         self._demand = 0
+        self._stated = 0
         self._paid = payer.signed
         self._calls: dict[bytes, MeteredCall] = {}
         self._reports: list[MeteredCall] = []
@@ -211,7 +212,9 @@ class PaymentSession:
             self._wake.set()
 
     def _due(self) -> int | None:
-        return self.payer.due(credit=self._credit, demand=self._demand, flush=not self._calls)
+        # Nothing is prepaid while something that may still be accepted is under way.
+        demand = self._demand if self._stated <= self.payer.tally.owed else 0
+        return self.payer.due(credit=self._credit, demand=demand, flush=not self._calls)
 
     # The two tasks
 
@@ -260,6 +263,7 @@ class PaymentSession:
             raise CountsDiffer("The node says more is paid than was signed.")
         self._credit = statement.credit
         self._demand = statement.demand
+        self._stated = statement.owed
         self._paid = max(self._paid, statement.paid)
         self.nudge()
 

@@ -1,0 +1,316 @@
+"""The configuration of a node: one TOML file, overridden by the environment.
+
+`BTT_NODE__PAYMENTS__GRACE=30s` overrides `grace` of `[payments]`. Unknown keys are refused with
+the one that was probably meant; every error names the file or variable, the key, and what to
+write. The sections of services are checked by the services themselves.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tomllib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from btt.sdk.errors import ConfigError, InvalidRequest
+from btt.sdk.identity import ChannelTerms
+from btt.sdk.keys import Address
+from btt.sdk.ledger import LedgerAddress
+from btt.sdk.money import Amount
+from btt.sdk.plugin import did_you_mean
+
+ENV_PREFIX: Final = "BTT_NODE__"
+
+_DURATION = re.compile(r"([0-9]{1,12})\s*(ms|s|m|h|d)")
+_MILLISECONDS: Final = {"ms": 1, "s": 1000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
+
+
+def parse_duration(text: object) -> int:
+    """Reads a duration such as "90s", "15m", "1h" or "7d".
+
+    Returns:
+        Milliseconds.
+
+    Raises:
+        ValueError: It is no duration.
+    """
+    match = _DURATION.fullmatch(text.strip()) if isinstance(text, str) else None
+    if match is None:
+        raise ValueError('write a duration like "30s", "15m", "1h" or "7d"')
+    return int(match.group(1)) * _MILLISECONDS[match.group(2)]
+
+
+def _parse_amount(text: object) -> Amount:
+    if isinstance(text, Amount):
+        return text
+    if not isinstance(text, str):
+        raise ValueError('write an amount like "0.5 BTT", in quotes')  # noqa: TRY004 - pydantic wants it
+    return Amount.parse(text)
+
+
+def _parsed(parse: Callable[[str], Any]) -> Callable[[object], Any]:
+    def read(text: object) -> Any:
+        if not isinstance(text, str):
+            raise ValueError("write it in quotes")  # noqa: TRY004
+        try:
+            return parse(text)
+        except InvalidRequest as error:
+            raise ValueError(str(error)) from None
+
+    return read
+
+
+def parse_listen(text: str) -> tuple[str, int]:
+    """Reads "host:port"; IPv6 hosts stand in brackets, port 0 takes a free one.
+
+    Raises:
+        ValueError: It is no such thing.
+    """
+    host, colon, port = text.rpartition(":")
+    bare = host.removeprefix("[").removesuffix("]")
+    if (
+        not colon
+        or not bare
+        or (":" in bare and not host.startswith("["))
+        or not (port.isascii() and port.isdigit() and int(port[:6]) < 65536)
+    ):
+        raise ValueError('write it like "0.0.0.0:7800"')
+    return bare, int(port)
+
+
+def _parse_listen(text: object) -> str:
+    if not isinstance(text, str):
+        raise ValueError('write it like "0.0.0.0:7800", in quotes')  # noqa: TRY004
+    parse_listen(text)
+    return text
+
+
+Money = Annotated[Amount, BeforeValidator(_parse_amount)]
+Milliseconds = Annotated[int, BeforeValidator(parse_duration)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True, validate_default=True)
+
+
+class NodeSection(_Section):
+    """Where the node listens, and what it is called.
+
+    Attributes:
+        listen: "host:port" of the paid services; port 0 takes a free one.
+        advertise: Host in the node's address; the one it listens on by default.
+        name: For people.
+    """
+
+    listen: Annotated[str, BeforeValidator(_parse_listen)] = "127.0.0.1:7800"
+    advertise: str = ""
+    name: str = Field(default="", max_length=64)
+
+
+class LedgerSection(_Section):
+    """On which ledger the node is paid.
+
+    Attributes:
+        address: Of that ledger; it comes from the operator alone, never from a peer.
+    """
+
+    address: Annotated[LedgerAddress, BeforeValidator(_parsed(LedgerAddress.parse))]
+
+
+class PaymentsSection(_Section):
+    """Who is paid, what is lent, and which channels are accepted.
+
+    Attributes:
+        payee: Account that is paid; the address of the node's payee key by default.
+        credit_limit: Most that anyone may owe.
+        strangers_per_hour: What payers without a history may owe together in an hour.
+        strangers_per_network: The same for each /24 or /48.
+        grace: How long a call waits for payment.
+        min_amount: Least that a channel must lock.
+        min_challenge: Shortest challenge window: the longest absence of this node.
+        min_lifetime: Shortest life of a new channel.
+        max_lifetime: Longest life of a new channel.
+        close_margin: How long before its lock time a channel is closed.
+    """
+
+    payee: Annotated[Address, BeforeValidator(_parsed(Address.parse))] | None = None
+    credit_limit: Money = Amount(1_000_000)
+    strangers_per_hour: Money = Amount(1_000_000)
+    strangers_per_network: Money = Amount(100_000)
+    grace: Milliseconds = Field(default="60s")
+    min_amount: Money = Amount(1000)
+    min_challenge: Milliseconds = Field(default="1h")
+    min_lifetime: Milliseconds = Field(default="1h")
+    max_lifetime: Milliseconds = Field(default="30d")
+    close_margin: Milliseconds = Field(default="15m")
+
+    @model_validator(mode="after")
+    def _check(self) -> PaymentsSection:
+        if not 0 < self.min_challenge < 2**32:
+            raise ValueError('min_challenge must be above 0 and below 49 days; write min_challenge = "1h"')
+        if not 0 < self.min_lifetime < self.max_lifetime:
+            raise ValueError("min_lifetime must be above 0 and below max_lifetime")
+        if self.grace < 1000:
+            raise ValueError('grace must be at least a second; write grace = "60s"')
+        # A session may begin while half of min_lifetime is left, and must not be closed under way.
+        if not 0 < self.close_margin <= self.min_lifetime // 2:
+            raise ValueError("close_margin must be above 0 and at most half of min_lifetime")
+        return self
+
+    @property
+    def terms(self) -> ChannelTerms:
+        """The channel terms as they stand in an offer."""
+        return ChannelTerms(
+            min_amount=int(self.min_amount),
+            min_challenge_ms=self.min_challenge,
+            min_lifetime_ms=self.min_lifetime,
+            max_lifetime_ms=self.max_lifetime,
+        )
+
+
+class LimitsSection(_Section):
+    """What the node takes on at once.
+
+    Attributes:
+        calls: Paid calls that run at once.
+        calls_per_session: Of those, of one payment session.
+    """
+
+    calls: int = Field(default=512, ge=1, le=65536)
+    calls_per_session: int = Field(default=32, ge=1, le=65536)
+
+
+class ServiceSection(BaseModel):
+    """One service; its other keys are checked by the service.
+
+    Attributes:
+        enabled: Whether the node runs it.
+    """
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    enabled: bool = False
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The keys that the service checks."""
+        return dict(self.model_extra or {})
+
+
+class NodeConfig(BaseSettings):
+    """The whole configuration; make it with `load`, or `NodeConfig(ledger={"address": ...})`.
+
+    Attributes:
+        node: Where it listens.
+        ledger: Where it is paid.
+        payments: Credit and channel terms.
+        limits: What it takes on at once.
+        services: Each service by its name.
+    """
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX,
+        env_nested_delimiter="__",
+        extra="forbid",
+        frozen=True,
+        arbitrary_types_allowed=True,
+    )
+
+    node: NodeSection = NodeSection()
+    ledger: LedgerSection
+    payments: PaymentsSection = Field(default_factory=PaymentsSection)
+    limits: LimitsSection = LimitsSection()
+    services: dict[str, ServiceSection] = Field(default_factory=dict)
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """The environment wins over the file; nothing else is read."""
+        return env_settings, init_settings
+
+
+def load(path: Path) -> NodeConfig:
+    """Reads a configuration file, and the environment.
+
+    Raises:
+        ConfigError: Naming the file or variable, the key, and what to write.
+    """
+    try:
+        found = tomllib.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"There is no {path}.", hint="Make a node with `btt node init`.") from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not TOML: {error}.") from None
+    return parse(found, source=str(path))
+
+
+def parse(found: Mapping[str, Any], *, source: str) -> NodeConfig:
+    """Checks a configuration that was read from a file, together with the environment.
+
+    Args:
+        found: The tables of the file.
+        source: Its name, for error texts.
+
+    Raises:
+        ConfigError: As `load`.
+    """
+    _check_environment()
+    try:
+        return NodeConfig(**found)
+    except ValidationError as error:
+        raise _explain(error, source) from None
+    except InvalidRequest as error:
+        raise ConfigError(f"{source}: {error}") from None
+
+
+def _check_environment() -> None:
+    sections = set(NodeConfig.model_fields)
+    for name in os.environ:
+        if name.upper().startswith(ENV_PREFIX):
+            section = name[len(ENV_PREFIX) :].partition("__")[0].lower()
+            if section not in sections:
+                raise ConfigError(
+                    f'The environment variable {name} names no section: "{section}".',
+                    hint=did_you_mean(section, sections),
+                )
+
+
+def _explain(error: ValidationError, source: str) -> ConfigError:
+    problem = error.errors(include_url=False)[0]
+    place = [str(part) for part in problem["loc"]]
+    variable = ENV_PREFIX + "__".join(place).upper()
+    where = next((f"The variable {name}" for name in os.environ if name.upper() == variable), source)
+    key = ".".join(place)
+    if problem["type"] == "extra_forbidden":
+        return ConfigError(f'{where}: there is no key "{key}".', hint=did_you_mean(place[-1], _known(place)))
+    if problem["type"] == "missing":
+        if key in ("ledger", "ledger.address"):
+            return ConfigError(
+                f"{where}: ledger.address is missing.",
+                hint='Write, below [ledger]: address = "btt-ledger://…", as `btt ledger serve` prints it.',
+            )
+        return ConfigError(f"{where}: {key} is missing.")
+    text = problem["msg"].removeprefix("Value error, ").rstrip(".")
+    return ConfigError(f"{where}: {key}: {text}.")
+
+
+def _known(place: list[str]) -> list[str]:
+    if len(place) == 1:
+        return list(NodeConfig.model_fields)
+    section = NodeConfig.model_fields[place[0]].annotation
+    assert isinstance(section, type)
+    assert issubclass(section, BaseModel)
+    return list(section.model_fields)

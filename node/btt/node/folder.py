@@ -1,0 +1,211 @@
+"""The folder of a node: its configuration, its keys, its certificate and its books.
+
+The identity key, the payee key (K2) and the TLS key are three different keys. One process at a
+time runs a node: it holds a lock on a file of the folder, and writes into it where it listens.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import tomlkit
+
+from btt.node import config as node_config
+from btt.node.config import NodeConfig
+from btt.sdk.errors import ConfigError, InvalidRequest, StorageError
+from btt.sdk.identity import NodeAddress, tls_name
+from btt.sdk.keys import Address, PrivateKey
+from btt.sdk.tls import make_certificate
+from btt.sdk.wallet import Keystore
+
+CONFIG: Final = "node.toml"
+IDENTITY_KEY: Final = "identity.key"
+PAYEE_KEY: Final = "payee.key"
+TLS_KEY: Final = "tls.key"
+CERTIFICATE: Final = "tls.crt"
+BOOKS: Final = "payments.db"
+LOCK: Final = "node.lock"
+PASSWORD_ENV: Final = "BTT_NODE_PASSWORD"  # noqa: S105 - a variable's name
+
+
+def system_ms() -> int:
+    """Returns this machine's time, Unix milliseconds."""
+    return time.time_ns() // 1_000_000
+
+
+def default_folder() -> Path:
+    """Returns where a node lives unless told otherwise."""
+    from platformdirs import user_data_path
+
+    return user_data_path("btt") / "node"
+
+
+@dataclass(frozen=True, slots=True)
+class NodeFolder:
+    """An opened folder; whoever can read it is the node.
+
+    Attributes:
+        path: Of the folder.
+        config: As read from the file and the environment.
+        identity: Signs offers and statements.
+        payee_key: K2.
+        tls_key: PEM.
+        certificate: PEM.
+    """
+
+    path: Path
+    config: NodeConfig
+    identity: PrivateKey
+    payee_key: PrivateKey
+    tls_key: bytes
+    certificate: bytes
+
+    @property
+    def payee(self) -> Address:
+        """The account that is paid."""
+        return self.config.payments.payee or self.payee_key.address
+
+    @property
+    def books(self) -> Path:
+        """Where the payments are kept."""
+        return self.path / BOOKS
+
+    @classmethod
+    def open(cls, path: Path) -> NodeFolder:
+        """Reads configuration and keys; the password of the keys is `BTT_NODE_PASSWORD`.
+
+        Raises:
+            ConfigError: There is no node, its configuration is wrong, or the password is.
+        """
+        config = node_config.load(path / CONFIG)
+        password = os.environ.get(PASSWORD_ENV, "")
+        try:
+            return cls(
+                path,
+                config,
+                Keystore.open(path / IDENTITY_KEY, password).key(),
+                Keystore.open(path / PAYEE_KEY, password).key(),
+                (path / TLS_KEY).read_bytes(),
+                (path / CERTIFICATE).read_bytes(),
+            )
+        except OSError as error:
+            raise ConfigError(f"The certificate of the node in {path} cannot be read: {error}.") from error
+
+    @contextmanager
+    def lock(self) -> Iterator[Running]:
+        """Takes the node for this process.
+
+        Raises:
+            ConfigError: Another process runs it.
+        """
+        handle = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise ConfigError(
+                    f"The node in {self.path} is running already.",
+                    hint="Stop it first, or look at it with `btt node status`.",
+                ) from None
+            os.ftruncate(handle, 0)
+            yield Running(handle)
+            os.ftruncate(handle, 0)
+        finally:
+            os.close(handle)
+
+
+class Running:
+    """The lock of a running node, and what it tells others.
+
+    Args:
+        handle: Of the locked file.
+    """
+
+    def __init__(self, handle: int) -> None:
+        self._handle = handle
+
+    def tell(self, address: NodeAddress) -> None:
+        """Writes down where the node listens."""
+        os.pwrite(self._handle, json.dumps({"pid": os.getpid(), "address": str(address)}).encode(), 0)
+
+
+def running_address(path: Path) -> NodeAddress | None:
+    """Returns where the node of a folder said that it listens, or None if no process holds it."""
+    try:
+        handle = os.open(path / LOCK, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return NodeAddress.parse(json.loads(os.pread(handle, 4096, 0))["address"])
+        else:
+            return None
+    except (ValueError, KeyError, InvalidRequest):
+        return None  # it has not come so far as to listen
+    finally:
+        os.close(handle)
+
+
+def init(path: Path, *, config: dict[str, Any]) -> NodeFolder:
+    """Makes a new node.
+
+    An attempt that broke off is taken up again: keys that exist are kept.
+
+    Args:
+        path: Of the folder; made if it is missing, readable by its owner alone.
+        config: Tables of the configuration file.
+
+    Raises:
+        ConfigError: There is a node already, or the configuration does not do.
+        StorageError: The disk failed.
+    """
+    if (path / CONFIG).exists():
+        raise ConfigError(f"There is a node in {path} already.", hint="Start it: btt node start.")
+    node_config.parse(config, source="The configuration")
+    password = os.environ.get(PASSWORD_ENV, "")
+    try:
+        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for name in (IDENTITY_KEY, PAYEE_KEY):
+            if not (path / name).exists():
+                Keystore.create(path / name, password)
+        if not (path / CERTIFICATE).exists():
+            identity = Keystore.open(path / IDENTITY_KEY, password).key()
+            key, certificate = make_certificate(tls_name(identity.address))
+            _write(path / TLS_KEY, key)
+            _write(path / CERTIFICATE, certificate)
+        # Last: a folder with a configuration is a whole node.
+        _write(path / CONFIG, _toml(config).encode())
+    except OSError as error:
+        raise StorageError(f"The node's folder {path} cannot be made: {error}.") from error
+    return NodeFolder.open(path)
+
+
+def _toml(config: dict[str, Any]) -> str:
+    document = tomlkit.document()
+    document.add(tomlkit.comment("A BTT node. Every key can be overridden: BTT_NODE__SECTION__KEY=value."))
+    for name, table in config.items():
+        document.add(tomlkit.nl())
+        document.add(name, tomlkit.item(table))
+    return tomlkit.dumps(document)
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Writes a file for its owner alone; it appears complete or not at all."""
+    unfinished = path.with_name(path.name + ".new")
+    unfinished.unlink(missing_ok=True)
+    descriptor = os.open(unfinished, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.rename(path)

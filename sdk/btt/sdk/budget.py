@@ -1,0 +1,42 @@
+"""What a user lets an application spend."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass, field
+
+from btt.sdk.errors import InvalidRequest
+from btt.sdk.money import Amount
+
+
+def _fresh_name() -> str:
+    return f"once-{secrets.token_hex(8)}"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A limit on spending, enforced where money is signed and where channels lock it.
+
+    Args:
+        total: Such as "5 BTT", or base units.
+        name: Budgets of one name in one wallet share what they spend, over restarts and
+            processes; without a name the budget is fresh.
+
+    Raises:
+        InvalidRequest: The total is no amount.
+    """
+
+    total: Amount | str
+    name: str = field(default_factory=_fresh_name)
+
+    def __post_init__(self) -> None:
+        try:
+            amount = Amount.parse(self.total) if isinstance(self.total, str) else Amount(self.total)
+        except (ValueError, TypeError) as error:
+            raise InvalidRequest(f"{self.total!r} is no budget: write an amount such as 5 BTT.") from error
+        object.__setattr__(self, "total", amount)
+
+    @property
+    def amount(self) -> int:
+        """The limit, base units."""
+        return int(self.total)

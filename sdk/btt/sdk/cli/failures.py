@@ -1,0 +1,62 @@
+"""What a person or a script sees when a command fails: one line, and a stable exit code."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Final
+
+from btt.sdk import errors
+from btt.sdk.errors import BttError
+
+FAILED: Final = 1
+CONFIG: Final = 3
+UNREACHABLE: Final = 4
+PAYMENT: Final = 5
+NOT_FOUND: Final = 6
+
+_CODES: Final[tuple[tuple[type[BttError], int], ...]] = (
+    (errors.ConfigError, CONFIG),
+    (errors.TransportError, UNREACHABLE),
+    (errors.LedgerUnreachable, UNREACHABLE),
+    (errors.PaymentError, PAYMENT),
+    (errors.InsufficientFunds, PAYMENT),
+    # A wallet that never received anything has no account: to its owner that is a lack of funds.
+    (errors.AccountUnknown, PAYMENT),
+    (errors.ChannelExhausted, PAYMENT),
+    (errors.ContentUnknown, NOT_FOUND),
+    (errors.ChannelUnknown, NOT_FOUND),
+    (errors.NoProviders, NOT_FOUND),
+)
+
+
+def exit_code(error: BttError) -> int:
+    """Returns the exit code for an error; the classes not named here give 1."""
+    return next((code for kind, code in _CODES if isinstance(error, kind)), FAILED)
+
+
+def report(error: BttError, *, as_json: bool) -> int:
+    """Tells a person on standard error what happened, and a script on standard output.
+
+    Args:
+        error: What ended the command.
+        as_json: Also print `{"error": {"reason", "message", "hint"}}` on standard output.
+
+    Returns:
+        The exit code.
+    """
+    lines = [f"error: {error}", *getattr(error, "__notes__", ())]
+    sys.stderr.write("".join(f"{_printable(line)}\n" for line in lines))
+    if as_json:
+        found = {
+            "reason": error.reason or type(error).__name__,
+            "message": error.message,
+            "hint": error.hint,
+        }
+        sys.stdout.write(json.dumps({"error": found}) + "\n")
+    return exit_code(error)
+
+
+def _printable(text: str) -> str:
+    # Parts of the text may come from the other side; a terminal must not obey them.
+    return "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text)

@@ -1,0 +1,111 @@
+"""`btt wallet`: make a wallet, show its address and what it holds."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from btt.sdk.cli.commands import Commands
+from btt.sdk.cli.options import (
+    PASSWORD_VARIABLE,
+    AsJson,
+    LedgerOption,
+    WalletFolder,
+    open_wallet,
+    parsed,
+    wallet_folder,
+)
+from btt.sdk.errors import ConfigError
+
+app = typer.Typer(cls=Commands, no_args_is_help=True, help="Your BTT: one file, twelve words, one address.")
+
+
+@app.command()
+def create(
+    wallet: WalletFolder = None,
+    password: Annotated[
+        bool | None,
+        typer.Option(
+            "--password/--no-password",
+            help=f"Protect it with a password, asked for or from {PASSWORD_VARIABLE}.",
+            show_default="ask on a terminal",
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make a new wallet and show its twelve words, this once."""
+    from btt.sdk.wallet import Keystore
+
+    folder = wallet_folder(wallet)
+    path = folder / "wallet.json"
+    if path.exists():  # before anything is asked
+        raise ConfigError(f"There is a wallet at {path} already.", hint="Use it, or choose --wallet.")
+    made = Keystore.create(path, _new_password(wanted=password))
+    if as_json:
+        typer.echo(json.dumps({"address": str(made.address), "words": made.words, "wallet": str(path)}))
+        return
+    typer.echo(f"Address {made.address}")
+    typer.echo(f"Wallet  {path}")
+    typer.echo("Words   " + made.words)
+    typer.echo("Write the words down and keep them secret: whoever has them has the money,")
+    typer.echo("and nothing else brings it back when the file or its password is lost.")
+
+
+def _new_password(*, wanted: bool | None) -> str:
+    if wanted is False:
+        return ""
+    given = os.environ.get(PASSWORD_VARIABLE)
+    if given is not None:
+        return given
+    if sys.stdin.isatty():
+        text: str = typer.prompt(
+            "Password (empty for none)",
+            default="",
+            show_default=False,
+            hide_input=True,
+            confirmation_prompt=True,
+            err=True,
+        )
+        return text
+    if wanted:
+        raise ConfigError(
+            "There is no terminal to ask for a password on.", hint=f"Set {PASSWORD_VARIABLE}."
+        )
+    return ""
+
+
+@app.command()
+def address(wallet: WalletFolder = None, as_json: AsJson = False) -> None:
+    """Show the address that receives BTT."""
+    found = str(open_wallet(wallet_folder(wallet)).address)
+    typer.echo(json.dumps({"address": found}) if as_json else found)
+
+
+@app.command()
+def balance(ledger: LedgerOption, wallet: WalletFolder = None, as_json: AsJson = False) -> None:
+    """Show what the wallet holds on a ledger, and what it has locked in channels."""
+    from btt.sdk.ledger import LedgerAddress, LedgerClient
+    from btt.sdk.money import Amount
+
+    where = parsed(LedgerAddress.parse, ledger, "--ledger")
+    opened = open_wallet(wallet_folder(wallet))
+
+    async def ask() -> tuple[Amount, Amount]:
+        async with LedgerClient.connect(where) as client:
+            state = await client.account(opened.key())
+        return Amount(state.available), Amount(state.locked)
+
+    free, locked = asyncio.run(ask())
+    if as_json:
+        found = {"address": str(opened.address), "balance": int(free), "locked": int(locked)}
+        typer.echo(json.dumps(found))
+        return
+    typer.echo(f"Address {opened.address}")
+    typer.echo(f"Balance {free}")
+    if locked:
+        typer.echo(f"Locked  {locked} in channels")

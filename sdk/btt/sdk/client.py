@@ -1,0 +1,231 @@
+"""The dApp's way in: one client, one budget, one channel for each node it pays.
+
+async with Client.connect("btt://T...@host:port", budget=Budget("5 BTT")) as btt:
+quote = await btt.content.quote(infohash)
+async with btt.content.fetch(quote, "downloads") as transfer:
+async for step in transfer.progress():
+print(step.done_bytes, step.spent)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import time
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from btt.sdk.budget import Budget
+from btt.sdk.content.client import ContentClient
+from btt.sdk.errors import BttError, ConfigError
+from btt.sdk.identity import NodeAddress
+from btt.sdk.keys import PrivateKey
+from btt.sdk.ledger import LedgerAddress, LedgerClient
+from btt.sdk.payment.connection import NodeConnection, connect_node
+from btt.sdk.payment.opening import Purse
+from btt.sdk.payment.session import PaymentSession, SessionReceipt
+from btt.sdk.payment.store import PayerStore
+from btt.sdk.wallet import Keystore
+
+
+def default_wallet() -> Path:
+    """Returns the wallet folder of this user: BTT_WALLET, or the platform's place for data."""
+    import platformdirs
+
+    return Path(os.environ.get("BTT_WALLET") or platformdirs.user_data_path("btt") / "wallet")
+
+
+@dataclass(frozen=True, slots=True)
+class Wallet:
+    """An account and its books.
+
+    Attributes:
+        folder: Holds wallet.json and the books.
+        account: Key of the account.
+    """
+
+    folder: Path
+    account: PrivateKey
+
+    @classmethod
+    def open(cls, folder: Path | None = None, password: str | None = None) -> Wallet:
+        """Opens a wallet folder.
+
+        Args:
+            folder: The default one if not given.
+            password: BTT_WALLET_PASSWORD, or none, if not given.
+
+        Raises:
+            ConfigError: There is no wallet, or the password is wrong.
+        """
+        folder = folder or default_wallet()
+        secret = os.environ.get("BTT_WALLET_PASSWORD", "") if password is None else password
+        return cls(folder, Keystore.open(folder / "wallet.json", secret).key())
+
+
+def system_ms() -> int:
+    """Returns this machine's time, Unix milliseconds."""
+    return time.time_ns() // 1_000_000
+
+
+class Client:
+    """A dApp's connection to a node; made by `connect`, used with `async with`.
+
+    Leaving the block pays what is due and closes the channels; `receipts` then holds the
+    signed statements.
+    """
+
+    def __init__(
+        self,
+        *,
+        node: NodeAddress,
+        ledger: LedgerAddress,
+        wallet: Wallet,
+        budget: Budget,
+        trust_new: bool,
+        keep_channels: bool,
+        clock: Callable[[], int],
+    ) -> None:
+        self._address = node
+        self._ledger_address = ledger
+        self._wallet = wallet
+        self._budget = budget
+        self._trust_new = trust_new
+        self._keep_channels = keep_channels
+        self._clock = clock
+        self._stack = AsyncExitStack()
+        self._store: PayerStore | None = None
+        self._ledger: LedgerClient | None = None
+        self._node: NodeConnection | None = None
+        self._session: PaymentSession | None = None
+        self._opening = asyncio.Lock()
+        self.receipts: list[SessionReceipt] = []
+        self.content = ContentClient(self)
+
+    @classmethod
+    def connect(
+        cls,
+        node: str | None = None,
+        *,
+        budget: Budget,
+        ledger: str | None = None,
+        wallet: Wallet | Path | None = None,
+        trust_new: bool = False,
+        keep_channels: bool = False,
+        clock: Callable[[], int] = system_ms,
+    ) -> Client:
+        """Makes a client; nothing is dialled before it is needed.
+
+        Args:
+            node: `btt://<node address>@host:port`; the first of BTT_NODES if not given.
+            budget: What may be spent.
+            ledger: `btt-ledger://...`; BTT_LEDGER if not given.
+            wallet: A wallet, or its folder; the user's default if not given.
+            trust_new: Accept a bare `host:port` that was never met before.
+            keep_channels: Leave channels open at the end, for the next client.
+            clock: Unix milliseconds.
+
+        Raises:
+            ConfigError: No node, ledger or wallet is configured.
+            InvalidRequest: An address is malformed.
+        """
+        node = node or os.environ.get("BTT_NODES", "").split(",")[0].strip()
+        if not node:
+            raise ConfigError("No node is configured.", hint="Name one, or set BTT_NODES.")
+        ledger = ledger or os.environ.get("BTT_LEDGER", "")
+        if not ledger:
+            raise ConfigError("No ledger is configured.", hint="Name one, or set BTT_LEDGER.")
+        return cls(
+            node=NodeAddress.parse(node),
+            ledger=LedgerAddress.parse(ledger),
+            wallet=wallet if isinstance(wallet, Wallet) else Wallet.open(wallet),
+            budget=budget,
+            trust_new=trust_new,
+            keep_channels=keep_channels,
+            clock=clock,
+        )
+
+    async def __aenter__(self) -> Client:
+        self._store = PayerStore(self._wallet.folder)
+        self._stack.callback(self._store.close)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                await self.close_session()
+            elif self._session is not None:
+                # The error on its way out matters more than a receipt; the books keep the channel.
+                with contextlib.suppress(BttError):
+                    await self.close_session()
+        finally:
+            if self._session is not None:
+                await self._session.abandon()
+            await self._stack.aclose()
+
+    async def node(self) -> NodeConnection:
+        """Returns the node, proven and with its current offer."""
+        if self._node is None or self._node.offer.valid_until_ms < self._clock():
+            self._node = await connect_node(
+                self._address,
+                ledger_id=self._ledger_address.ledger_id,
+                store=self._books,
+                clock=self._clock,
+                trust_new=self._trust_new,
+            )
+        return self._node
+
+    async def ledger(self) -> LedgerClient:
+        """Returns the ledger, proven."""
+        if self._ledger is None:
+            self._ledger = await self._stack.enter_async_context(LedgerClient.connect(self._ledger_address))
+        return self._ledger
+
+    async def session(self, need: int) -> PaymentSession:
+        """Returns the live payment session, or opens one.
+
+        Args:
+            need: Base units the coming work is expected to cost.
+        """
+        async with self._opening:
+            if self._session is not None and self._session.error is not None:
+                await self._session.abandon()
+                self._session = None
+                self._node = None  # it may have restarted with a new offer
+            if self._session is None:
+                node = await self.node()
+                purse = Purse(
+                    account=self._wallet.account,
+                    store=self._books,
+                    ledger=await self.ledger(),
+                    budget=self._budget.name,
+                    granted=self._budget.amount,
+                    clock=self._clock,
+                )
+                self._session = await PaymentSession.open(purse, node, need=need)
+            return self._session
+
+    async def close_session(self) -> SessionReceipt | None:
+        """Pays what is due, ends the session, and keeps its receipt; None without one.
+
+        Raises:
+            BttError: The node or the ledger did not answer; the books keep the channel.
+        """
+        session, self._session = self._session, None
+        if session is None:
+            return None
+        receipt = await session.close(close_channel=not self._keep_channels)
+        self.receipts.append(receipt)
+        return receipt
+
+    @property
+    def _books(self) -> PayerStore:
+        if self._store is None:
+            raise ConfigError("The client is not open.", hint="Use it inside `async with`.")
+        return self._store

@@ -1,0 +1,164 @@
+"""What a service of a node is: the contract between the node runtime and those who write services.
+
+A service is a class named by an entry point of the group `btt.services`; built-in services
+register in the same way as those of third parties. It gets a folder, its section of the
+configuration, a log and a clock, and never a key: payment is done by the node's interceptors,
+which read from the proto what a method costs.
+
+    class EchoPlugin:
+        name = "echo"
+
+        def __init__(self, context: ServiceContext) -> None:
+            check_keys(context.config, known=("rate",))
+            self._rate = read_rate(context.config, "rate", default="0.001 BTT / call", unit=Unit.COUNT)
+
+        async def start(self) -> None: ...
+
+        def register(self, server: grpc.aio.Server) -> None:
+            add_EchoServiceServicer_to_server(EchoServicer(), server)
+
+        def prices(self) -> Mapping[Line, Price]:
+            return {Line("acme.echo.v1.EchoService", Unit.COUNT): Price(self._rate, verify_units=1)}
+
+        async def stop(self) -> None: ...
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from btt.sdk.channel.prices import Line, Price
+from btt.sdk.errors import ConfigError
+from btt.sdk.money import Rate, Unit
+
+if TYPE_CHECKING:
+    import grpc.aio
+
+__all__ = [
+    "Line",
+    "Log",
+    "Price",
+    "Rate",
+    "ServiceContext",
+    "ServicePlugin",
+    "Unit",
+    "check_keys",
+    "did_you_mean",
+    "read_rate",
+]
+
+
+class Log(Protocol):
+    """Where a service writes what an operator should see; keyword arguments become fields."""
+
+    def debug(self, event: str, /, **fields: Any) -> Any:
+        """For whoever looks for a fault."""
+
+    def info(self, event: str, /, **fields: Any) -> Any:
+        """What happens in good order."""
+
+    def warning(self, event: str, /, **fields: Any) -> Any:
+        """What the operator should look at."""
+
+    def error(self, event: str, /, **fields: Any) -> Any:
+        """What the operator must look at."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServiceContext:
+    """What a node gives to one service.
+
+    Attributes:
+        data_dir: A folder for the service alone; it exists.
+        config: The service's section of the configuration, without `enabled`. The service
+            checks it. Values from the environment are text.
+        log: Where to write what the operator should see.
+        clock: Unix milliseconds.
+    """
+
+    data_dir: Path
+    config: Mapping[str, Any]
+    log: Log
+    clock: Callable[[], int]
+
+
+class ServicePlugin(Protocol):
+    """A service of a node. The runtime calls the methods in the order in which they stand here."""
+
+    name: ClassVar[str]
+    """The name of its entry point and of its section of the configuration: `[services.<name>]`."""
+
+    def __init__(self, context: ServiceContext) -> None:
+        """Checks the configuration.
+
+        Raises:
+            ConfigError: Naming the key and what to write there.
+        """
+
+    async def start(self) -> None:
+        """Opens what the service needs. If it fails, the node does not start."""
+
+    def register(self, server: grpc.aio.Server) -> None:
+        """Adds the gRPC services, with the generated `add_...Servicer_to_server` functions.
+
+        The node refuses a method that does not say how it is charged, and one that writes its
+        responses instead of yielding them. Only these functions may be used on `server`.
+        """
+
+    def prices(self) -> Mapping[Line, Price]:
+        """Returns the price of each line that the methods charge; called once."""
+
+    async def stop(self) -> None:
+        """Closes everything; no call is running any more. Not called if `start` failed."""
+
+
+def check_keys(config: Mapping[str, Any], *, known: Collection[str]) -> None:
+    """Refuses a configuration with a key that nobody knows.
+
+    Args:
+        config: As in ServiceContext.
+        known: The keys the service understands.
+
+    Raises:
+        ConfigError: Naming the key, and the one that was probably meant.
+    """
+    for key in config:
+        if key not in known:
+            raise ConfigError(f'There is no key "{key}".', hint=did_you_mean(key, known))
+
+
+def did_you_mean(word: str, known: Collection[str]) -> str:
+    """Returns a sentence that names the closest known word, or all of them."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    if close:
+        return f'Did you mean "{close[0]}"?'
+    return f"Known are: {', '.join(sorted(known))}." if known else "It takes no keys."
+
+
+def read_rate(config: Mapping[str, Any], key: str, *, default: str, unit: Unit) -> Rate:
+    """Reads a price such as "1 BTT / GiB" from a configuration.
+
+    Args:
+        config: As in ServiceContext.
+        key: Where the price stands.
+        default: The price if it does not.
+        unit: What the service counts.
+
+    Raises:
+        ConfigError: It is no price, or is per another unit.
+    """
+    text = config.get(key, default)
+    hint = f'Write it like {key} = "{default}".'
+    if not isinstance(text, str):
+        raise ConfigError(f"{key} is not a price.", hint=hint)
+    try:
+        rate = Rate.parse(text)
+    except ValueError as error:
+        raise ConfigError(f"{key}: {error}.", hint=hint) from None
+    if rate.unit is not unit:
+        raise ConfigError(f'{key}: "{text}" is per the wrong unit.', hint=hint)
+    return rate

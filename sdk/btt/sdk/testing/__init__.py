@@ -1,0 +1,7 @@
+"""What tests of dApps and services can use: a whole small BTT network on this machine."""
+
+from __future__ import annotations
+
+from btt.sdk.testing.devnet import Devnet, Totals
+
+__all__ = ["Devnet", "Totals"]

@@ -1,0 +1,230 @@
+"""A whole BTT network on this machine: a ledger, a node, and money for whoever asks.
+
+Everything is real and in separate processes: what works here works against a node elsewhere. It
+lives in a temporary folder, on free loopback ports, and ends with the block that uses it.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Final
+
+from btt.sdk.budget import Budget
+from btt.sdk.errors import ConfigError
+from btt.sdk.keys import Address, PrivateKey
+from btt.sdk.money import Amount, Rate
+from btt.sdk.testing import processes
+from btt.sdk.testing.processes import Server
+
+if TYPE_CHECKING:
+    from btt.sdk.client import Client, Wallet
+
+DEFAULT_PRICE: Final = "1 BTT / GiB"
+_PURSE: Final = Amount.parse("1000 BTT")
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """The sums of a ledger's books.
+
+    Attributes:
+        issued: All that was ever issued.
+        accounts: All that accounts can spend.
+        channels: All that is locked in channels.
+        open_channels: How many channels are not closed.
+        closed_channels: How many are.
+    """
+
+    issued: Amount
+    accounts: Amount
+    channels: Amount
+    open_channels: int
+    closed_channels: int
+
+    @property
+    def is_conserved(self) -> bool:
+        """Nothing was made or lost: accounts and channels hold exactly what was issued."""
+        return self.issued == self.accounts + self.channels
+
+
+class Devnet:
+    """A ledger and a node for tests and trials.
+
+        async with Devnet() as net:
+            infohash = await net.publish(path)
+            async with await net.client("5 BTT") as btt:
+                async with btt.content.fetch(infohash, folder) as transfer: ...
+
+    Needs the installation for operators (`[node]`). When the block ends, or this process does,
+    the processes end; when the block ends the folder is removed.
+
+    Args:
+        content_price: What the node asks for content.
+        nodes: How many nodes; only one for now.
+
+    Raises:
+        ConfigError: An argument does not do.
+    """
+
+    def __init__(self, *, content_price: str = DEFAULT_PRICE, nodes: int = 1) -> None:
+        if nodes != 1:
+            raise ConfigError("A devnet has one node for now.")
+        try:
+            self.content_rate = Rate.parse(content_price)
+        except ValueError as error:
+            raise ConfigError(f"The price does not do: {error}.") from None
+        self._price = content_price
+        self._faucet = PrivateKey.generate()
+        self._stack = AsyncExitStack()
+        self._folder: Path | None = None
+        self._servers: list[Server] = []
+        self._torrents: dict[str, Path] = {}
+        self._wallets = 0
+
+    async def __aenter__(self) -> Devnet:
+        async with AsyncExitStack() as stack:
+            # No await between these two: a cancelled task cannot leave the folder behind.
+            self._folder = folder = Path(tempfile.mkdtemp(prefix="btt-devnet-"))
+            stack.callback(shutil.rmtree, folder, ignore_errors=True)
+            await self._command("ledger", "init", str(folder / "ledger"), "--name", "devnet",
+                                "--supply-to", str(self._faucet.address))  # fmt: skip
+            await self._serve(stack, "ledger", "ledger", "serve", str(folder / "ledger"))
+            await self._command("node", "init", str(self.node_folder), "--ledger", self.ledger_address,
+                                "--listen", "127.0.0.1:0", "--content-price", self._price)  # fmt: skip
+            await self._serve(stack, "node", "node", "start", str(self.node_folder))
+            self._stack = stack.pop_all()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            for server in self._servers:
+                server.explain(error)
+        await self._stack.aclose()
+
+    async def _command(self, *arguments: str) -> str:
+        return await processes.run(*arguments, log=self.folder / "commands.log")
+
+    async def _serve(self, stack: AsyncExitStack, name: str, *arguments: str) -> None:
+        server = await Server.start(name, *arguments, log=self.folder / f"{name}.log")
+        # Stopped in reverse order: the node settles while the ledger still answers.
+        stack.push_async_callback(server.stop)
+        self._servers.append(server)
+
+    @property
+    def folder(self) -> Path:
+        """The temporary folder; yours to use while the devnet runs.
+
+        Raises:
+            ConfigError: The devnet does not run.
+        """
+        if self._folder is None:
+            raise ConfigError("The devnet does not run.", hint="Use it inside `async with`.")
+        return self._folder
+
+    @property
+    def node_folder(self) -> Path:
+        """The node's folder, as for `btt node`."""
+        return self.folder / "node"
+
+    @property
+    def ledger_address(self) -> str:
+        """`btt-ledger://T...@127.0.0.1:port/...`."""
+        return self._servers[0].address
+
+    @property
+    def node_address(self) -> str:
+        """`btt://T...@127.0.0.1:port`."""
+        return self._servers[1].address
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids of the ledger and the node."""
+        return [server.pid for server in self._servers]
+
+    async def fund(self, address: Address | str, amount: Amount | str) -> None:
+        """Gives an account money.
+
+        Args:
+            address: Of the account.
+            amount: Such as "5 BTT", or base units.
+        """
+        from btt.sdk.ledger import LedgerAddress, LedgerClient
+
+        to = Address.parse(address) if isinstance(address, str) else address
+        value = Amount.parse(amount) if isinstance(amount, str) else amount
+        async with LedgerClient.connect(LedgerAddress.parse(self.ledger_address)) as ledger:
+            await ledger.transfer(self._faucet, to, value)
+
+    async def wallet(self, funds: Amount | str = _PURSE) -> Wallet:
+        """Makes a wallet that holds some money.
+
+        Args:
+            funds: What it holds.
+        """
+        from btt.sdk.client import Wallet
+
+        self._wallets += 1
+        made = Wallet(self.folder / f"wallet-{self._wallets}", PrivateKey.generate())
+        made.folder.mkdir(mode=0o700)
+        await self.fund(made.account.address, funds)
+        return made
+
+    async def client(self, budget: Budget | str, *, wallet: Wallet | None = None) -> Client:
+        """Makes a client of the node, with a funded wallet of its own; use it with `async with`.
+
+        Args:
+            budget: What it may spend.
+            wallet: Pays instead of a new one.
+        """
+        from btt.sdk.client import Client
+
+        granted = Budget(budget) if isinstance(budget, str) else budget
+        if wallet is None:
+            wallet = await self.wallet(Amount(max(_PURSE, granted.amount)))
+        return Client.connect(
+            self.node_address, ledger=self.ledger_address, wallet=wallet, budget=granted
+        )
+
+    async def publish(self, path: Path) -> str:
+        """Publishes a file or folder at the node and returns its infohash in hex.
+
+        Raises:
+            InternalError: It cannot be published; the text says why.
+        """
+        output = await self._command("content", "publish", str(path), "--node", str(self.node_folder),
+                                     "--stdin-lifeline", "--json")  # fmt: skip
+        found = json.loads(output)
+        self._torrents[found["infohash"]] = Path(found["torrent"])
+        return str(found["infohash"])
+
+    def torrent(self, infohash: str) -> Path:
+        """Returns the torrent file of what was published."""
+        return self._torrents[infohash]
+
+    async def node_status(self) -> dict[str, Any]:
+        """Returns what `btt node status --json` says."""
+        found = json.loads(await self._command("node", "status", str(self.node_folder), "--json"))
+        assert isinstance(found, dict)
+        return found
+
+    async def ledger_totals(self) -> Totals:
+        """Returns the sums of the ledger's books."""
+        from btt.sdk.ledger import LedgerAddress, LedgerClient
+
+        async with LedgerClient.connect(LedgerAddress.parse(self.ledger_address)) as ledger:
+            sums = await ledger.totals()
+        return Totals(
+            issued=Amount(sums.issued),
+            accounts=Amount(sums.accounts),
+            channels=Amount(sums.channels),
+            open_channels=sums.open_channels,
+            closed_channels=sums.closed_channels,
+        )

@@ -1,0 +1,159 @@
+"""Child processes of a devnet: started, read, and stopped so that none is ever left.
+
+A child lives on its standard input: we hold the other end and never write, so it ends when this
+process does, even by kill -9. Each child is in a process group of its own, because Ctrl-C on a
+terminal goes to the whole group and the children are to be stopped in order, by us.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any, Final
+
+from btt.sdk.errors import BttError, InternalError
+
+READY_SECONDS: Final = 30.0
+STOP_SECONDS: Final = 10.0
+_TAIL_LINES: Final = 12
+_COMMAND: Final = (sys.executable, "-m", "btt.sdk.cli")
+
+
+def _environment() -> dict[str, str]:
+    # What the user configured for the real network must not reach a devnet.
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("BTT_")}
+    return {**kept, "PYTHONUNBUFFERED": "1"}
+
+
+async def _spawn(arguments: tuple[str, ...], log: Path) -> asyncio.subprocess.Process:
+    with log.open("ab") as errors:
+        return await asyncio.create_subprocess_exec(
+            *_COMMAND,
+            *arguments,
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=errors,
+            env=_environment(),
+            start_new_session=True,
+        )
+
+
+def _tail(log: Path) -> str:
+    try:
+        lines = log.read_text("utf-8", errors="replace").splitlines()[-_TAIL_LINES:]
+    except OSError:
+        lines = []
+    return "\n".join(lines) or "(it wrote nothing)"
+
+
+async def run(*arguments: str, log: Path) -> str:
+    """Runs a `btt` command to its end and returns its output.
+
+    Args:
+        arguments: The words after `btt`.
+        log: File that takes its standard error.
+
+    Raises:
+        InternalError: It failed; the text has the last lines of its log.
+    """
+    process = await _spawn(arguments, log)
+    try:
+        assert process.stdout is not None
+        output = await process.stdout.read()
+        code = await process.wait()
+    finally:
+        await _end(process)
+    if code:
+        raise InternalError(f"`btt {' '.join(arguments[:2])}` failed ({code}): {_tail(log)}")
+    return output.decode()
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
+    """Kills a process that still runs, and waits; safe to be cancelled in."""
+    if process.returncode is None:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
+    if process.stdin is not None:
+        process.stdin.close()
+
+
+class Server:
+    """A process that serves until it is stopped.
+
+    Attributes:
+        name: For people.
+        address: What it said it can be reached at.
+    """
+
+    def __init__(self, name: str, process: asyncio.subprocess.Process, log: Path) -> None:
+        self.name = name
+        self.address = ""
+        self._process = process
+        self._log = log
+
+    @property
+    def pid(self) -> int:
+        """The process id."""
+        return self._process.pid
+
+    @classmethod
+    async def start(cls, name: str, *arguments: str, log: Path) -> Server:
+        """Starts a `btt` command that serves, and waits until it is ready.
+
+        Args:
+            name: For people.
+            arguments: The words after `btt`; the lifeline option is added.
+            log: File that takes its standard error.
+
+        Raises:
+            InternalError: It did not become ready; the text has the last lines of its log.
+        """
+        process = await _spawn((*arguments, "--stdin-lifeline"), log)
+        server = cls(name, process, log)
+        try:
+            async with asyncio.timeout(READY_SECONDS):
+                server.address = str((await server._ready())["address"])
+        except TimeoutError:
+            await _end(process)
+            raise InternalError(
+                f"The {name} was not ready in {READY_SECONDS:.0f} s: {_tail(log)}"
+            ) from None
+        except BaseException:
+            await _end(process)
+            raise
+        return server
+
+    async def _ready(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        while line := await self._process.stdout.readline():
+            with contextlib.suppress(ValueError):
+                found = json.loads(line)
+                if isinstance(found, dict) and found.get("ready"):
+                    return found
+        await self._process.wait()
+        raise InternalError(f"The {self.name} did not start: {_tail(self._log)}")
+
+    def explain(self, error: BaseException) -> None:
+        """Adds to an error what the process said last, if it has ended by itself."""
+        if self._process.returncode is not None and isinstance(error, BttError):
+            error.add_note(
+                f"The {self.name} had ended ({self._process.returncode}). The end of its log:\n"
+                + _tail(self._log)
+            )
+
+    async def stop(self) -> None:
+        """Asks it to stop, waits, and kills it when that takes too long or we are cancelled."""
+        try:
+            if self._process.returncode is None:
+                with contextlib.suppress(ProcessLookupError):
+                    self._process.terminate()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(STOP_SECONDS):
+                        await self._process.wait()
+        finally:
+            await _end(self._process)

@@ -1,0 +1,83 @@
+"""`btt content publish`: publish a file or folder at a node, also while the node runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from btt.services.content.catalogue import Catalogue
+    from btt.services.content.publish import Published
+
+app = typer.Typer()
+
+
+@app.command()
+def publish(
+    path: Annotated[Path, typer.Argument(help="File or folder; it stays where it is.")],
+    node: Annotated[
+        Path | None, typer.Option(help="Folder of the node.", show_default="your own")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    stdin_lifeline: Annotated[bool, typer.Option(hidden=True)] = False,
+) -> None:
+    """Publish a file or folder at a node; prints the infohash that fetches it."""
+    from btt.sdk.cli import render
+    from btt.sdk.content.magnet import magnet_link
+    from btt.sdk.errors import ConfigError
+    from btt.services.content.catalogue import Catalogue
+    from btt.services.content.publish import publish as enter
+
+    if stdin_lifeline:
+        from btt.sdk.cli.lifeline import follow_stdin
+
+        follow_stdin()
+    folder = _own_node() if node is None else node
+    if not (folder / "node.toml").exists():
+        raise ConfigError(f"There is no node in {folder}.", hint="Make one with `btt node init`.")
+    catalogue = Catalogue(folder / "content")
+    try:
+        if as_json or not render.is_terminal():
+            made = enter(path, catalogue)
+        else:
+            made = _with_bar(path, catalogue)
+    finally:
+        catalogue.close()
+    magnet = magnet_link(made.infohash, infohash_v1=made.infohash_v1, name=made.name)
+    if as_json:
+        found = {
+            "infohash": made.infohash.hex(),
+            "infohash_v1": made.infohash_v1.hex(),
+            "name": made.name,
+            "total_bytes": made.total_bytes,
+            "torrent": str(made.torrent_path),
+            "magnet": magnet,
+        }
+        typer.echo(json.dumps(found))
+        return
+    typer.echo(f"Published {render.printable(made.name)}, {render.size(made.total_bytes)}")
+    typer.echo(f"Infohash  {made.infohash.hex()}")
+    typer.echo(f"Magnet    {magnet}")
+
+
+def _own_node() -> Path:
+    from platformdirs import user_data_path
+
+    return user_data_path("btt") / "node"
+
+
+def _with_bar(path: Path, catalogue: Catalogue) -> Published:
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
+
+    from btt.services.content.publish import publish as enter
+
+    with Progress(BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn()) as progress:
+        task = progress.add_task("", total=None)
+
+        def hashed(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total)
+
+        return enter(path, catalogue, progress=hashed)
