@@ -25,7 +25,7 @@ from btt.sdk.identity import ChannelTerms, NodeAddress, Offer, sign_offer, tls_n
 from btt.sdk.keys import PrivateKey
 from btt.sdk.ledger import LedgerClient
 from btt.sdk.money import BTT, Rate
-from btt.sdk.tls import MAX_MESSAGE, certificate_sha256, make_certificate, server_credentials
+from btt.sdk.tls import TRANSPORT_OPTIONS, certificate_sha256, make_certificate, server_credentials
 from btt.services.content.catalogue import Catalogue
 from btt.services.content.publish import publish
 from btt.services.content.service import ContentServicer
@@ -127,11 +127,7 @@ class TestNode:
         charges: dict[str, object] = {}
         self.server = grpc.aio.server(
             interceptors=[PaymentInterceptor(sessions=self.sessions, charges=charges, clock=self.clock)],
-            options=[
-                ("grpc.max_receive_message_length", MAX_MESSAGE),
-                ("grpc.max_send_message_length", MAX_MESSAGE),
-                ("grpc.so_reuseport", 0),
-            ],
+            options=[*TRANSPORT_OPTIONS, ("grpc.so_reuseport", 0)],
         )
         registrar = Registrar(self.server)
         registrar.charges = charges
@@ -204,7 +200,9 @@ class Economy:
             self.stack.push_async_callback(node.stop)
         return node
 
-    async def content_node(self, files: dict[str, bytes], **options: object) -> tuple[TestNode, dict[str, bytes]]:
+    async def content_node(
+        self, files: dict[str, bytes], **options: object
+    ) -> tuple[TestNode, dict[str, bytes]]:
         """Starts a node that serves some files; returns it and their infohashes."""
         folder = self._folder("published")
         catalogue = Catalogue(folder / "catalogue")

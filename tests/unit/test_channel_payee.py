@@ -315,15 +315,15 @@ class TestReconcile:
 
 actions = st.lists(
     st.one_of(
-        st.tuples(st.just("call"), st.integers(0, 2), st.integers(0, 3)),
-        st.tuples(st.just("get"), st.integers(0, 2), st.integers(0, 3), st.integers(1, 200)),
-        st.tuples(st.just("get"), st.integers(0, 2), st.integers(0, 3), st.integers(1, 10)),
-        st.tuples(st.just("pay"), st.integers(0, 2), st.integers(1, 400)),
-        st.tuples(st.just("report"), st.integers(0, 2), st.integers(0, 3), st.integers(0, 12)),
+        st.tuples(st.just("get"), st.integers(0, 1), st.integers(0, 1), st.integers(1, 200)),
+        st.tuples(st.just("get"), st.integers(0, 1), st.integers(0, 1), st.integers(1, 10)),
+        st.tuples(st.just("pay"), st.integers(0, 1), st.integers(1, 400)),
+        st.tuples(st.just("report"), st.integers(0, 1), st.integers(0, 1), st.sampled_from([0, 0, 1, 5])),
         st.tuples(st.just("reopen"), st.integers(0, 2), st.integers(0, 12)),
         st.tuples(st.just("leave"), st.integers(0, 2)),
     ),
-    max_size=80,
+    min_size=20,
+    max_size=60,
 )
 
 
@@ -339,11 +339,11 @@ class Thief:
     def act(self, action: tuple[Any, ...]) -> None:
         kind, index, *args = action
         payee = self.channels[index]
-        if kind == "call":
-            with suppress(CallRepeated):
-                payee.begin(bytes([args[0]]) * 16)
-        elif kind == "get":
+        if kind == "get":
             call_id, units = bytes([args[0]]) * 16, args[1]
+            if call_id not in payee.open_calls:
+                payee._ended.pop(call_id, None)  # under a fresh name
+                payee.begin(call_id)
             with suppress(SessionEnded):
                 self.received += units if deliver(payee, call_id, units) else 0
         elif kind == "pay":
@@ -355,7 +355,6 @@ class Thief:
                 payee.settle(bytes([args[0]]) * 16, {SEGMENT: args[1]})
         elif kind == "reopen":
             payee.reconcile({SEGMENT: payee.meter.tally.units(SEGMENT) * args[0] // 12})
-            payee._ended.clear()  # a new session may name its calls anew
         else:
             payee.meter.leave()
             self.opened += 1
@@ -377,8 +376,8 @@ def test_a_hostile_payer_costs_no_more_than_its_exposure(
         assert thief.received - thief.paid <= standing.exposure <= max(lease, thief.paid * 5 // 100)
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.lists(actions, min_size=2, max_size=6), st.integers(0, 4))
+@settings(max_examples=25, deadline=None)
+@given(st.lists(actions, min_size=2, max_size=4), st.integers(0, 4))
 def test_fresh_identities_cost_the_strangers_budget_and_five_percent(
     lives: list[list[tuple[Any, ...]]], leases: int
 ) -> None:

@@ -95,7 +95,7 @@ Milliseconds = Annotated[int, BeforeValidator(parse_duration)]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
 
 
 class NodeSection(_Section):
@@ -142,12 +142,12 @@ class PaymentsSection(_Section):
     credit_limit: Money = Amount(1_000_000)
     strangers_per_hour: Money = Amount(1_000_000)
     strangers_per_network: Money = Amount(100_000)
-    grace: Milliseconds = Field(default="60s")
+    grace: Milliseconds = 60_000
     min_amount: Money = Amount(1000)
-    min_challenge: Milliseconds = Field(default="1h")
-    min_lifetime: Milliseconds = Field(default="1h")
-    max_lifetime: Milliseconds = Field(default="30d")
-    close_margin: Milliseconds = Field(default="15m")
+    min_challenge: Milliseconds = 3_600_000
+    min_lifetime: Milliseconds = 3_600_000
+    max_lifetime: Milliseconds = 30 * 86_400_000
+    close_margin: Milliseconds = 900_000
 
     @model_validator(mode="after")
     def _check(self) -> PaymentsSection:

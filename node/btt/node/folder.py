@@ -33,6 +33,8 @@ TLS_KEY: Final = "tls.key"
 CERTIFICATE: Final = "tls.crt"
 BOOKS: Final = "payments.db"
 LOCK: Final = "node.lock"
+_LOCK_TRIES: Final = 5
+_LOCK_PAUSE_S: Final = 0.02
 PASSWORD_ENV: Final = "BTT_NODE_PASSWORD"  # noqa: S105 - a variable's name
 
 
@@ -108,18 +110,27 @@ class NodeFolder:
         """
         handle = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            if not _take(handle):
                 raise ConfigError(
                     f"The node in {self.path} is running already.",
                     hint="Stop it first, or look at it with `btt node status`.",
-                ) from None
+                )
             os.ftruncate(handle, 0)
             yield Running(handle)
             os.ftruncate(handle, 0)
         finally:
             os.close(handle)
+
+
+def _take(handle: int) -> bool:
+    for _ in range(_LOCK_TRIES):
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            time.sleep(_LOCK_PAUSE_S)  # whoever looks whether the node runs holds it for an instant
+        else:
+            return True
+    return False
 
 
 class Running:

@@ -131,7 +131,7 @@ class Offers:
         return self._current
 
     def usable(self) -> list[Offer]:
-        """Returns the offers that a session may pin: the current one, then the one before it until it ends."""
+        """Returns what a session may pin: the current offer, then the one before it until it ends."""
         assert self._current is not None, "started before it is used"
         previous = self._previous
         if previous is None or previous.valid_until_ms < self._clock():
@@ -145,7 +145,7 @@ class Offers:
             try:
                 await self.current()
             except BttError as error:
-                log.error("offer.not_renewed", error=str(error))
+                log.warning("offer.not_renewed", error=str(error))
 
 
 class OfferServicer(offer_pb2_grpc.OfferServiceServicer):

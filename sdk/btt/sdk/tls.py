@@ -24,14 +24,24 @@ if TYPE_CHECKING:
 MAX_MESSAGE = 4 << 20
 """Largest message either side takes, bytes."""
 
+TRANSPORT_OPTIONS: tuple[tuple[str, Any], ...] = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE),
+    ("grpc.max_send_message_length", MAX_MESSAGE),
+    # A fixed window: the self-tuning one lets a fast sender fill 100 MiB and more of a
+    # receiver's memory.
+    ("grpc.http2.bdp_probe", 0),
+    ("grpc.http2.lookahead_bytes", MAX_MESSAGE),
+    ("grpc.http2.max_frame_size", 1 << 20),
+)
+"""Options of both ends of a connection that carries data."""
+
 _OPTIONS: tuple[tuple[str, Any], ...] = (
+    *TRANSPORT_OPTIONS,
     # A proxy from the environment would see which nodes are dialled; a service
     # config from DNS could change retries of paid calls.
     ("grpc.enable_http_proxy", 0),
     ("grpc.service_config_disable_resolution", 1),
     ("grpc.enable_retries", 0),
-    ("grpc.max_receive_message_length", MAX_MESSAGE),
-    ("grpc.max_send_message_length", MAX_MESSAGE),
 )
 
 

@@ -74,7 +74,7 @@ class LedgerOnDemand:
             raise
         except BttError as error:
             # To whoever opens a session it is the same: this node cannot see its ledger.
-            log.error("ledger.refused", address=str(self._address), error=str(error))
+            log.warning("ledger.refused", address=str(self._address), error=str(error))
             raise LedgerUnreachable("The node cannot use its ledger.") from error
         log.info("ledger.connected", address=str(self._address))
         return self._client

@@ -27,6 +27,7 @@ from btt.sdk.errors import ConfigError
 
 GROUP: Final = "btt.commands"
 
+_COMPLETION: Final = ("install_completion", "show_completion")
 _BUILT_IN: Final = {
     "content": "btt.sdk.cli.content:app",
     "demo": "btt.sdk.cli.demo:app",
@@ -70,6 +71,8 @@ class Plugin:
                 hint="Repair that package or remove it.",
             ) from broken
         command.name = self.name.rpartition(".")[2]
+        # Each app brings these options; they belong to `btt` alone.
+        command.params = [option for option in command.params if option.name not in _COMPLETION]
         return command
 
     def summary(self) -> str:

@@ -38,9 +38,7 @@ app = typer.Typer(
 Content = Annotated[str, typer.Argument(metavar="INFOHASH", help="64 hex digits, or a magnet link.")]
 
 
-def _client(
-    *, node: str, ledger: str, wallet: Path | None, budget: Amount, trust_new: bool
-) -> Client:
+def _client(*, node: str, ledger: str, wallet: Path | None, budget: Amount, trust_new: bool) -> Client:
     from btt.sdk.budget import Budget
     from btt.sdk.client import Client, Wallet
     from btt.sdk.identity import NodeAddress
@@ -73,7 +71,7 @@ def _quote_json(quote: Quote) -> dict[str, Any]:
         "files": len(quote.torrent.files),
         "total_bytes": quote.total_bytes,
         "rate": str(quote.rate),
-        "cost": int(quote.cost),
+        "cost": str(int(quote.cost)),
         "node": str(quote.node),
     }
 
@@ -140,7 +138,7 @@ def fetch(
             "path": str(receipt.path),
             "total_bytes": receipt.total_bytes,
             "fetched_bytes": receipt.fetched_bytes,
-            "paid": int(paid),
+            "paid": str(int(paid)),
             "node": str(receipt.node),
             "channels": channels,
         }

@@ -73,9 +73,7 @@ def _new_password(*, wanted: bool | None) -> str:
         )
         return text
     if wanted:
-        raise ConfigError(
-            "There is no terminal to ask for a password on.", hint=f"Set {PASSWORD_VARIABLE}."
-        )
+        raise ConfigError("There is no terminal to ask for a password on.", hint=f"Set {PASSWORD_VARIABLE}.")
     return ""
 
 
@@ -102,7 +100,7 @@ def balance(ledger: LedgerOption, wallet: WalletFolder = None, as_json: AsJson =
 
     free, locked = asyncio.run(ask())
     if as_json:
-        found = {"address": str(opened.address), "balance": int(free), "locked": int(locked)}
+        found = {"address": str(opened.address), "balance": str(int(free)), "locked": str(int(locked))}
         typer.echo(json.dumps(found))
         return
     typer.echo(f"Address {opened.address}")

@@ -84,8 +84,14 @@ class MethodCharge:
 
     def units(self, message: Message) -> list[tuple[Line, int]]:
         """Returns the units of a response, per line, without those at 0."""
-        found = [(f.line, f.count(message)) for f in self.fields]
-        return [(line, units) for line, units in found if units]
+        if len(self.fields) == 1:
+            field = self.fields[0]
+            units = field.count(message)
+            return [(field.line, units)] if units else []
+        sums: dict[Line, int] = {}
+        for field in self.fields:
+            sums[field.line] = sums.get(field.line, 0) + field.count(message)
+        return [(line, units) for line, units in sums.items() if units]
 
 
 @lru_cache(maxsize=4096)
@@ -180,6 +186,8 @@ def _charged(
                 (descriptor, FieldCharge(c.line, c.payable, _within(field, c.count), c.cap))
                 for descriptor, c in inside
             ]
+    if found and not above and _recursive(message):
+        raise ConfigError(f"{message.full_name} is charged and recursive: its depth cannot be counted.")
     return found
 
 

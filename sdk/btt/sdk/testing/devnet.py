@@ -189,9 +189,7 @@ class Devnet:
         granted = Budget(budget) if isinstance(budget, str) else budget
         if wallet is None:
             wallet = await self.wallet(Amount(max(_PURSE, granted.amount)))
-        return Client.connect(
-            self.node_address, ledger=self.ledger_address, wallet=wallet, budget=granted
-        )
+        return Client.connect(self.node_address, ledger=self.ledger_address, wallet=wallet, budget=granted)
 
     async def publish(self, path: Path) -> str:
         """Publishes a file or folder at the node and returns its infohash in hex.

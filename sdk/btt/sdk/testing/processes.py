@@ -120,9 +120,7 @@ class Server:
                 server.address = str((await server._ready())["address"])
         except TimeoutError:
             await _end(process)
-            raise InternalError(
-                f"The {name} was not ready in {READY_SECONDS:.0f} s: {_tail(log)}"
-            ) from None
+            raise InternalError(f"The {name} was not ready in {READY_SECONDS:.0f} s: {_tail(log)}") from None
         except BaseException:
             await _end(process)
             raise

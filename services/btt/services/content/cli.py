@@ -19,7 +19,7 @@ app = typer.Typer()
 def publish(
     path: Annotated[Path, typer.Argument(help="File or folder; it stays where it is.")],
     node: Annotated[
-        Path | None, typer.Option(help="Folder of the node.", show_default="your own")
+        Path | None, typer.Option(envvar="BTT_NODE_DIR", help="Folder of the node.", show_default="your own")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     stdin_lifeline: Annotated[bool, typer.Option(hidden=True)] = False,

@@ -1,0 +1,311 @@
+"""Runs a node: opens what it needs in order, serves, and stops without losing a payment.
+
+Payment never waits behind data: the gRPC server has no limit of its own on calls, and the
+node bounds the paid calls alone (`Admission`), so that Open and Pay are always taken.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from contextlib import AsyncExitStack, suppress
+from typing import Final, Self, cast
+
+import grpc.aio
+import structlog
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from grpc_reflection.v1alpha._async import ReflectionServicer
+
+from btt.node import registry
+from btt.node.admission import Admission
+from btt.node.config import parse_listen
+from btt.node.folder import NodeFolder, Running, system_ms
+from btt.node.health import HealthServicer
+from btt.node.offers import OfferContent, Offers, OfferServicer
+from btt.node.payments.closing import Closer
+from btt.node.payments.interceptor import PaymentInterceptor, Registrar
+from btt.node.payments.ledger import LedgerOnDemand
+from btt.node.payments.servicer import PaymentServicer
+from btt.node.payments.sessions import CreditPolicy, Sessions
+from btt.node.payments.store import PayeeStore
+from btt.proto.offer.v1 import offer_pb2, offer_pb2_grpc
+from btt.proto.payment.v1 import payment_pb2, payment_pb2_grpc
+from btt.sdk.errors import BttError, ConfigError, Draining
+from btt.sdk.identity import NodeAddress
+from btt.sdk.tls import MAX_MESSAGE, certificate_sha256, server_credentials
+
+log = structlog.get_logger(__name__)
+
+GRACE_S: Final = 10.0
+"""Seconds that calls may take to end when a node stops."""
+_LAST_CALLS_S: Final = 1.0  # for what is left once no paid call runs
+_LAST_SWEEP_S: Final = 5.0
+_SWEEP_EVERY_S: Final = 30.0
+_OFFER_EVERY_S: Final = 60.0
+_ANYWHERE: Final = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - what is printed instead
+
+_OPTIONS: Final = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE),
+    ("grpc.max_send_message_length", MAX_MESSAGE),
+    ("grpc.max_metadata_size", 16 * 1024),
+    # Two nodes on one port would share its connections.
+    ("grpc.so_reuseport", 0),
+    # A payer that vanished must not hold its session for ever.
+    ("grpc.keepalive_time_ms", 60_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+)
+
+
+class Node:
+    """One node inside this process.
+
+        async with Node(NodeFolder.open(path)) as node:
+            print(node.address)
+
+    Args:
+        folder: Its configuration and keys.
+        plugins: The services that exist; by default those that are installed.
+        clock: Unix milliseconds.
+        grace_s: Seconds that calls may take to end when it stops.
+    """
+
+    def __init__(
+        self,
+        folder: NodeFolder,
+        *,
+        plugins: registry.Plugins | None = None,
+        clock: Callable[[], int] = system_ms,
+        grace_s: float = GRACE_S,
+    ) -> None:
+        self._folder = folder
+        self._plugins = plugins
+        self._clock = clock
+        self._grace_s = grace_s
+        self._hurry = asyncio.Event()
+        self._stack = AsyncExitStack()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._failure: asyncio.Future[BaseException] | None = None
+
+    async def __aenter__(self) -> Self:
+        """Starts the node.
+
+        Raises:
+            ConfigError: The configuration or a service is wrong, the port is taken, or another
+                process runs this node.
+            StorageError: The disk failed.
+        """
+        self._failure = asyncio.get_running_loop().create_future()
+        async with AsyncExitStack() as stack:
+            await self._start(stack)
+            self._stack = stack.pop_all()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Stops the node: running calls end first, up to the grace time."""
+        await self._stack.aclose()
+
+    def hurry(self) -> None:
+        """Cuts the grace time of a stop that is under way, or to come."""
+        self._hurry.set()
+
+    async def failed(self) -> BaseException:
+        """Returns what makes it impossible to go on, once that happens."""
+        assert self._failure is not None, "started before it is watched"
+        return await asyncio.shield(self._failure)
+
+    async def _start(self, stack: AsyncExitStack) -> None:
+        folder, config = self._folder, self._folder.config
+        running = stack.enter_context(folder.lock())
+        store = PayeeStore(folder.books)
+        stack.callback(store.close)
+        self.ledger = LedgerOnDemand(config.ledger.address)
+        stack.push_async_callback(self.ledger.close)
+        services = registry.Registry(
+            self._plugins if self._plugins is not None else registry.installed(),
+            sections=config.services,
+            folder=folder.path,
+            clock=self._clock,
+        )
+        stack.push_async_callback(services.stop)
+        await services.start()
+        collector = registry.Collector()
+        registrar = Registrar(cast("grpc.aio.Server", collector))
+        services.register(registrar, credit_limit=config.payments.credit_limit)
+        self.offers = await self._make_offers(store, services)
+        self._make_payments(store)
+        self._serve_platform(registrar, services)
+        admission = Admission(
+            registrar.charges,
+            calls=config.limits.calls,
+            calls_per_session=config.limits.calls_per_session,
+        )
+        metering = PaymentInterceptor(sessions=self.sessions, charges=registrar.charges, clock=self._clock)
+        server = grpc.aio.server(
+            handlers=collector.handlers, interceptors=[admission, metering], options=_OPTIONS
+        )
+        port = self._listen(server)
+        await server.start()
+        stack.push_async_callback(self._stop, server, admission, store)
+        self._watch(self.closer.run(_SWEEP_EVERY_S))
+        self._watch(self.offers.run(_OFFER_EVERY_S))
+        self._watch(self._greet_ledger())
+        await self._tell(running, port, services)
+
+    async def _make_offers(self, store: PayeeStore, services: registry.Registry) -> Offers:
+        folder, config = self._folder, self._folder.config
+        offers = Offers(
+            key=folder.identity,
+            content=OfferContent(
+                ledger_id=config.ledger.address.ledger_id,
+                payee=folder.payee,
+                payee_key=folder.payee_key.public,
+                certificates=(certificate_sha256(folder.certificate),),
+                prices=services.prices,
+                terms=config.payments.terms,
+            ),
+            store=store,
+            clock=self._clock,
+        )
+        await offers.start()
+        return offers
+
+    def _make_payments(self, store: PayeeStore) -> None:
+        folder, payments = self._folder, self._folder.config.payments
+        ledger_id = folder.config.ledger.address.ledger_id
+        self.sessions = Sessions(
+            ledger_id=ledger_id,
+            store=store,
+            policy=CreditPolicy(
+                # A session may still pin the offer before this one.
+                unit=max(offer.sheet.unit_charge for offer in self.offers.usable()),
+                limit=int(payments.credit_limit),
+                strangers_per_hour=int(payments.strangers_per_hour),
+                strangers_per_network=int(payments.strangers_per_network),
+                grace_s=payments.grace / 1000,
+            ),
+            clock=self._clock,
+        )
+        self.closer = Closer(
+            store=store,
+            sessions=self.sessions,
+            ledger=self.ledger,
+            key=folder.payee_key,
+            clock=self._clock,
+            margin_ms=payments.close_margin,
+        )
+        self.payments = PaymentServicer(
+            ledger_id=ledger_id,
+            ledger=self.ledger,
+            identity=folder.identity,
+            payee_key=folder.payee_key,
+            store=store,
+            sessions=self.sessions,
+            closer=self.closer,
+            offers=self.offers.usable,
+            clock=self._clock,
+        )
+        self.health = HealthServicer()
+
+    def _serve_platform(self, registrar: Registrar, services: registry.Registry) -> None:
+        server = cast("grpc.aio.Server", registrar)
+        names = (*_platform_names(), *services.services)
+        payment_pb2_grpc.add_PaymentServiceServicer_to_server(self.payments, server)
+        offer_pb2_grpc.add_OfferServiceServicer_to_server(OfferServicer(self.offers), server)
+        health_pb2_grpc.add_HealthServicer_to_server(self.health, server)
+        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(  # type: ignore[no-untyped-call]
+            ReflectionServicer(names), server
+        )
+
+    def _listen(self, server: grpc.aio.Server) -> int:
+        listen = self._folder.config.node.listen
+        credentials = server_credentials(self._folder.tls_key, self._folder.certificate)
+        try:
+            port = server.add_secure_port(listen, credentials)
+        except RuntimeError:
+            port = 0
+        if port == 0:
+            raise ConfigError(
+                f"The node cannot listen on {listen}.",
+                hint='Choose another address, below [node]: listen = "host:port".',
+            )
+        return port
+
+    async def _tell(self, running: Running, port: int, services: registry.Registry) -> None:
+        node = self._folder.config.node
+        host, _ = parse_listen(node.listen)
+        self.address = NodeAddress(
+            self._folder.identity.address, node.advertise or _ANYWHERE.get(host, host), port
+        )
+        running.tell(self.address)
+        for service in (*_platform_names(), *services.services):
+            await self.health.set(service, health_pb2.HealthCheckResponse.SERVING)
+        log.info("node.serving", address=str(self.address), services=services.services)
+
+    async def _greet_ledger(self) -> None:
+        """Says early in the log whether the ledger is there; the node serves either way."""
+        try:
+            await self.ledger.connect()
+        except BttError as error:
+            log.warning("ledger.unreachable", error=str(error))
+
+    def _watch(self, work: object) -> None:
+        task = asyncio.ensure_future(work)  # type: ignore[call-overload]
+
+        def ended(done: asyncio.Task[None]) -> None:
+            assert self._failure is not None
+            if done.cancelled() or done.exception() is None or self._failure.done():
+                return
+            self._failure.set_result(done.exception() or RuntimeError())
+
+        task.add_done_callback(ended)
+        self._tasks.append(task)
+
+    # Stopping
+
+    async def _stop(self, server: grpc.aio.Server, admission: Admission, store: PayeeStore) -> None:
+        log.info("node.stopping", calls=admission.running)
+        await self.health.enter_graceful_shutdown()
+        self.payments.draining = admission.draining = True
+        await self._patiently(admission.idle(), self._grace_s)
+        await self._end_sessions(store)
+        # Payment streams end with their sessions; what is left now is cut.
+        await server.stop(None if self._hurry.is_set() else _LAST_CALLS_S)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._patiently(self._sweep_last(store), _LAST_SWEEP_S)
+        log.info("node.stopped")
+
+    async def _patiently(self, work: object, seconds: float) -> None:
+        """Waits for some work, for a time, and no longer than until it hurries."""
+        task = asyncio.ensure_future(work)  # type: ignore[call-overload]
+        hurry = asyncio.ensure_future(self._hurry.wait())
+        await asyncio.wait({task, hurry}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        for waiting in (task, hurry):
+            waiting.cancel()
+        await asyncio.gather(task, hurry, return_exceptions=True)
+
+    async def _end_sessions(self, store: PayeeStore) -> None:
+        for session in self.sessions.all():
+            meter = session.payee.meter
+            try:
+                await store.save_books(session.payee.channel_id, meter.tally, meter.written_off)
+            except BttError as error:
+                log.warning("session.not_saved", error=str(error))
+            self.sessions.end(session, Draining("The node is stopping."))
+
+    async def _sweep_last(self, store: PayeeStore) -> None:
+        # What was begun is finished if the ledger is there; the rest waits for the next start.
+        with suppress(BttError):
+            if any(record.state == "closing" for record, _ in await store.channels()):
+                await self.closer.sweep()
+
+
+def _platform_names() -> tuple[str, ...]:
+    return (
+        payment_pb2.DESCRIPTOR.services_by_name["PaymentService"].full_name,
+        offer_pb2.DESCRIPTOR.services_by_name["OfferService"].full_name,
+        health_pb2.DESCRIPTOR.services_by_name["Health"].full_name,
+        reflection_pb2.DESCRIPTOR.services_by_name["ServerReflection"].full_name,
+    )

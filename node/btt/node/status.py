@@ -1,0 +1,135 @@
+"""What a node is doing and has earned, for its operator: works while it runs and while it does not."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+from dataclasses import dataclass
+from pathlib import Path
+
+from google.protobuf.message import DecodeError
+
+from btt.node.folder import BOOKS, CERTIFICATE, CONFIG, running_address
+from btt.node.payments.store import Earnings, read_earnings
+from btt.proto.offer.v1 import offer_pb2
+from btt.sdk.channel import Line
+from btt.sdk.errors import ConfigError, StorageError
+from btt.sdk.identity import NodeAddress, tls_name
+from btt.sdk.money import Amount, Rate, Unit
+from btt.sdk.tls import pinned_channel
+
+NOT_RUNNING, NOT_SERVING, SERVING = "not running", "not serving", "serving"
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """A node as its operator sees it.
+
+    Attributes:
+        state: NOT_RUNNING, NOT_SERVING (it starts, stops or hangs) or SERVING.
+        address: Where it listens; None if it does not.
+        prices: Of its last offer.
+        earnings: Its books.
+    """
+
+    state: str
+    address: NodeAddress | None
+    prices: dict[Line, Rate]
+    earnings: Earnings
+
+    def as_json(self) -> dict[str, object]:
+        """Returns it for machines; amounts are base units as text, like in every JSON of ours."""
+        earned = self.earnings
+        return {
+            "running": self.state != NOT_RUNNING,
+            "state": self.state,
+            "address": str(self.address) if self.address else None,
+            "services": [
+                {
+                    "service": line.service,
+                    "unit": line.unit.name.lower(),
+                    "price": str(rate),
+                    "units": earned.units.get(line, 0),
+                }
+                for line, rate in self.prices.items()
+            ],
+            "served_bytes": self.served_bytes,
+            "paid": str(earned.paid),
+            "captured": str(earned.captured),
+            "written_off": str(earned.written_off),
+            "open_channels": earned.open_channels,
+            "closed_channels": earned.closed_channels,
+        }
+
+    @property
+    def served_bytes(self) -> int:
+        """Bytes of all services that were settled."""
+        return sum(units for line, units in self.earnings.units.items() if line.unit is Unit.BYTE)
+
+    def lines(self) -> list[tuple[str, str]]:
+        """Returns it for people."""
+        earned = self.earnings
+        return [
+            ("state", self.state),
+            ("address", str(self.address) if self.address else "-"),
+            *((line.service.rpartition(".")[2], str(rate)) for line, rate in self.prices.items()),
+            ("served", f"{self.served_bytes:,} bytes"),
+            ("paid", str(Amount(earned.paid))),
+            ("captured", str(Amount(earned.captured))),
+            ("written off", str(Amount(earned.written_off))),
+            ("channels", f"{earned.open_channels} open, {earned.closed_channels} closed"),
+        ]
+
+
+async def read_status(path: Path, *, timeout: float = 5.0) -> Status:
+    """Looks at the node of a folder.
+
+    Args:
+        path: Of the folder.
+        timeout: Seconds that a running node may take to answer.
+
+    Raises:
+        ConfigError: There is no node.
+        StorageError: Its books cannot be read.
+    """
+    if not (path / CONFIG).exists():
+        raise ConfigError(f"There is no node in {path}.", hint="Make one with `btt node init`.")
+    address = running_address(path)
+    state = NOT_RUNNING if address is None else await _ask(path, address, timeout)
+    earnings, prices = await asyncio.to_thread(_read_books, path / BOOKS)
+    return Status(state, address, prices, earnings)
+
+
+async def _ask(path: Path, address: NodeAddress, timeout: float) -> str:
+    import grpc.aio
+    from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+    assert address.node is not None
+    certificate = (path / CERTIFICATE).read_bytes()
+    async with pinned_channel(address.host, address.port, certificate, tls_name(address.node)) as channel:
+        try:
+            answer = await health_pb2_grpc.HealthStub(channel).Check(  # type: ignore[attr-defined]
+                health_pb2.HealthCheckRequest(), timeout=timeout
+            )
+        except grpc.aio.AioRpcError:
+            return NOT_SERVING
+    return SERVING if answer.status == health_pb2.HealthCheckResponse.SERVING else NOT_SERVING
+
+
+def _read_books(path: Path) -> tuple[Earnings, dict[Line, Rate]]:
+    if not path.exists():
+        return Earnings(0, 0, 0, {}, 0, 0), {}  # it was never started
+    try:
+        # Reading the write-ahead log needs its index, which a read-only connection may not make.
+        db = sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True, timeout=10)
+        try:
+            db.execute("PRAGMA query_only = ON")
+            earnings = read_earnings(db)
+            row = db.execute("SELECT payload FROM offers ORDER BY serial DESC LIMIT 1").fetchone()
+        finally:
+            db.close()
+        offer = offer_pb2.Offer.FromString(row[0]) if row else offer_pb2.Offer()
+    except (sqlite3.Error, DecodeError) as error:
+        raise StorageError(f"The node's books cannot be read ({error}).") from error
+    prices = {Line(p.service, Unit(p.unit)): Rate(p.amount, p.per, Unit(p.unit)) for p in offer.prices}
+    return earnings, prices

@@ -1,0 +1,84 @@
+"""Compiles probe.proto, as a third party's build would, and serves it."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import tempfile
+from importlib import resources
+from pathlib import Path
+from types import ModuleType
+
+from grpc_tools import protoc
+
+_HERE = Path(__file__).parent
+_GOOGLE = resources.files("grpc_tools") / "_proto"
+_PROTO = _HERE.parent.parent / "proto"
+
+
+def _compile() -> tuple[ModuleType, ModuleType]:
+    with tempfile.TemporaryDirectory() as out:
+        code = protoc.main(
+            [
+                "protoc",
+                f"-I{_HERE}",
+                f"-I{_PROTO}",
+                f"-I{_GOOGLE}",
+                f"--python_out={out}",
+                f"--grpc_python_out={out}",
+                "probe.proto",
+            ]
+        )
+        assert code == 0
+        sys.path.insert(0, out)
+        try:
+            return importlib.import_module("probe_pb2"), importlib.import_module("probe_pb2_grpc")
+        finally:
+            sys.path.remove(out)
+
+
+pb, rpc = _compile()
+
+
+class Probe(rpc.ProbeServiceServicer):
+    """Sends what it is asked for, and counts its calls."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.sent = 0
+
+    async def One(self, request, context):  # noqa: N802
+        self.calls += 1
+        return pb.Bytes(data=bytes(request.size))
+
+    async def Many(self, request, context):  # noqa: N802
+        self.calls += 1
+        for _ in range(request.messages):
+            self.sent += 1
+            yield pb.Bytes(data=bytes(request.size))
+
+    async def OneChecked(self, request, context):  # noqa: N802
+        return pb.Checked(data=bytes(request.size))
+
+    async def ManyChecked(self, request, context):  # noqa: N802
+        for number in range(request.messages):
+            self.sent += 1
+            yield pb.Checked(data=bytes([number % 256]) * request.size)
+
+    async def Query(self, request, context):  # noqa: N802
+        for _ in range(request.messages):
+            yield pb.Rows(rows=request.size)
+
+    async def Deep(self, request, context):  # noqa: N802
+        half = bytes(request.size)
+        for _ in range(request.messages):
+            yield pb.Nested(
+                parts=[pb.Part(data=[half]), pb.Part(data=[half, b""])], single=pb.Part(data=[half])
+            )
+
+    async def Free(self, request, context):  # noqa: N802
+        return pb.Plain(data=bytes(request.size))
+
+    async def FreeMany(self, request, context):  # noqa: N802
+        for _ in range(request.messages):
+            yield pb.Plain(data=bytes(request.size))
