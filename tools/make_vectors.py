@@ -26,6 +26,7 @@ from btt.sdk.signing import (
     Message,
     Query,
     Receipt,
+    SessionCall,
     SessionOpen,
     TopUp,
     Transfer,
@@ -111,6 +112,7 @@ SIGNED: list[tuple[PrivateKey, Message]] = [
             valid_until_ms=UNTIL,
         ),
     ),
+    (K1, SessionCall(session=sha256(seed("token")).digest(), call_id=seed("call", 16))),
     (
         OPERATOR,
         Receipt(

@@ -326,6 +326,19 @@ class TestIdentity:
             async with LedgerClient.connect(replace(running.address, ledger_id=bytes(32))):
                 pass
 
+    async def test_an_operator_with_two_ledgers(
+        self, running: server.RunningLedger, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def confused(self: LedgerService, name: str, payload: bytes) -> Any:
+            info = pb.LedgerInfo.FromString(payload)
+            info.ledger_id = bytes(32)
+            return sign_document(self._operator_key, name, self._identity.ledger_id, info.SerializeToString())
+
+        monkeypatch.setattr(LedgerService, "_document", confused)
+        with pytest.raises(IdentityError, match="another ledger"):
+            async with LedgerClient.connect(running.address):
+                pass
+
     async def test_a_man_in_the_middle(self, running: server.RunningLedger) -> None:
         """He has a certificate with the right name and passes on the true description."""
 

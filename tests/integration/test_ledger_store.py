@@ -16,7 +16,7 @@ from btt.sdk.keys import PrivateKey
 from btt.sdk.signing import ChannelClose, ChannelCommit, ChannelRefund, ChannelUpdate, Transfer, sign
 from btt.services.ledger import books, store
 from btt.services.ledger.books import Terms
-from btt.services.ledger.journal import EntryRef
+from btt.services.ledger.journal import EntryRef, Kind, Posting, Side
 from btt.services.ledger.overlay import Batch
 from btt.services.ledger.store import Reader, Store
 from btt.services.ledger.verify import Operation, Verifier
@@ -325,12 +325,32 @@ def _twice(batch: Batch) -> None:
     batch.entries.append(replace(batch.entries[0], seq=batch.head.seq + 1))
 
 
-@pytest.mark.parametrize("defect", [_overdraw, _gift, _lopsided, _unlocked, _hollow, _twice])
+def _theft(batch: Batch) -> None:
+    """All sums stay as they are, but the postings do not say so."""
+    user = books.user(ALICE.address.data)
+    batch.accounts[user] = replace(batch.accounts[user], balance=batch.accounts[user].balance - 1)
+    _gift(batch)
+
+
+def _two_wrongs(batch: Batch) -> None:
+    """Two entries that are off by one in opposite directions."""
+    for index, change in ((0, 1), (2, -1)):
+        entry = batch.entries[index]
+        debit, credit = entry.postings
+        legs = (debit, replace(credit, amount=credit.amount + change))
+        batch.entries[index] = replace(entry, postings=legs)
+
+
+DEFECTS = [_overdraw, _gift, _lopsided, _unlocked, _hollow, _twice, _theft, _two_wrongs]
+
+
+@pytest.mark.parametrize("defect", DEFECTS)
 def test_a_defect_above_is_rolled_back(path: Path, ledger: Store, defect: Callable[[Batch], None]) -> None:
     ledger_id = ledger.identity.ledger_id
     batch = ledger.begin(NOW)
     batch.run(transfer(ledger_id, 10))
     batch.run(opening(ledger_id))
+    batch.run(transfer(ledger_id, 10, name=2))
     defect(batch)
     with pytest.raises(InvariantBroken):
         ledger.commit(batch)
@@ -338,6 +358,21 @@ def test_a_defect_above_is_rolled_back(path: Path, ledger: Store, defect: Callab
         head, totals = reader.head()
         assert (head.seq, totals.accounts) == (1, ISSUE)
         assert reader.account(BOB.address.data) is None
+
+
+def test_a_balance_that_was_negative_for_a_moment_is_found(path: Path) -> None:
+    with Store.open(path) as ledger:
+        ledger_id = ledger.identity.ledger_id
+        batch = ledger.begin(NOW)
+        alice, bob = books.user(ALICE.address.data), books.user(BOB.address.data)
+        for name, (source, to) in enumerate([(bob, alice), (alice, bob)]):
+            op = transfer(ledger_id, 5, name=name)
+            legs = (Posting(source, Side.DEBIT, 5), Posting(to, Side.CREDIT, 5))
+            effect = books.Effect(Kind.TRANSFER, legs)
+            batch.absorb(effect, digest=op.digest, body=op.body, signatures=op.signatures)
+        ledger.commit(batch)
+    with pytest.raises(InvariantBroken, match="more than the account holds"):
+        Store.open(path)
 
 
 def test_a_row_changed_under_the_writer_is_noticed(path: Path, ledger: Store) -> None:

@@ -21,7 +21,7 @@ from btt.sdk.errors import (
     SessionEnded,
 )
 from btt.sdk.money import Rate, Unit
-from btt.sdk.payment.calls import CALL_KEY, TOKEN_KEY
+from btt.sdk.payment.calls import CALL_KEY, PROOF_KEY, TOKEN_KEY
 from btt.sdk.payment.charges import method_charge
 from btt.sdk.rpc import to_error
 from kit.economy import RUN
@@ -167,6 +167,10 @@ async def test_free_methods_need_no_session_and_are_bounded(probe):
     await channel.close()
 
 
+def ticket(session, call_id):
+    return ((TOKEN_KEY, session.token), (CALL_KEY, call_id), (PROOF_KEY, session.proof(call_id)))
+
+
 async def _connection(node):
     from btt.sdk.identity import Offer
     from btt.sdk.payment.connection import NodeConnection
@@ -191,11 +195,11 @@ async def test_a_repeated_call_id_gets_the_stored_answer_and_is_charged_once(pro
         await stub.One(pb.Ask(size=1))
         plain = (await _connection(probe)).channel(label="plain")
         again = rpc.ProbeServiceStub(plain)
-        metadata = ((TOKEN_KEY, session.token), (CALL_KEY, b"0123456789abcdef"))
+        metadata = ticket(session, b"0123456789abcdef")
         session.payer.begin(b"0123456789abcdef")
         calls = probe.servicer.calls
         first = await again.One(pb.Ask(size=10), metadata=metadata)
-        live = probe.sessions.find(session.token)
+        [live] = probe.sessions.all()
         owed = live.payee.meter.owed
         second = await again.One(pb.Ask(size=10), metadata=metadata)
         assert first == second
@@ -223,13 +227,14 @@ async def test_an_unpaid_call_is_served_one_unit_and_then_ends_with_payment_requ
         with pytest.raises(grpc.aio.AioRpcError) as failure:
             # Counted by nobody here, so nothing is signed: a payer that takes and does not pay.
             async for message in stub.Many(
-                pb.Ask(messages=10, size=RUN), metadata=((TOKEN_KEY, session.token), (CALL_KEY, bytes(16)))
+                pb.Ask(messages=10, size=RUN), metadata=ticket(session, bytes(16))
             ):
                 got += len(message.data)
         assert isinstance(to_error(failure.value), PaymentRequired)
         assert got == RUN
         await plain.close()
-        node.sessions.find(session.token).payee.settle(bytes(16), {})
+        [live] = node.sessions.all()
+        live.payee.settle(bytes(16), {})
 
 
 async def test_what_cannot_be_paid_is_not_requested(probe, economy):
@@ -256,7 +261,7 @@ async def test_breaking_off_settles_what_was_taken(probe):
                 call.cancel()
                 break
         await asyncio.wait_for(session.settle(), 20)
-        live = probe.sessions.find(session.token)
+        [live] = probe.sessions.all()
         assert live.payee.meter.owed == session.payer.tally.owed
         assert session.payer.tally.owed < PRICES[BYTES].rate.owed(50 * 100_000)
     assert btt.receipts[0].counts_agree

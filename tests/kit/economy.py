@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import grpc.aio
+
 from btt.node.payments.closing import Closer
 from btt.node.payments.interceptor import PaymentInterceptor, Registrar
 from btt.node.payments.servicer import PaymentServicer

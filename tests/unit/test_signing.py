@@ -60,6 +60,7 @@ LAYOUTS: dict[str, list[tuple[str, str]]] = {
         ("node", "address"), ("channel", "b32"), ("offer_digest", "b32"), ("app", "address"),
         ("client_nonce", "b16"), ("server_nonce", "b16"), ("valid_until_ms", "u64"),
     ],
+    "SessionCall": [("session", "b32"), ("call_id", "b16")],
     "Receipt": [
         ("request_digest", "b32"), ("seq", "u64"), ("entry_hash", "b32"), ("time_ms", "u64"), ("code", "u16"),
         ("epoch", "u32"), ("operator_key_id", "address"),

@@ -17,7 +17,7 @@ import structlog
 from btt.node.payments.sessions import Session, Sessions, network_of
 from btt.sdk.channel import Segment
 from btt.sdk.errors import BttError, ConfigError, InternalError, RateLimited, SessionEnded
-from btt.sdk.payment.calls import CALL_KEY, TOKEN_KEY
+from btt.sdk.payment.calls import CALL_KEY, PROOF_KEY, TOKEN_KEY
 from btt.sdk.payment.charges import MethodCharge, method_charge
 from btt.sdk.rpc import abort
 
@@ -126,23 +126,24 @@ class PaymentInterceptor(grpc.aio.ServerInterceptor):
         if charge.free:
             return self._free(handler, charge)
         metadata = dict(handler_call_details.invocation_metadata or ())
-        token, call_id = metadata.get(TOKEN_KEY, b""), metadata.get(CALL_KEY, b"")
+        ticket = tuple(metadata.get(key, b"") for key in (TOKEN_KEY, CALL_KEY, PROOF_KEY))
         if handler.response_streaming:
             return grpc.unary_stream_rpc_method_handler(
-                self._metered_stream(handler.unary_stream, charge, token, call_id),
+                self._metered_stream(handler.unary_stream, charge, ticket),
                 handler.request_deserializer,
                 handler.response_serializer,
             )
         return grpc.unary_unary_rpc_method_handler(
-            self._metered_unary(handler.unary_unary, charge, token, call_id),
+            self._metered_unary(handler.unary_unary, charge, ticket),
             handler.request_deserializer,
             handler.response_serializer,
         )
 
-    def _begin(self, token: bytes | str, call_id: bytes | str) -> tuple[Session, bytes]:
-        if not isinstance(token, bytes) or not isinstance(call_id, bytes) or len(call_id) != 16:
+    def _begin(self, ticket: tuple[str | bytes, ...]) -> tuple[Session, bytes]:
+        token, call_id, proof = (part if isinstance(part, bytes) else b"" for part in ticket)
+        if not token:
             raise SessionEnded("This method is paid: open a payment session first.")
-        session = self._sessions.find(token)
+        session = self._sessions.find(token, call_id, proof)
         if not session.attached:
             raise SessionEnded("The payment session has no payment stream.")
         return session, call_id
@@ -151,13 +152,12 @@ class PaymentInterceptor(grpc.aio.ServerInterceptor):
         self,
         inner: Callable[[Any, Any], AsyncIterator[Any]],
         charge: MethodCharge,
-        token: bytes | str,
-        call_id: bytes | str,
+        ticket: tuple[str | bytes, ...],
     ) -> Callable[[Any, Any], AsyncIterator[Any]]:
         async def metered(request: Any, context: Any) -> AsyncIterator[Any]:
             session: Session | None = None
             try:
-                session, call = self._begin(token, call_id)
+                session, call = self._begin(ticket)
                 session.begin(call)
                 async for message in inner(request, context):
                     for segment, units in _segments(session, charge, message):
@@ -174,12 +174,11 @@ class PaymentInterceptor(grpc.aio.ServerInterceptor):
         self,
         inner: Callable[[Any, Any], Awaitable[Any]],
         charge: MethodCharge,
-        token: bytes | str,
-        call_id: bytes | str,
+        ticket: tuple[str | bytes, ...],
     ) -> Callable[[Any, Any], Awaitable[Any]]:
         async def metered(request: Any, context: Any) -> Any:
             try:
-                session, call = self._begin(token, call_id)
+                session, call = self._begin(ticket)
                 answers = self._stored(session)
                 if call in answers:
                     return answers[call]

@@ -262,7 +262,8 @@ class PaymentServicer(payment_pb2_grpc.PaymentServiceServicer):
         async for first in requests:
             if not first.HasField("attach"):
                 break
-            session = self._sessions.find(first.attach.token)
+            attach = first.attach
+            session = self._sessions.find(attach.token, attach.call_id, attach.signature)
             if session.attached:
                 raise SessionEnded("The session has a payment stream already.")
             session.attached = True
@@ -296,7 +297,7 @@ class PaymentServicer(payment_pb2_grpc.PaymentServiceServicer):
     ) -> payment_pb2.CloseResponse:
         """Ends a session with a signed statement, and closes its channel if asked."""
         try:
-            session = self._sessions.find(request.token)
+            session = self._sessions.find(request.token, request.call_id, request.signature)
             channel_id = session.payee.channel_id
             async with self._sessions.lock(channel_id):
                 if session.payee.open_calls:

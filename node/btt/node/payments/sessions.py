@@ -20,7 +20,7 @@ from btt.sdk.channel import Payee, Segment, SignedUpdate, Standing, Strangers
 from btt.sdk.errors import BttError, ChannelExhausted, PaymentRequired, SessionEnded
 from btt.sdk.identity import Offer
 from btt.sdk.keys import Address
-from btt.sdk.signing import ChannelCommit
+from btt.sdk.signing import ChannelCommit, SessionCall, verify
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +80,16 @@ class Session:
         self._settlements: list[tuple[bytes, dict[Segment, int]]] = []
         self._stale = False
         self._news = asyncio.Event()
+
+    def authorise(self, call_id: bytes, signature: bytes, ledger_id: bytes) -> None:
+        """Checks that the holder of K1 makes this call.
+
+        Raises:
+            InvalidRequest: The call id has not 16 bytes.
+            SignatureInvalid: Somebody else makes it, whoever has the token.
+        """
+        call = SessionCall(session=hashlib.sha256(self.token).digest(), call_id=call_id)
+        verify(self.payee.key, call, ledger_id, signature)
 
     # Delivering
 
@@ -267,15 +277,22 @@ class Sessions:
         self._by_channel: dict[bytes, Session] = {}
         self._opening: dict[bytes, asyncio.Lock] = {}
 
-    def find(self, token: bytes) -> Session:
-        """Returns the live session of a token; only the token's hash is kept.
+    def find(self, token: bytes, call_id: bytes, signature: bytes) -> Session:
+        """Returns the live session that a call may use.
+
+        Args:
+            token: Of the session.
+            call_id: Fresh, 16 bytes.
+            signature: Of K1 over the canonical SessionCall.
 
         Raises:
-            SessionEnded: There is none.
+            SessionEnded: There is no such session.
+            SignatureInvalid: The caller has the token, but not K1.
         """
         session = self._by_token.get(hashlib.sha256(token).digest())
         if session is None:
             raise SessionEnded("No such payment session.")
+        session.authorise(call_id, signature, self._ledger_id)
         return session
 
     def lock(self, channel_id: bytes) -> asyncio.Lock:

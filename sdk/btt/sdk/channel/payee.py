@@ -55,7 +55,7 @@ class Payee:
     ) -> None:
         self._ledger_id = ledger_id
         self.channel_id = channel_id
-        self._key = key
+        self.key = key
         self.best = best
         self.standing = standing
         self.meter = Meter(
@@ -94,7 +94,7 @@ class Payee:
             return None
         try:
             verify(
-                self._key,
+                self.key,
                 ChannelUpdate(channel=self.channel_id, cumulative=update.cumulative),
                 self._ledger_id,
                 update.signature,

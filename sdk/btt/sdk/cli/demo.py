@@ -29,7 +29,7 @@ app = typer.Typer()
 _CANDIDATES: Final = ("libtorrent", "grpc._cython.cygrpc", "cryptography.hazmat.bindings._rust")
 """Extension modules that an installation has; the largest one is a real file to send."""
 _LEAST_BUDGET: Final = 5 * BTT
-_CHUNK: Final = 2**20
+_STEP_SECONDS: Final = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class Outcome:
 
     Attributes:
         bytes: Length of the file.
-        seconds: From the first payment message to the last byte on disk.
+        seconds: Of the fetch, from opening the payment channel to the last byte on disk.
         paid: By the client, base units.
         earned: By the node, taken on the ledger, base units.
         content_sha256_ok: The file that came is the file that was published, and verifies
@@ -76,14 +76,18 @@ def demo(
 ) -> None:
     """Start a ledger and a node, publish a file, fetch it as a dApp and pay for it; leave nothing."""
     source = _default_file() if file is None else file.absolute()
-    if not source.is_file():
-        raise ConfigError(f"{source} is not a file.", hint="Choose another --file.")
+    try:
+        length = source.stat().st_size if source.is_file() else 0
+    except OSError as error:
+        raise ConfigError(f"{source} cannot be read: {error.strerror}.") from error
+    if not length:
+        raise ConfigError(f"{source} is not a file, or it is empty.", hint="Choose another --file.")
     if importlib.util.find_spec("libtorrent") is None:
         raise ConfigError(
             "The demo runs a node, and the node's parts are not installed.",
             hint="pip install 'btt-services[node]'",
         )
-    outcome = asyncio.run(_until_interrupted(source, _Talk(quiet=as_json)))
+    outcome = asyncio.run(_until_interrupted(source, length, _Talk(quiet=as_json)))
     if as_json:
         typer.echo(json.dumps(outcome.as_json()))
     if not outcome.holds:
@@ -116,10 +120,10 @@ class _Talk:
             typer.echo(text)
 
 
-async def _until_interrupted(source: Path, talk: _Talk) -> Outcome:
+async def _until_interrupted(source: Path, length: int, talk: _Talk) -> Outcome:
     """Runs the demo; a signal ends it in order, and a second one does not disturb that."""
     loop = asyncio.get_running_loop()
-    work = asyncio.ensure_future(_demo(source, talk))
+    work = asyncio.ensure_future(_demo(source, length, talk))
     signalled = False
 
     def stop() -> None:
@@ -136,7 +140,7 @@ async def _until_interrupted(source: Path, talk: _Talk) -> Outcome:
         raise KeyboardInterrupt from None
 
 
-async def _demo(source: Path, talk: _Talk) -> Outcome:
+async def _demo(source: Path, length: int, talk: _Talk) -> Outcome:
     from btt.sdk.testing import Devnet
 
     began = time.monotonic()
@@ -145,7 +149,6 @@ async def _demo(source: Path, talk: _Talk) -> Outcome:
         talk.say(f"Ledger   {net.ledger_address}")
         talk.say(f"Node     {net.node_address}")
         infohash = await net.publish(source)
-        length = source.stat().st_size
         talk.say(f"Content  {source.name}, {render.size(length)}, infohash {infohash}")
         outcome = await _transfer(net, source, infohash, length, talk)
         talk.say(f"All processes end, and their folder goes; {time.monotonic() - began:.1f} s in all.")
@@ -161,7 +164,7 @@ async def _transfer(net: Devnet, source: Path, infohash: str, length: int, talk:
         began = time.monotonic()
         with render.showing(live=not talk.quiet and render.is_terminal()) as show:
             async with btt.content.fetch(quote, net.folder / "fetched") as transfer:
-                async for step in transfer.progress():
+                async for step in transfer.progress(_STEP_SECONDS):
                     if not talk.quiet:
                         show(step)
         seconds = time.monotonic() - began
@@ -193,7 +196,7 @@ async def _transfer(net: Devnet, source: Path, infohash: str, length: int, talk:
 
 def _same(source: Path, fetched: Path, torrent_file: Path) -> bool:
     """Compares two files, and the fetched one with the infohash: once more, from the disk."""
-    from btt.sdk.content.torrent import RUN, Torrent
+    from btt.sdk.content.torrent import Torrent
 
     torrent, _ = Torrent.from_torrent(torrent_file.read_bytes())
     digests = []

@@ -65,11 +65,11 @@ def printable(text: str) -> str:
 
 
 def describe(step: Step) -> str:
-    """Writes one line about a transfer."""
-    share = step.done_bytes * 100 // step.total_bytes if step.total_bytes else 100
+    """Writes one line about a transfer: bytes, rate, spent, ETA."""
+    left = 0.0 if step.done_bytes == step.total_bytes else step.eta_s
     return (
-        f"{share:3d} %  {size(step.done_bytes)} of {size(step.total_bytes)}  {size(step.rate_bytes_s)}/s"
-        f"  spent {step.spent}  ETA {duration(step.eta_s)}"
+        f"{size(step.done_bytes)} of {size(step.total_bytes)}  {size(step.rate_bytes_s)}/s"
+        f"  spent {step.spent}  ETA {duration(left)}"
     )
 
 
@@ -96,7 +96,8 @@ def showing(*, live: bool) -> Iterator[Callable[[Step], None]]:
         tenth = step.done_bytes * _LINES // step.total_bytes if step.total_bytes else _LINES
         if tenth > shown:
             shown = tenth
-            sys.stdout.write(describe(step) + "\n")
+            share = step.done_bytes * 100 // step.total_bytes if step.total_bytes else 100
+            sys.stdout.write(f"{share:3d} %  {describe(step)}\n")
             sys.stdout.flush()
 
     yield line
@@ -111,10 +112,8 @@ def _bar() -> Iterator[Callable[[Step], None]]:
         task = progress.add_task("", total=None)
 
         def draw(step: Step) -> None:
-            text = (
-                f"{size(step.done_bytes)} of {size(step.total_bytes)}  {size(step.rate_bytes_s)}/s"
-                f"  {step.spent}  ETA {duration(step.eta_s)}"
+            progress.update(
+                task, completed=step.done_bytes, total=step.total_bytes, description=describe(step)
             )
-            progress.update(task, completed=step.done_bytes, total=step.total_bytes, description=text)
 
         yield draw

@@ -11,15 +11,20 @@ from typing import TYPE_CHECKING
 from btt.sdk.ledger.address import LedgerAddress, tls_name
 
 if TYPE_CHECKING:
-    from btt.sdk.ledger.client import LedgerClient, SignedReceipt
+    from btt.sdk.ledger.client import LedgerClient
+    from btt.sdk.ledger.receipt import SignedReceipt
 
 __all__ = ["LedgerAddress", "LedgerClient", "SignedReceipt", "tls_name"]
 
 
 def __getattr__(name: str) -> object:
     # The client needs gRPC, which is slow to import; an address alone does not.
-    if name in ("LedgerClient", "SignedReceipt"):
-        from btt.sdk.ledger import client
+    if name == "LedgerClient":
+        from btt.sdk.ledger.client import LedgerClient
 
-        return getattr(client, name)
+        return LedgerClient
+    if name == "SignedReceipt":
+        from btt.sdk.ledger.receipt import SignedReceipt
+
+        return SignedReceipt
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

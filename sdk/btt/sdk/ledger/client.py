@@ -13,7 +13,6 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from typing import Final, Protocol, Self, TypeVar
 
 import grpc
@@ -34,6 +33,7 @@ from btt.sdk.errors import (
 )
 from btt.sdk.keys import Address, PrivateKey, PublicKey
 from btt.sdk.ledger.address import LedgerAddress, tls_name
+from btt.sdk.ledger.receipt import SignedReceipt
 from btt.sdk.rpc import to_error
 from btt.sdk.signing import (
     ChannelClose,
@@ -63,41 +63,6 @@ class _Method(Protocol[_Request, _Response]):
     def __call__(
         self, request: _Request, /, *, timeout: float | None = None, wait_for_ready: bool | None = None
     ) -> Awaitable[_Response]: ...
-
-
-@dataclass(frozen=True, slots=True)
-class SignedReceipt:
-    """A verified receipt with the signature that proves it to others.
-
-    Args:
-        receipt: What the ledger did.
-        signature: Of the operator over it, 65 bytes.
-    """
-
-    receipt: Receipt
-    signature: bytes
-
-    @property
-    def seq(self) -> int:
-        """Number of the journal entry."""
-        return self.receipt.seq
-
-    @property
-    def time_ms(self) -> int:
-        """Ledger time of the entry, Unix milliseconds."""
-        return self.receipt.time_ms
-
-    def encode(self) -> bytes:
-        """Returns the canonical Receipt, without the signature."""
-        return self.receipt.encode()
-
-    def verify(self, operator_key: PublicKey, ledger_id: bytes) -> None:
-        """Checks the receipt again, for instance years later.
-
-        Raises:
-            SignatureInvalid: The operator's key did not sign it for this ledger.
-        """
-        verify(operator_key, self.receipt, ledger_id, self.signature)
 
 
 class LedgerClient:

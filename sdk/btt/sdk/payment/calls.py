@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 TOKEN_KEY = "btt-session-bin"  # noqa: S105 - a header's name
 CALL_KEY = "btt-call-bin"
+PROOF_KEY = "btt-proof-bin"
 
 Units = list[tuple[Segment, int]]
 
@@ -193,6 +194,7 @@ def _with_session(
     metadata = grpc.aio.Metadata(*(details.metadata or ()))
     metadata.add(TOKEN_KEY, session.token)
     metadata.add(CALL_KEY, call.call_id)
+    metadata.add(PROOF_KEY, session.proof(call.call_id))
     return grpc.aio.ClientCallDetails(
         details.method, details.timeout, metadata, details.credentials, details.wait_for_ready
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -28,13 +29,14 @@ from btt.sdk.errors import (
     SessionEnded,
 )
 from btt.sdk.identity import Offer
+from btt.sdk.keys import PrivateKey
 from btt.sdk.money import Unit
 from btt.sdk.payment.calls import MeteredCall, PayUnaryStream, PayUnaryUnary, Verdicts
 from btt.sdk.payment.connection import NodeConnection
 from btt.sdk.payment.opening import OpenedChannel, Purse, obtain_channel
 from btt.sdk.payment.store import CLOSED
 from btt.sdk.rpc import to_error
-from btt.sdk.signing import APP_UNKNOWN, ChannelClose, SessionOpen, open_document, sign
+from btt.sdk.signing import APP_UNKNOWN, ChannelClose, SessionCall, SessionOpen, open_document, sign
 
 OPEN_VALID_MS = 60_000
 PayStream = grpc.aio.StreamStreamCall[payment_pb2.PayRequest, payment_pb2.PayResponse]
@@ -72,6 +74,7 @@ class PaymentSession:
         self._purse = purse
         self._node = node
         self._opened = opened
+        self._key = purse.channel_key(opened.commit)
         self.payer = payer
         self.offer: Offer = node.offer
         self.token = b""
@@ -150,11 +153,10 @@ class PaymentSession:
                 server_nonce=begin.server_nonce,
                 valid_until_ms=self._purse.clock() + OPEN_VALID_MS,
             )
-            key = self._purse.channel_key(self._opened.commit)
             reply = await self._stub.Open(
                 payment_pb2.OpenRequest(
                     open=body.encode(),
-                    signature=sign(key, body, self.offer.ledger_id),
+                    signature=sign(self._key, body, self.offer.ledger_id),
                     best=update_proto(self.payer.last()),
                     accepted=count_protos(self.payer.tally),
                 ),
@@ -171,12 +173,18 @@ class PaymentSession:
         self._credit = reply.credit
         self._paid = self.payer.signed
         stream = self._stub.Pay()
-        await stream.write(payment_pb2.PayRequest(attach=payment_pb2.Attach(token=self.token)))
+        call_id = secrets.token_bytes(16)
+        attach = payment_pb2.Attach(token=self.token, call_id=call_id, signature=self.proof(call_id))
+        await stream.write(payment_pb2.PayRequest(attach=attach))
         self._tasks = [
             asyncio.create_task(self._guard(self._read(stream)), name="payment-statements"),
             asyncio.create_task(self._guard(self._sign(stream)), name="payment-updates"),
         ]
         self.nudge()
+
+    def proof(self, call_id: bytes) -> bytes:
+        """Signs a call of this session with K1, so that a stolen token is worth nothing."""
+        return sign_call(self._key, self.token, call_id, self.offer.ledger_id)
 
     # Calls
 
@@ -316,8 +324,15 @@ class PaymentSession:
         """
         try:
             await self.settle()
+            call_id = secrets.token_bytes(16)
             reply = await self._stub.Close(
-                payment_pb2.CloseRequest(token=self.token, close_channel=close_channel), timeout=60
+                payment_pb2.CloseRequest(
+                    token=self.token,
+                    close_channel=close_channel,
+                    call_id=call_id,
+                    signature=self.proof(call_id),
+                ),
+                timeout=60,
             )
             return self._receipt(reply, close_channel=close_channel)
         except grpc.aio.AioRpcError as failure:
@@ -375,6 +390,21 @@ class PaymentSession:
         await self.channel.close()
         await self._control.close()
         self._opened.claim.release()
+
+
+def sign_call(key: PrivateKey, token: bytes, call_id: bytes, ledger_id: bytes) -> bytes:
+    """Signs one call of a session.
+
+    Args:
+        key: K1.
+        token: Of the session.
+        call_id: 16 bytes, never used before in this session.
+        ledger_id: 32 bytes.
+
+    Returns:
+        65 bytes.
+    """
+    return sign(key, SessionCall(session=hashlib.sha256(token).digest(), call_id=call_id), ledger_id)
 
 
 def update_proto(update: SignedUpdate | None) -> payment_pb2.Update | None:

@@ -150,6 +150,19 @@ class SessionOpen(Message):
 
 
 @message
+class SessionCall(Message):
+    """Lets one call use a session: a token alone, if it is stolen, is worth nothing. Signed by K1.
+
+    `session` is the SHA-256 of the session's token.
+    """
+
+    TAG: ClassVar[bytes] = tag("SessionCall")
+
+    session: Bytes32
+    call_id: Bytes16
+
+
+@message
 class Receipt(Message):
     """What the ledger did with a request. Signed by the ledger's operator key."""
 
@@ -195,6 +208,7 @@ MESSAGES: Final[tuple[type[Message], ...]] = (
     Transfer,
     Query,
     SessionOpen,
+    SessionCall,
     Receipt,
     TopUp,
     CloseRequest,

@@ -110,7 +110,7 @@ class Devnet:
         await self._stack.aclose()
 
     async def _command(self, *arguments: str) -> str:
-        return await processes.run(*arguments, log=self.folder / "commands.log")
+        return await processes.run(*arguments, log=self.folder / f"{'-'.join(arguments[:2])}.log")
 
     async def _serve(self, stack: AsyncExitStack, name: str, *arguments: str) -> None:
         server = await Server.start(name, *arguments, log=self.folder / f"{name}.log")

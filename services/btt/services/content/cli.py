@@ -40,10 +40,8 @@ def publish(
         raise ConfigError(f"There is no node in {folder}.", hint="Make one with `btt node init`.")
     catalogue = Catalogue(folder / "content")
     try:
-        if as_json or not render.is_terminal():
-            made = enter(path, catalogue)
-        else:
-            made = _with_bar(path, catalogue)
+        watched = not as_json and render.is_terminal()
+        made = _with_bar(path, catalogue) if watched else enter(path, catalogue)
     finally:
         catalogue.close()
     magnet = magnet_link(made.infohash, infohash_v1=made.infohash_v1, name=made.name)

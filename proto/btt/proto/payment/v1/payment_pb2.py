@@ -26,7 +26,7 @@ from btt.proto.common.v1 import charge_pb2 as btt_dot_proto_dot_common_dot_v1_do
 from btt.proto.common.v1 import document_pb2 as btt_dot_proto_dot_common_dot_v1_dot_document__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"btt/proto/payment/v1/payment.proto\x12\x14\x62tt.proto.payment.v1\x1a btt/proto/common/v1/charge.proto\x1a\"btt/proto/common/v1/document.proto\"/\n\x06Update\x12\x12\n\ncumulative\x18\x01 \x01(\x04\x12\x11\n\tsignature\x18\x02 \x01(\x0c\"K\n\x05\x43ount\x12\x14\n\x0coffer_digest\x18\x01 \x01(\x0c\x12\x0f\n\x07service\x18\x02 \x01(\t\x12\x0c\n\x04unit\x18\x03 \x01(\r\x12\r\n\x05units\x18\x04 \x01(\x04\"\x0e\n\x0c\x42\x65ginRequest\"%\n\rBeginResponse\x12\x14\n\x0cserver_nonce\x18\x01 \x01(\x0c\"$\n\x12\x41greeRefundRequest\x12\x0e\n\x06\x63ommit\x18\x01 \x01(\x0c\"(\n\x13\x41greeRefundResponse\x12\x11\n\tsignature\x18\x01 \x01(\x0c\"\x89\x01\n\x0bOpenRequest\x12\x0c\n\x04open\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\x12*\n\x04\x62\x65st\x18\x03 \x01(\x0b\x32\x1c.btt.proto.payment.v1.Update\x12-\n\x08\x61\x63\x63\x65pted\x18\x04 \x03(\x0b\x32\x1b.btt.proto.payment.v1.Count\"\x96\x01\n\x0cOpenResponse\x12\r\n\x05token\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12*\n\x04\x62\x65st\x18\x03 \x01(\x0b\x32\x1c.btt.proto.payment.v1.Update\x12,\n\x07settled\x18\x04 \x03(\x0b\x32\x1b.btt.proto.payment.v1.Count\x12\x0e\n\x06\x63redit\x18\x05 \x01(\x04\"\x17\n\x06\x41ttach\x12\r\n\x05token\x18\x01 \x01(\x0c\"w\n\x06Report\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\x0c\x12-\n\x08received\x18\x02 \x03(\x0b\x32\x1b.btt.proto.payment.v1.Count\x12-\n\x08\x61\x63\x63\x65pted\x18\x03 \x03(\x0b\x32\x1b.btt.proto.payment.v1.Count\"\xa4\x01\n\nPayRequest\x12.\n\x06\x61ttach\x18\x01 \x01(\x0b\x32\x1c.btt.proto.payment.v1.AttachH\x00\x12.\n\x06update\x18\x02 \x01(\x0b\x32\x1c.btt.proto.payment.v1.UpdateH\x00\x12.\n\x06report\x18\x03 \x01(\x0b\x32\x1c.btt.proto.payment.v1.ReportH\x00\x42\x06\n\x04kind\"G\n\tStatement\x12\x0c\n\x04owed\x18\x01 \x01(\x04\x12\x0c\n\x04paid\x18\x02 \x01(\x04\x12\x0e\n\x06\x63redit\x18\x03 \x01(\x04\x12\x0e\n\x06\x64\x65mand\x18\x04 \x01(\x04\"K\n\nSettlement\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\x0c\x12,\n\x07settled\x18\x02 \x03(\x0b\x32\x1b.btt.proto.payment.v1.Count\"\x83\x01\n\x0bPayResponse\x12\x34\n\tstatement\x18\x01 \x01(\x0b\x32\x1f.btt.proto.payment.v1.StatementH\x00\x12\x36\n\nsettlement\x18\x02 \x01(\x0b\x32 .btt.proto.payment.v1.SettlementH\x00\x42\x06\n\x04kind\"4\n\x0c\x43loseRequest\x12\r\n\x05token\x18\x01 \x01(\x0c\x12\x15\n\rclose_channel\x18\x02 \x01(\x08\"\xa5\x01\n\x10SessionStatement\x12\x12\n\nchannel_id\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12,\n\x07settled\x18\x03 \x03(\x0b\x32\x1b.btt.proto.payment.v1.Count\x12\x0c\n\x04owed\x18\x04 \x01(\x04\x12\x0c\n\x04paid\x18\x05 \x01(\x04\x12\x13\n\x0bwritten_off\x18\x06 \x01(\x04\x12\x0f\n\x07time_ms\x18\x07 \x01(\x04\"y\n\rCloseResponse\x12\x36\n\tstatement\x18\x01 \x01(\x0b\x32#.btt.proto.common.v1.SignedDocument\x12\x16\n\x0eledger_receipt\x18\x02 \x01(\x0c\x12\x18\n\x10ledger_signature\x18\x03 \x01(\x0c\x32\x82\x04\n\x0ePaymentService\x12^\n\x05\x42\x65gin\x12\".btt.proto.payment.v1.BeginRequest\x1a#.btt.proto.payment.v1.BeginResponse\"\x0c\xb2\xbb\x18\x08\x08\x01\x18\x80\x08 \xd8\x04\x12p\n\x0b\x41greeRefund\x12(.btt.proto.payment.v1.AgreeRefundRequest\x1a).btt.proto.payment.v1.AgreeRefundResponse\"\x0c\xb2\xbb\x18\x08\x08\x01\x18\x80\x08 \xd8\x04\x12\\\n\x04Open\x12!.btt.proto.payment.v1.OpenRequest\x1a\".btt.proto.payment.v1.OpenResponse\"\r\xb2\xbb\x18\t\x08\x01\x18\x80\x80\x04 \xd8\x04\x12_\n\x03Pay\x12 .btt.proto.payment.v1.PayRequest\x1a!.btt.proto.payment.v1.PayResponse\"\x0f\xb2\xbb\x18\x0b\x08\x01\x18\x80\x80\x80\x80\x04 \xd8\x04(\x01\x30\x01\x12_\n\x05\x43lose\x12\".btt.proto.payment.v1.CloseRequest\x1a#.btt.proto.payment.v1.CloseResponse\"\r\xb2\xbb\x18\t\x08\x01\x18\x80\x80\x04 \xd8\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"btt/proto/payment/v1/payment.proto\x12\x14\x62tt.proto.payment.v1\x1a btt/proto/common/v1/charge.proto\x1a\"btt/proto/common/v1/document.proto\"/\n\x06Update\x12\x12\n\ncumulative\x18\x01 \x01(\x04\x12\x11\n\tsignature\x18\x02 \x01(\x0c\"K\n\x05\x43ount\x12\x14\n\x0coffer_digest\x18\x01 \x01(\x0c\x12\x0f\n\x07service\x18\x02 \x01(\t\x12\x0c\n\x04unit\x18\x03 \x01(\r\x12\r\n\x05units\x18\x04 \x01(\x04\"\x0e\n\x0c\x42\x65ginRequest\"%\n\rBeginResponse\x12\x14\n\x0cserver_nonce\x18\x01 \x01(\x0c\"$\n\x12\x41greeRefundRequest\x12\x0e\n\x06\x63ommit\x18\x01 \x01(\x0c\"(\n\x13\x41greeRefundResponse\x12\x11\n\tsignature\x18\x01 \x01(\x0c\"\x89\x01\n\x0bOpenRequest\x12\x0c\n\x04open\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\x12*\n\x04\x62\x65st\x18\x03 \x01(\x0b\x32\x1c.btt.proto.payment.v1.Update\x12-\n\x08\x61\x63\x63\x65pted\x18\x04 \x03(\x0b\x32\x1b.btt.proto.payment.v1.Count\"\x96\x01\n\x0cOpenResponse\x12\r\n\x05token\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12*\n\x04\x62\x65st\x18\x03 \x01(\x0b\x32\x1c.btt.proto.payment.v1.Update\x12,\n\x07settled\x18\x04 \x03(\x0b\x32\x1b.btt.proto.payment.v1.Count\x12\x0e\n\x06\x63redit\x18\x05 \x01(\x04\";\n\x06\x41ttach\x12\r\n\x05token\x18\x01 \x01(\x0c\x12\x0f\n\x07\x63\x61ll_id\x18\x02 \x01(\x0c\x12\x11\n\tsignature\x18\x03 \x01(\x0c\"w\n\x06Report\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\x0c\x12-\n\x08received\x18\x02 \x03(\x0b\x32\x1b.btt.proto.payment.v1.Count\x12-\n\x08\x61\x63\x63\x65pted\x18\x03 \x03(\x0b\x32\x1b.btt.proto.payment.v1.Count\"\xa4\x01\n\nPayRequest\x12.\n\x06\x61ttach\x18\x01 \x01(\x0b\x32\x1c.btt.proto.payment.v1.AttachH\x00\x12.\n\x06update\x18\x02 \x01(\x0b\x32\x1c.btt.proto.payment.v1.UpdateH\x00\x12.\n\x06report\x18\x03 \x01(\x0b\x32\x1c.btt.proto.payment.v1.ReportH\x00\x42\x06\n\x04kind\"G\n\tStatement\x12\x0c\n\x04owed\x18\x01 \x01(\x04\x12\x0c\n\x04paid\x18\x02 \x01(\x04\x12\x0e\n\x06\x63redit\x18\x03 \x01(\x04\x12\x0e\n\x06\x64\x65mand\x18\x04 \x01(\x04\"K\n\nSettlement\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\x0c\x12,\n\x07settled\x18\x02 \x03(\x0b\x32\x1b.btt.proto.payment.v1.Count\"\x83\x01\n\x0bPayResponse\x12\x34\n\tstatement\x18\x01 \x01(\x0b\x32\x1f.btt.proto.payment.v1.StatementH\x00\x12\x36\n\nsettlement\x18\x02 \x01(\x0b\x32 .btt.proto.payment.v1.SettlementH\x00\x42\x06\n\x04kind\"X\n\x0c\x43loseRequest\x12\r\n\x05token\x18\x01 \x01(\x0c\x12\x15\n\rclose_channel\x18\x02 \x01(\x08\x12\x0f\n\x07\x63\x61ll_id\x18\x03 \x01(\x0c\x12\x11\n\tsignature\x18\x04 \x01(\x0c\"\xa5\x01\n\x10SessionStatement\x12\x12\n\nchannel_id\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12,\n\x07settled\x18\x03 \x03(\x0b\x32\x1b.btt.proto.payment.v1.Count\x12\x0c\n\x04owed\x18\x04 \x01(\x04\x12\x0c\n\x04paid\x18\x05 \x01(\x04\x12\x13\n\x0bwritten_off\x18\x06 \x01(\x04\x12\x0f\n\x07time_ms\x18\x07 \x01(\x04\"y\n\rCloseResponse\x12\x36\n\tstatement\x18\x01 \x01(\x0b\x32#.btt.proto.common.v1.SignedDocument\x12\x16\n\x0eledger_receipt\x18\x02 \x01(\x0c\x12\x18\n\x10ledger_signature\x18\x03 \x01(\x0c\x32\x82\x04\n\x0ePaymentService\x12^\n\x05\x42\x65gin\x12\".btt.proto.payment.v1.BeginRequest\x1a#.btt.proto.payment.v1.BeginResponse\"\x0c\xb2\xbb\x18\x08\x08\x01\x18\x80\x08 \xd8\x04\x12p\n\x0b\x41greeRefund\x12(.btt.proto.payment.v1.AgreeRefundRequest\x1a).btt.proto.payment.v1.AgreeRefundResponse\"\x0c\xb2\xbb\x18\x08\x08\x01\x18\x80\x08 \xd8\x04\x12\\\n\x04Open\x12!.btt.proto.payment.v1.OpenRequest\x1a\".btt.proto.payment.v1.OpenResponse\"\r\xb2\xbb\x18\t\x08\x01\x18\x80\x80\x04 \xd8\x04\x12_\n\x03Pay\x12 .btt.proto.payment.v1.PayRequest\x1a!.btt.proto.payment.v1.PayResponse\"\x0f\xb2\xbb\x18\x0b\x08\x01\x18\x80\x80\x80\x80\x04 \xd8\x04(\x01\x30\x01\x12_\n\x05\x43lose\x12\".btt.proto.payment.v1.CloseRequest\x1a#.btt.proto.payment.v1.CloseResponse\"\r\xb2\xbb\x18\t\x08\x01\x18\x80\x80\x04 \xd8\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -60,23 +60,23 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_OPENRESPONSE']._serialized_start=532
   _globals['_OPENRESPONSE']._serialized_end=682
   _globals['_ATTACH']._serialized_start=684
-  _globals['_ATTACH']._serialized_end=707
-  _globals['_REPORT']._serialized_start=709
-  _globals['_REPORT']._serialized_end=828
-  _globals['_PAYREQUEST']._serialized_start=831
-  _globals['_PAYREQUEST']._serialized_end=995
-  _globals['_STATEMENT']._serialized_start=997
-  _globals['_STATEMENT']._serialized_end=1068
-  _globals['_SETTLEMENT']._serialized_start=1070
-  _globals['_SETTLEMENT']._serialized_end=1145
-  _globals['_PAYRESPONSE']._serialized_start=1148
-  _globals['_PAYRESPONSE']._serialized_end=1279
-  _globals['_CLOSEREQUEST']._serialized_start=1281
-  _globals['_CLOSEREQUEST']._serialized_end=1333
-  _globals['_SESSIONSTATEMENT']._serialized_start=1336
-  _globals['_SESSIONSTATEMENT']._serialized_end=1501
-  _globals['_CLOSERESPONSE']._serialized_start=1503
-  _globals['_CLOSERESPONSE']._serialized_end=1624
-  _globals['_PAYMENTSERVICE']._serialized_start=1627
-  _globals['_PAYMENTSERVICE']._serialized_end=2141
+  _globals['_ATTACH']._serialized_end=743
+  _globals['_REPORT']._serialized_start=745
+  _globals['_REPORT']._serialized_end=864
+  _globals['_PAYREQUEST']._serialized_start=867
+  _globals['_PAYREQUEST']._serialized_end=1031
+  _globals['_STATEMENT']._serialized_start=1033
+  _globals['_STATEMENT']._serialized_end=1104
+  _globals['_SETTLEMENT']._serialized_start=1106
+  _globals['_SETTLEMENT']._serialized_end=1181
+  _globals['_PAYRESPONSE']._serialized_start=1184
+  _globals['_PAYRESPONSE']._serialized_end=1315
+  _globals['_CLOSEREQUEST']._serialized_start=1317
+  _globals['_CLOSEREQUEST']._serialized_end=1405
+  _globals['_SESSIONSTATEMENT']._serialized_start=1408
+  _globals['_SESSIONSTATEMENT']._serialized_end=1573
+  _globals['_CLOSERESPONSE']._serialized_start=1575
+  _globals['_CLOSERESPONSE']._serialized_end=1696
+  _globals['_PAYMENTSERVICE']._serialized_start=1699
+  _globals['_PAYMENTSERVICE']._serialized_end=2213
 # @@protoc_insertion_point(module_scope)

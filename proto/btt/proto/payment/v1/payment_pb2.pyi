@@ -215,7 +215,7 @@ class OpenResponse(_message.Message):
     SETTLED_FIELD_NUMBER: _builtins.int
     CREDIT_FIELD_NUMBER: _builtins.int
     token: _builtins.bytes
-    """Names the session in every call, 32 bytes; a secret."""
+    """Names the session in every call, beside a signature of K1 over the call; 32 bytes, a secret."""
     epoch: _builtins.int
     """Grows with every session of this channel."""
     credit: _builtins.int
@@ -254,16 +254,24 @@ class Attach(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     TOKEN_FIELD_NUMBER: _builtins.int
+    CALL_ID_FIELD_NUMBER: _builtins.int
+    SIGNATURE_FIELD_NUMBER: _builtins.int
     token: _builtins.bytes
     """The session's token."""
+    call_id: _builtins.bytes
+    """A fresh id, 16 bytes."""
+    signature: _builtins.bytes
+    """Signature of K1 over the canonical SessionCall, 65 bytes."""
     def __init__(
         self,
         *,
         token: _builtins.bytes = ...,
+        call_id: _builtins.bytes = ...,
+        signature: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["token", b"token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["call_id", b"call_id", "signature", b"signature", "token", b"token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -358,7 +366,7 @@ class Statement(_message.Message):
     credit: _builtins.int
     """Base units that may be owed beyond what is paid."""
     demand: _builtins.int
-    """The cumulative payment that would let every waiting call go on; 0 when none waits."""
+    """The cumulative payment that would let the next waiting message leave; 0 when none waits."""
     def __init__(
         self,
         *,
@@ -445,19 +453,27 @@ class CloseRequest(_message.Message):
 
     TOKEN_FIELD_NUMBER: _builtins.int
     CLOSE_CHANNEL_FIELD_NUMBER: _builtins.int
+    CALL_ID_FIELD_NUMBER: _builtins.int
+    SIGNATURE_FIELD_NUMBER: _builtins.int
     token: _builtins.bytes
     """The session's token."""
     close_channel: _builtins.bool
     """Close the channel on the ledger too."""
+    call_id: _builtins.bytes
+    """A fresh id, 16 bytes."""
+    signature: _builtins.bytes
+    """Signature of K1 over the canonical SessionCall, 65 bytes."""
     def __init__(
         self,
         *,
         token: _builtins.bytes = ...,
         close_channel: _builtins.bool = ...,
+        call_id: _builtins.bytes = ...,
+        signature: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["close_channel", b"close_channel", "token", b"token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["call_id", b"call_id", "close_channel", b"close_channel", "signature", b"signature", "token", b"token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,91 @@
+"""Exit codes and error texts of the command line."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from btt.sdk import errors
+from btt.sdk.cli import failures, main
+from btt.sdk.errors import BttError
+
+
+@pytest.mark.parametrize(
+    ("kind", "code"),
+    [
+        (errors.ConfigError, 3),
+        (errors.ConnectError, 4),
+        (errors.IdentityError, 4),
+        (errors.LedgerUnreachable, 4),
+        (errors.BudgetExceeded, 5),
+        (errors.PriceChanged, 5),
+        (errors.InsufficientFunds, 5),
+        (errors.AccountUnknown, 5),
+        (errors.ContentUnknown, 6),
+        (errors.ChannelUnknown, 6),
+        (errors.ContentMismatch, 1),
+        (errors.StorageError, 1),
+        (errors.InternalError, 1),
+    ],
+)
+def test_exit_codes_are_stable(kind: type[BttError], code: int) -> None:
+    assert failures.exit_code(kind("It failed.")) == code
+
+
+def test_report_tells_a_person_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    assert failures.report(errors.ConnectError("Nobody answers.", hint="Start it."), as_json=False) == 4
+    out, err = capsys.readouterr()
+    assert err == "error: Nobody answers. Start it.\n"
+    assert out == ""
+
+
+def test_report_tells_a_script_on_stdout(capsys: pytest.CaptureFixture[str]) -> None:
+    failures.report(errors.ContentUnknown("Not here."), as_json=True)
+    out, err = capsys.readouterr()
+    assert json.loads(out) == {
+        "error": {
+            "reason": "CONTENT_UNKNOWN",
+            "message": "Not here.",
+            "hint": "Check the infohash, or ask another node.",
+        }
+    }
+    assert err.startswith("error: Not here.")
+
+
+def test_an_error_without_a_reason_on_the_wire_is_named_by_its_class(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    failures.report(errors.ConnectError("Nobody."), as_json=True)
+    assert json.loads(capsys.readouterr().out)["error"]["reason"] == "ConnectError"
+
+
+def test_a_terminal_never_gets_control_characters_of_the_other_side(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    error = errors.ContentUnknown("No \x1b[2Jsuch \x07file.")
+    error.add_note("log:\n\x1b]0;title\x07 line")
+    failures.report(error, as_json=False)
+    err = capsys.readouterr().err
+    assert "\x1b" not in err
+    assert "\x07" not in err
+    assert "log:\n" in err
+
+
+def test_main_returns_the_code_and_shows_no_traceback(
+    tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path_factory.mktemp("empty")
+    assert main(["wallet", "address", "--wallet", str(folder), "--json"]) == 3
+    out, err = capsys.readouterr()
+    assert json.loads(out)["error"]["reason"] == "ConfigError"
+    assert err.startswith("error: There is no wallet")
+    assert "Traceback" not in err
+
+
+def test_main_ends_with_130_when_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("btt.sdk.cli.commands.run", interrupted)
+    assert main([]) == 130

@@ -1,0 +1,272 @@
+"""What a node refuses of a service, naming the service and the reason."""
+
+from __future__ import annotations
+
+import grpc
+import pytest
+
+from btt.node import registry
+from btt.node.config import ServiceSection
+from btt.node.payments.interceptor import Registrar
+from btt.node.registry import Collector, Registry
+from btt.sdk.errors import ConfigError
+from btt.sdk.money import BTT, Rate
+from btt.sdk.plugin import Line, Price, Unit, check_keys
+from btt.services.content.plugin import ContentPlugin
+from kit.probe import Probe, pb, rpc
+
+SERVICE = "probe.v1.ProbeService"
+BYTES = Line(SERVICE, Unit.BYTE)
+ROWS = Line(SERVICE, Unit.COUNT)
+MIB = 1 << 20
+PRICES = {BYTES: Price(Rate.parse("1 BTT / GiB"), MIB), ROWS: Price(Rate(1, 1, Unit.COUNT), 1000)}
+ON = ServiceSection(enabled=True)
+
+
+class Plugin:
+    """A good one; the tests make it worse."""
+
+    name = "probe"
+    offered = PRICES
+    events: list[str]
+
+    def __init__(self, context):
+        check_keys(context.config, known=("rate",))
+        self.context = context
+        self.events = []
+
+    async def start(self):
+        self.events.append("start")
+
+    def register(self, server):
+        rpc.add_ProbeServiceServicer_to_server(Probe(), server)
+
+    def prices(self):
+        return self.offered
+
+    async def stop(self):
+        self.events.append("stop")
+
+
+def make(tmp_path, sections=None, **plugins):
+    plugins = {name: (lambda cls=cls: cls) for name, cls in plugins.items()}
+    sections = dict.fromkeys(plugins, ON) if sections is None else sections
+    return Registry(plugins, sections=sections, folder=tmp_path, clock=lambda: 0)
+
+
+def register(made, *, credit_limit=BTT):
+    collector = Collector()
+    registrar = Registrar(collector)
+    made.register(registrar, credit_limit=credit_limit)
+    return collector, registrar
+
+
+def refusal(tmp_path, plugin, **options) -> str:
+    with pytest.raises(ConfigError, match=r"^services\.probe") as caught:
+        register(make(tmp_path, probe=plugin), **options)
+    return str(caught.value)
+
+
+def test_a_good_service_is_registered_with_its_charges_and_prices(tmp_path):
+    made = make(tmp_path, probe=Plugin)
+    collector, registrar = register(made)
+    assert made.prices == PRICES
+    assert made.services == [SERVICE]
+    assert {path.rpartition("/")[2] for path in registrar.charges} == {
+        method.name for method in pb.DESCRIPTOR.services_by_name["ProbeService"].methods
+    }
+    assert [handler.service_name() for handler in collector.handlers] == [SERVICE]
+
+
+def test_a_service_gets_its_own_folder_and_options_and_nothing_else(tmp_path):
+    seen = []
+
+    class Curious(Plugin):
+        def __init__(self, context):
+            seen.append(context)
+
+    make(tmp_path, {"probe": ServiceSection(enabled=True, rate="2 BTT / GiB")}, probe=Curious)
+    (context,) = seen
+    assert context.data_dir == tmp_path / "probe"
+    assert context.data_dir.is_dir()
+    assert context.config == {"rate": "2 BTT / GiB"}
+    assert set(context.__slots__) == {"data_dir", "config", "log", "clock"}
+
+
+def test_a_method_without_a_policy(tmp_path):
+    class Silent(Plugin):
+        def register(self, server):
+            async def no_policy(request, context):
+                return pb.Plain()
+
+            handler = grpc.unary_unary_rpc_method_handler(no_policy)
+            server.add_registered_method_handlers("probe.v1.RefusedService", {"NoPolicy": handler})
+
+    assert "RefusedService/NoPolicy does not say what it costs" in refusal(tmp_path, Silent)
+
+
+def test_a_handler_that_writes_its_responses(tmp_path):
+    class Writing(Probe):
+        async def Many(self, request, context):  # noqa: N802
+            await context.write(pb.Bytes())
+
+    class Writer(Plugin):
+        def register(self, server):
+            rpc.add_ProbeServiceServicer_to_server(Writing(), server)
+
+    assert "ProbeService/Many must yield" in refusal(tmp_path, Writer)
+
+
+def test_a_handler_that_only_gives_itself_as_generic(tmp_path):
+    class Hidden(Plugin):
+        def register(self, server):
+            super().register(server)
+            server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("probe.v1.Other", {}),))
+
+    class Anything(grpc.GenericRpcHandler):
+        def service(self, details):
+            return None
+
+    class Catching(Plugin):
+        def register(self, server):
+            super().register(server)
+            server.add_generic_rpc_handlers((Anything(),))
+
+    assert "probe.v1.Other was not registered by method" in refusal(tmp_path, Hidden)
+    assert "A handler was not registered by method" in refusal(tmp_path, Catching)
+
+
+def test_only_what_was_checked_is_served(tmp_path):
+    """The generic handler of a plugin may hold more methods than it registers."""
+
+    class Double(Plugin):
+        def register(self, server):
+            super().register(server)
+            server.add_generic_rpc_handlers(
+                (
+                    grpc.method_handlers_generic_handler(
+                        SERVICE, {"Secret": grpc.unary_unary_rpc_method_handler(print)}
+                    ),
+                )
+            )
+
+    collector, _ = register(make(tmp_path, probe=Double))
+
+    class Details:
+        method = f"/{SERVICE}/Secret"
+        invocation_metadata = ()
+
+    assert [handler.service(Details()) for handler in collector.handlers] == [None]
+
+
+@pytest.mark.parametrize(
+    ("prices", "reason"),
+    [
+        ({BYTES: PRICES[BYTES]}, "charges COUNT, which has no price"),
+        ({}, "has no price"),
+        (
+            {**PRICES, BYTES: Price(Rate.parse("1 BTT / GiB"), MIB - 1)},
+            "more than the 1048575 of the verify unit",
+        ),
+        ({**PRICES, Line("probe.v1.Other", Unit.BYTE): PRICES[BYTES]}, "which no method charges"),
+        ({**PRICES, BYTES: Price(Rate(1, MIB, Unit.COUNT), MIB)}, "priced per another unit"),
+    ],
+)
+def test_prices_that_do_not_fit_what_is_charged(tmp_path, prices, reason):
+    class Priced(Plugin):
+        offered = prices
+
+    assert reason in refusal(tmp_path, Priced)
+
+
+def test_a_credit_limit_below_one_verify_unit(tmp_path):
+    text = refusal(tmp_path, Plugin, credit_limit=999)
+    assert "costs 0.001 BTT, more than anyone may owe" in text
+    assert 'credit_limit = "0.001 BTT"' in text
+    register(make(tmp_path, probe=Plugin), credit_limit=1000)
+
+
+def test_two_services_of_one_name(tmp_path):
+    with pytest.raises(ConfigError, match=r"^services\.twin: probe\.v1\.ProbeService is served already"):
+        register(make(tmp_path, probe=Plugin, twin=Plugin))
+
+
+def test_a_service_that_is_not_installed(tmp_path):
+    with pytest.raises(ConfigError, match=r'"prob" is configured but not installed.*Did you mean "probe"'):
+        make(tmp_path, {"prob": ON}, probe=Plugin)
+
+
+def test_a_service_that_is_off_is_not_imported(tmp_path):
+    def never():
+        raise AssertionError("imported")
+
+    made = Registry({"probe": never}, sections={"probe": ServiceSection()}, folder=tmp_path, clock=lambda: 0)
+    collector, _ = register(made)
+    assert collector.handlers == []
+    assert not (tmp_path / "probe").exists()
+
+
+@pytest.mark.parametrize("moment", ["import", "init", "register", "prices"])
+def test_a_service_that_fails_is_named(tmp_path, moment):
+    class Failing(Plugin):
+        def __init__(self, context):
+            if moment == "init":
+                raise RuntimeError("broken")
+
+        def register(self, server):
+            if moment == "register":
+                raise RuntimeError("broken")
+            super().register(server)
+
+        def prices(self):
+            raise RuntimeError("broken")
+
+    def load():
+        if moment == "import":
+            raise RuntimeError("broken")
+        return Failing
+
+    with pytest.raises(ConfigError, match=r"^services\.probe failed: RuntimeError: broken"):
+        register(Registry({"probe": load}, sections={"probe": ON}, folder=tmp_path, clock=lambda: 0))
+
+
+async def test_what_started_is_stopped_whatever_else_fails(tmp_path):
+    events = []
+
+    def plugin(label, *, starts=True, stops=True):
+        class Noted(Plugin):
+            async def start(self):
+                if not starts:
+                    raise RuntimeError("no")
+                events.append(f"{label} started")
+
+            async def stop(self):
+                events.append(f"{label} stopped")
+                if not stops:
+                    raise RuntimeError("no")
+
+        return Noted
+
+    made = make(tmp_path, a=plugin("a"), b=plugin("b", stops=False), c=plugin("c", starts=False))
+    with pytest.raises(ConfigError, match=r"services\.c failed"):
+        await made.start()
+    await made.stop()
+    assert events == ["a started", "b started", "b stopped", "a stopped"]
+
+
+def test_the_content_service_is_installed_like_any_other():
+    assert registry.installed()["content"]() is ContentPlugin
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"rat": "1 BTT / GiB"}, r'no key "rat"\..*Did you mean "rate"'),
+        ({"rate": 1}, r'is not a price.*rate = "1 BTT / GiB"'),
+        ({"rate": "much"}, r'"much" .*rate = "1 BTT / GiB"'),
+        ({"rate": "1 BTT / call"}, "per the wrong unit"),
+    ],
+)
+def test_the_content_service_checks_its_options(tmp_path, options, reason):
+    with pytest.raises(ConfigError, match=rf"^services\.content: .*{reason}"):
+        make(tmp_path, {"content": ServiceSection(enabled=True, **options)}, content=ContentPlugin)
