@@ -10,7 +10,6 @@ import grpc.aio
 import pytest
 
 from btt.node.payments.interceptor import Registrar
-from btt.sdk.channel import Line, Price
 from btt.sdk.errors import (
     BudgetExceeded,
     CallRepeated,
@@ -20,17 +19,11 @@ from btt.sdk.errors import (
     RateLimited,
     SessionEnded,
 )
-from btt.sdk.money import Rate, Unit
 from btt.sdk.payment.calls import CALL_KEY, PROOF_KEY, TOKEN_KEY
 from btt.sdk.payment.charges import method_charge
 from btt.sdk.rpc import to_error
 from kit.economy import RUN
-from kit.probe import Probe, pb, rpc
-
-BYTES = Line("probe.v1.ProbeService", Unit.BYTE)
-ROWS = Line("probe.v1.ProbeService", Unit.COUNT)
-PRICES = {BYTES: Price(Rate.parse("1 BTT / GiB"), RUN), ROWS: Price(Rate(1, 1, Unit.COUNT), 1000)}
-UNIT = 1000  # base units: 1000 rows, the dearer of the two
+from kit.probe import BYTES, PRICES, Probe, pb, rpc
 
 
 @pytest.fixture
@@ -54,12 +47,12 @@ async def probe(economy):
     return node
 
 
-def refused(kind):
+def refused():
     methods = pb.DESCRIPTOR.services_by_name["RefusedService"].methods
     return [f"/{m.containing_service.full_name}/{m.name}" for m in methods]
 
 
-@pytest.mark.parametrize("path", refused(None))
+@pytest.mark.parametrize("path", refused())
 def test_a_method_that_cannot_be_charged_for_certain_is_refused(path):
     with pytest.raises(ConfigError):
         method_charge(path)

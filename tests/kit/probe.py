@@ -11,6 +11,9 @@ from types import ModuleType
 
 from grpc_tools import protoc
 
+from btt.sdk.channel import Line, Price
+from btt.sdk.money import Rate, Unit
+
 _HERE = Path(__file__).parent
 _GOOGLE = resources.files("grpc_tools") / "_proto"
 _PROTO = _HERE.parent.parent / "proto"
@@ -82,3 +85,8 @@ class Probe(rpc.ProbeServiceServicer):
     async def FreeMany(self, request, context):  # noqa: N802
         for _ in range(request.messages):
             yield pb.Plain(data=bytes(request.size))
+
+
+BYTES = Line("probe.v1.ProbeService", Unit.BYTE)
+ROWS = Line("probe.v1.ProbeService", Unit.COUNT)
+PRICES = {BYTES: Price(Rate.parse("1 BTT / GiB"), 1 << 20), ROWS: Price(Rate(1, 1, Unit.COUNT), 1000)}
