@@ -17,7 +17,6 @@ from btt.sdk.errors import (
     ChannelClosed,
     ChannelUnknown,
     IdentityError,
-    InvalidRequest,
     PriceChanged,
     RequestExpired,
     SessionEnded,

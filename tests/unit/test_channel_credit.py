@@ -89,8 +89,9 @@ class TestStrangers:
         assert not strangers.lend("a", 11, 1000 * HOUR)
         assert strangers.lend("a", 10, 1000 * HOUR)
 
-    def test_a_clock_that_goes_back_gives_nothing(self) -> None:
-        strangers = Strangers(total=10, per_network=10)
+    @pytest.mark.parametrize(("total", "each"), [(10, 1000), (1000, 10)])
+    def test_a_clock_that_goes_back_gives_nothing(self, total: int, each: int) -> None:
+        strangers = Strangers(total=total, per_network=each)
         assert strangers.lend("a", 10, 5 * HOUR)
         assert not strangers.lend("a", 1, 0)
         # From the highest time seen, not from the one it fell back to.

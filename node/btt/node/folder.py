@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -67,7 +67,7 @@ class NodeFolder:
     config: NodeConfig
     identity: PrivateKey
     payee_key: PrivateKey
-    tls_key: bytes
+    tls_key: bytes = field(repr=False)
     certificate: bytes
 
     @property

@@ -78,7 +78,7 @@ class Node:
         clock: Callable[[], int] = system_ms,
         grace_s: float = GRACE_S,
     ) -> None:
-        self._folder = folder
+        self.folder = folder
         self._plugins = plugins
         self._clock = clock
         self._grace_s = grace_s
@@ -115,10 +115,10 @@ class Node:
         return await asyncio.shield(self._failure)
 
     async def _start(self, stack: AsyncExitStack) -> None:
-        folder, config = self._folder, self._folder.config
+        folder, config = self.folder, self.folder.config
         running = stack.enter_context(folder.lock())
-        store = PayeeStore(folder.books)
-        stack.callback(store.close)
+        self.store = PayeeStore(folder.books)
+        stack.callback(self.store.close)
         self.ledger = LedgerOnDemand(config.ledger.address)
         stack.push_async_callback(self.ledger.close)
         services = registry.Registry(
@@ -132,28 +132,28 @@ class Node:
         collector = registry.Collector()
         registrar = Registrar(cast("grpc.aio.Server", collector))
         services.register(registrar, credit_limit=config.payments.credit_limit)
-        self.offers = await self._make_offers(store, services)
-        self._make_payments(store)
+        self.offers = await self._make_offers(services)
+        self._make_payments()
         self._serve_platform(registrar, services)
-        admission = Admission(
+        self.admission = Admission(
             registrar.charges,
             calls=config.limits.calls,
             calls_per_session=config.limits.calls_per_session,
         )
         metering = PaymentInterceptor(sessions=self.sessions, charges=registrar.charges, clock=self._clock)
         server = grpc.aio.server(
-            handlers=collector.handlers, interceptors=[admission, metering], options=_OPTIONS
+            handlers=collector.handlers, interceptors=[self.admission, metering], options=_OPTIONS
         )
         port = self._listen(server)
         await server.start()
-        stack.push_async_callback(self._stop, server, admission, store)
+        stack.push_async_callback(self._stop, server)
         self._watch(self.closer.run(_SWEEP_EVERY_S))
         self._watch(self.offers.run(_OFFER_EVERY_S))
         self._watch(self._greet_ledger())
         await self._tell(running, port, services)
 
-    async def _make_offers(self, store: PayeeStore, services: registry.Registry) -> Offers:
-        folder, config = self._folder, self._folder.config
+    async def _make_offers(self, services: registry.Registry) -> Offers:
+        folder, config = self.folder, self.folder.config
         offers = Offers(
             key=folder.identity,
             content=OfferContent(
@@ -164,18 +164,18 @@ class Node:
                 prices=services.prices,
                 terms=config.payments.terms,
             ),
-            store=store,
+            store=self.store,
             clock=self._clock,
         )
         await offers.start()
         return offers
 
-    def _make_payments(self, store: PayeeStore) -> None:
-        folder, payments = self._folder, self._folder.config.payments
+    def _make_payments(self) -> None:
+        folder, payments = self.folder, self.folder.config.payments
         ledger_id = folder.config.ledger.address.ledger_id
         self.sessions = Sessions(
             ledger_id=ledger_id,
-            store=store,
+            store=self.store,
             policy=CreditPolicy(
                 # A session may still pin the offer before this one.
                 unit=max(offer.sheet.unit_charge for offer in self.offers.usable()),
@@ -187,7 +187,7 @@ class Node:
             clock=self._clock,
         )
         self.closer = Closer(
-            store=store,
+            store=self.store,
             sessions=self.sessions,
             ledger=self.ledger,
             key=folder.payee_key,
@@ -199,7 +199,7 @@ class Node:
             ledger=self.ledger,
             identity=folder.identity,
             payee_key=folder.payee_key,
-            store=store,
+            store=self.store,
             sessions=self.sessions,
             closer=self.closer,
             offers=self.offers.usable,
@@ -218,8 +218,8 @@ class Node:
         )
 
     def _listen(self, server: grpc.aio.Server) -> int:
-        listen = self._folder.config.node.listen
-        credentials = server_credentials(self._folder.tls_key, self._folder.certificate)
+        listen = self.folder.config.node.listen
+        credentials = server_credentials(self.folder.tls_key, self.folder.certificate)
         try:
             port = server.add_secure_port(listen, credentials)
         except RuntimeError:
@@ -232,10 +232,10 @@ class Node:
         return port
 
     async def _tell(self, running: Running, port: int, services: registry.Registry) -> None:
-        node = self._folder.config.node
+        node = self.folder.config.node
         host, _ = parse_listen(node.listen)
         self.address = NodeAddress(
-            self._folder.identity.address, node.advertise or _ANYWHERE.get(host, host), port
+            self.folder.identity.address, node.advertise or _ANYWHERE.get(host, host), port
         )
         running.tell(self.address)
         for service in (*_platform_names(), *services.services):
@@ -263,18 +263,18 @@ class Node:
 
     # Stopping
 
-    async def _stop(self, server: grpc.aio.Server, admission: Admission, store: PayeeStore) -> None:
-        log.info("node.stopping", calls=admission.running)
+    async def _stop(self, server: grpc.aio.Server) -> None:
+        log.info("node.stopping", calls=self.admission.running)
         await self.health.enter_graceful_shutdown()
-        self.payments.draining = admission.draining = True
-        await self._patiently(admission.idle(), self._grace_s)
-        await self._end_sessions(store)
+        self.payments.draining = self.admission.draining = True
+        await self._patiently(self.admission.idle(), self._grace_s)
+        await self._end_sessions()
         # Payment streams end with their sessions; what is left now is cut.
         await server.stop(None if self._hurry.is_set() else _LAST_CALLS_S)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self._patiently(self._sweep_last(store), _LAST_SWEEP_S)
+        await self._patiently(self._sweep_last(), _LAST_SWEEP_S)
         log.info("node.stopped")
 
     async def _patiently(self, work: object, seconds: float) -> None:
@@ -286,19 +286,19 @@ class Node:
             waiting.cancel()
         await asyncio.gather(task, hurry, return_exceptions=True)
 
-    async def _end_sessions(self, store: PayeeStore) -> None:
+    async def _end_sessions(self) -> None:
         for session in self.sessions.all():
             meter = session.payee.meter
             try:
-                await store.save_books(session.payee.channel_id, meter.tally, meter.written_off)
+                await self.store.save_books(session.payee.channel_id, meter.tally, meter.written_off)
             except BttError as error:
                 log.warning("session.not_saved", error=str(error))
             self.sessions.end(session, Draining("The node is stopping."))
 
-    async def _sweep_last(self, store: PayeeStore) -> None:
+    async def _sweep_last(self) -> None:
         # What was begun is finished if the ledger is there; the rest waits for the next start.
         with suppress(BttError):
-            if any(record.state == "closing" for record, _ in await store.channels()):
+            if any(record.state == "closing" for record, _ in await self.store.channels()):
                 await self.closer.sweep()
 
 

@@ -288,6 +288,8 @@ class PaymentServicer(payment_pb2_grpc.PaymentServiceServicer):
             self._sessions.end(session, SessionEnded("The payer ended the payment stream."))
         except BttError as error:
             self._sessions.end(session, error)
+        except grpc.aio.AbortError:
+            return  # the stream's other half has ended the session already
         except Exception as error:
             log.exception("session.defect")
             self._sessions.end(session, InternalError(f"The payment stream failed ({error})."))

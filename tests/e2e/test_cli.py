@@ -1,0 +1,325 @@
+"""The commands as a person and a script use them, against a devnet."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import pty
+import random
+import signal
+import sys
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from btt.sdk.errors import BttError, ConfigError, InternalError
+from btt.sdk.money import Amount
+from btt.sdk.testing import Devnet
+
+pytest.importorskip("libtorrent", reason="the node's parts are not installed")
+
+BTT = [sys.executable, "-m", "btt.sdk.cli"]
+MIB = 2**20
+
+
+@dataclass
+class Done:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+class Person:
+    """Somebody with a home folder, who types commands."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        self.variables: dict[str, str] = {}
+
+    def environment(self) -> dict[str, str]:
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("BTT_", "XDG_"))}
+        return {**kept, "HOME": str(self.home), "PYTHONUNBUFFERED": "1", **self.variables}
+
+    async def start(self, *words: str, stdin: int = asyncio.subprocess.DEVNULL) -> asyncio.subprocess.Process:
+        return await asyncio.create_subprocess_exec(
+            *BTT, *words, stdin=stdin, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+            cwd=self.home, env=self.environment(),
+        )  # fmt: skip
+
+    async def btt(self, *words: str) -> Done:
+        process = await self.start(*words)
+        out, err = await process.communicate()
+        assert b"Traceback" not in err, err.decode()
+        assert process.returncode is not None
+        return Done(process.returncode, out.decode(), err.decode())
+
+
+@pytest.fixture
+def person(tmp_path: Path) -> Person:
+    (tmp_path / "home").mkdir()
+    return Person(tmp_path / "home")
+
+
+@dataclass
+class Market:
+    """A devnet with content, and a person who can pay."""
+
+    net: Devnet
+    person: Person
+    infohash: str
+    data: bytes
+    address: str
+
+    async def balance(self) -> int:
+        done = await self.person.btt("wallet", "balance", "--json")
+        return int(done.json["balance"])
+
+
+@pytest.fixture
+async def market(person: Person, tmp_path: Path) -> AsyncIterator[Market]:
+    data = random.Random(1).randbytes(8 * MIB + 5)
+    source = tmp_path / "film.bin"
+    source.write_bytes(data)
+    async with Devnet() as net:
+        made = await person.btt("wallet", "create", "--no-password", "--json")
+        address = made.json["address"]
+        await net.fund(address, "10 BTT")
+        person.variables |= {"BTT_NODES": net.node_address, "BTT_LEDGER": net.ledger_address}
+        published = await person.btt(
+            "content", "publish", str(source), "--node", str(net.node_folder), "--json"
+        )
+        yield Market(net, person, published.json["infohash"], data, address)
+
+
+async def test_a_wallet_is_made_once_and_shows_its_words_once(person: Person) -> None:
+    made = await person.btt("wallet", "create")
+    assert made.code == 0
+    words = next(line for line in made.out.splitlines() if line.startswith("Words")).split()[1:]
+    assert len(words) == 12
+    (file,) = person.home.rglob("wallet.json")
+    assert not any(" ".join(words[at : at + 2]) in file.read_text() for at in range(11))
+    assert file.stat().st_mode & 0o077 == 0
+
+    address = await person.btt("wallet", "address")
+    assert address.out.strip() in made.out
+    assert (await person.btt("wallet", "address", "--json")).json == {"address": address.out.strip()}
+
+    again = await person.btt("wallet", "create", "--json")
+    assert again.code == 3
+    assert "already" in again.json["error"]["message"]
+    assert again.err.startswith("error: ")
+
+
+async def test_a_password_protects_the_wallet(person: Person) -> None:
+    person.variables["BTT_WALLET_PASSWORD"] = "correct horse"
+    assert (await person.btt("wallet", "create")).code == 0
+    assert (await person.btt("wallet", "address")).code == 0
+    person.variables["BTT_WALLET_PASSWORD"] = "wrong"
+    assert (await person.btt("wallet", "address")).code == 3
+    del person.variables["BTT_WALLET_PASSWORD"]
+    unasked = await person.btt("wallet", "address")
+    assert unasked.code == 3
+    assert "BTT_WALLET_PASSWORD" in unasked.err
+
+
+async def test_a_wallet_of_ones_own_choice(person: Person) -> None:
+    person.variables["BTT_WALLET"] = "purse"
+    assert (await person.btt("wallet", "create")).code == 0
+    assert (person.home / "purse" / "wallet.json").exists()
+    assert (await person.btt("wallet", "address", "--wallet", "other")).code == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("wallet", "balance", "--ledger", "nowhere"), "btt-ledger"),
+        (("content", "quote", "123"), "INFOHASH"),
+        (("content", "fetch", "00" * 32), "--budget"),
+        (("content", "fetch", "00" * 32, "--budget", "five"), "--budget"),
+        (("content", "fetch", "00" * 32, "--budget", "5 BTT", "--node-address", "btt://x"), "--node-address"),
+    ],
+)
+async def test_what_cannot_be_read_is_a_usage_error(
+    person: Person, words: tuple[str, ...], says: str
+) -> None:
+    person.variables |= {"BTT_NODES": "127.0.0.1:1", "BTT_LEDGER": "btt-ledger://x"}
+    done = await person.btt(*words)
+    assert done.code == 2
+    assert says in done.err
+
+
+async def test_publishing_needs_a_node(person: Person) -> None:
+    (person.home / "file").write_bytes(b"data")
+    done = await person.btt("content", "publish", "file", "--json")
+    assert done.code == 3
+    assert "btt node init" in done.json["error"]["hint"]
+
+
+async def test_quote_fetch_resume_and_balance(market: Market) -> None:
+    person = market.person
+    cost = -(-len(market.data) * 10**6 // 2**30)
+    assert await market.balance() == 10_000_000
+
+    quoted = await person.btt("content", "quote", market.infohash, "--json")
+    assert quoted.json == {
+        "infohash": market.infohash, "name": "film.bin", "files": 1, "total_bytes": len(market.data),
+        "rate": "1 BTT / GiB", "cost": str(cost), "node": quoted.json["node"],
+    }  # fmt: skip
+    shown = await person.btt("content", "quote", f"magnet:?xt=urn:btmh:1220{market.infohash}")
+    assert str(Amount(cost)) in shown.out
+
+    done = await person.btt("content", "fetch", market.infohash, "--budget", "1 BTT", "--dest", "in", "--yes")
+    assert done.code == 0, done.err
+    assert (person.home / "in" / "film.bin").read_bytes() == market.data
+    assert f"Paid   {Amount(cost)} for 8.0 MiB" in done.out
+    assert "100 %" in done.out
+    assert await market.balance() == 10_000_000 - cost
+
+    again = await person.btt(
+        "content", "fetch", market.infohash, "--budget", "1 BTT", "--dest", "in", "--json"
+    )
+    assert again.json["fetched_bytes"] == 0
+    assert again.json["paid"] == "0"
+    assert await market.balance() == 10_000_000 - cost
+    totals = await market.net.ledger_totals()
+    assert totals.is_conserved
+    assert totals.open_channels == 0
+
+
+async def test_a_budget_that_is_too_small_keeps_what_it_bought(market: Market) -> None:
+    words = ("content", "fetch", market.infohash, "--json", "--dest", "in", "--budget")
+    short = await market.person.btt(*words, "0.004 BTT")
+    assert short.code == 5
+    assert short.json["error"]["reason"] == "BUDGET_EXCEEDED"
+    spent = 10_000_000 - await market.balance()
+    assert 0 < spent <= 4000
+
+    rest = await market.person.btt(*words, "1 BTT")
+    assert rest.code == 0, rest.err
+    assert 0 < rest.json["fetched_bytes"] < len(market.data)
+    assert (market.person.home / "in" / "film.bin").read_bytes() == market.data
+
+
+async def test_nothing_is_spent_unasked(market: Market) -> None:
+    words = ("content", "fetch", market.infohash, "--budget", "1 BTT")
+    unasked = await market.person.btt(*words)
+    assert unasked.code == 3
+    assert "--yes" in unasked.err
+
+    controller, terminal = pty.openpty()
+    try:
+        os.write(controller, b"n\n")
+        process = await market.person.start(*words, stdin=terminal)
+        out, _ = await process.communicate()
+    finally:
+        os.close(controller)
+        os.close(terminal)
+    assert process.returncode == 1
+    assert b"Spend up to" in out
+    assert b"Nothing was spent." in out
+    assert not (market.person.home / "film.bin").exists()
+    assert await market.balance() == 10_000_000
+
+
+async def test_what_is_not_there_is_told_by_the_exit_code(market: Market) -> None:
+    unknown = await market.person.btt("content", "quote", "ab" * 32, "--json")
+    assert unknown.code == 6
+    assert unknown.json["error"]["reason"] == "CONTENT_UNKNOWN"
+
+    person, place = market.person, market.net.node_address.partition("@")[0]
+    nobody = await person.btt("content", "quote", market.infohash, "--node-address", f"{place}@127.0.0.1:1")
+    assert nobody.code == 4
+    ledger = market.net.ledger_address.partition("@")
+    away = await person.btt("wallet", "balance", "--ledger", f"{ledger[0]}@127.0.0.1:1/{'00' * 32}", "--json")
+    assert away.code == 4
+    assert away.json["error"]["reason"] == "LEDGER_UNREACHABLE"
+
+
+async def test_an_empty_wallet_cannot_pay(market: Market) -> None:
+    assert (await market.person.btt("wallet", "create", "--wallet", "empty")).code == 0
+    done = await market.person.btt(
+        "content", "fetch", market.infohash, "--wallet", "empty", "--budget", "1 BTT", "--json"
+    )
+    assert done.code == 5
+    balance = await market.person.btt("wallet", "balance", "--wallet", "empty", "--json")
+    assert balance.json["balance"] == "0"
+
+
+async def test_a_bare_endpoint_is_trusted_once_and_on_purpose(market: Market) -> None:
+    bare = market.net.node_address.partition("@")[2]
+    words = ("content", "quote", market.infohash, "--node-address", bare, "--json")
+    refused = await market.person.btt(*words)
+    assert refused.code == 4
+    assert "--trust-new" in refused.err
+    assert (await market.person.btt(*words, "--trust-new")).code == 0
+    assert (await market.person.btt(*words)).code == 0
+
+
+async def test_ctrl_c_in_a_fetch_resumes_without_paying_twice(market: Market) -> None:
+    words = ("content", "fetch", market.infohash, "--budget", "1 BTT", "--dest", "in")
+    process = await market.person.start(*words, "--yes")
+    assert process.stdout is not None
+    while (line := await process.stdout.readline()) and b"%" not in line:
+        pass
+    process.send_signal(signal.SIGINT)
+    _, err = await process.communicate()
+    assert process.returncode in (130, 0)  # 0: it was faster
+    assert b"Traceback" not in err
+    done = await market.person.btt(*words, "--json")
+    assert done.code == 0, done.err
+    assert (market.person.home / "in" / "film.bin").read_bytes() == market.data
+    cost = -(-len(market.data) * 10**6 // 2**30)
+    # Each of the two channels rounds up by itself.
+    assert cost <= 10_000_000 - await market.balance() <= cost + 1
+
+
+async def test_publishing_shows_what_fetches_it(market: Market, tmp_path: Path) -> None:
+    folder = tmp_path / "album"
+    folder.mkdir()
+    (folder / "one").write_bytes(b"1" * 100)
+    (folder / "two").write_bytes(b"2" * 200)
+    shown = await market.person.btt("content", "publish", str(folder), "--node", str(market.net.node_folder))
+    assert shown.code == 0
+    fields = dict(line.split(None, 1) for line in shown.out.splitlines())
+    quoted = await market.person.btt("content", "quote", fields["Magnet"], "--json")
+    assert quoted.json["infohash"] == fields["Infohash"]
+    assert quoted.json["files"] == 2
+    assert quoted.json["total_bytes"] == 300
+
+
+async def test_a_devnet_needs_to_run() -> None:
+    net = Devnet()
+    with pytest.raises(ConfigError):
+        _ = net.folder
+    with pytest.raises(ConfigError):
+        Devnet(nodes=2)
+    with pytest.raises(ConfigError):
+        Devnet(content_price="much")
+
+
+async def test_a_devnet_shows_the_log_of_a_child_that_died() -> None:
+    with pytest.raises(BttError) as raised:
+        async with Devnet() as net:
+            folder = net.folder
+            os.kill(net.pids[0], signal.SIGKILL)
+            await net.ledger_totals()
+    assert any("The ledger had ended" in note for note in raised.value.__notes__)
+    assert not folder.exists()
+
+
+async def test_a_devnet_that_cannot_start_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    # A price that only the node refuses: content is paid by the byte.
+    with pytest.raises(InternalError, match=r"(?s)node.*rate"):
+        async with Devnet(content_price="1 BTT / call"):
+            pass
+    assert list(tmp_path.iterdir()) == []
