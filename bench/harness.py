@@ -58,8 +58,45 @@ def anonymous_bytes(pid: int) -> int:
     return 0
 
 
-class Child:
-    """One child process, its messages, and its peak of anonymous memory.
+class Watched:
+    """A process that takes part in a run: its CPU clock, and its peak of anonymous memory while watched.
+
+    Args:
+        role: Name in tables, for example `server`.
+        pid: Of a process that outlives the watching.
+    """
+
+    def __init__(self, role: str, pid: int) -> None:
+        self.role = role
+        self.pid = pid
+        self._peak = 0
+        self._stop = threading.Event()
+        self._sampler = threading.Thread(target=self._sample, daemon=True)
+        self._sampler.start()
+
+    def _sample(self) -> None:
+        while not self._stop.wait(SAMPLE_SECONDS):
+            self._peak = max(self._peak, anonymous_bytes(self.pid))
+
+    def cpu(self) -> float:
+        return cpu_seconds(self.pid)
+
+    def peak(self) -> int:
+        """Returns the highest RssAnon seen so far, bytes."""
+        return max(self._peak, anonymous_bytes(self.pid))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._sampler.join()
+
+
+class Child(Watched):
+    """A child process and its messages.
 
     Args:
         role: Name in tables, for example `server`.
@@ -69,11 +106,8 @@ class Child:
     """
 
     def __init__(self, role: str, module: str, arguments: Sequence[str], *, timeout: float = 300) -> None:
-        self.role = role
         self._module = module
         self._timeout = timeout
-        self._peak = 0
-        self._stop = threading.Event()
         self.process = subprocess.Popen(
             [sys.executable, "-m", module, *arguments],
             cwd=ROOT,
@@ -81,16 +115,7 @@ class Child:
             stdout=subprocess.PIPE,
             text=True,
         )
-        self._sampler = threading.Thread(target=self._sample, daemon=True)
-        self._sampler.start()
-
-    @property
-    def pid(self) -> int:
-        return self.process.pid
-
-    def _sample(self) -> None:
-        while not self._stop.wait(SAMPLE_SECONDS):
-            self._peak = max(self._peak, anonymous_bytes(self.pid))
+        super().__init__(role, self.process.pid)
 
     def tell(self, line: str = "go") -> None:
         """Sends one line to the child."""
@@ -119,21 +144,10 @@ class Child:
             raise ChildFailed(f"{self._module} ({self.role}) was to say {event!r}, it said {line!r}.")
         return message
 
-    def cpu(self) -> float:
-        return cpu_seconds(self.pid)
-
-    def peak(self) -> int:
-        """Returns the highest RssAnon seen so far, bytes."""
-        return max(self._peak, anonymous_bytes(self.pid))
-
-    def __enter__(self) -> Self:
-        return self
-
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stop.set()
-        self._sampler.join()
+        super().__exit__(kind, error, trace)
         process = self.process
         assert process.stdin is not None
         assert process.stdout is not None
@@ -197,16 +211,16 @@ def warm(source: Path, folder: Path, *, spare: int = 256 * MIB) -> None:
     scratch.unlink()
 
 
-def measure(worker: Child, *others: Child, source: Path, folder: Path) -> Run:
+def measure(worker: Child, *others: Watched, source: Path, folder: Path) -> Run:
     """Lets a worker that is ready do its work, and measures it and the processes it works with.
 
     Args:
         worker: The child that is told to go and says when it is done.
-        others: Children that serve it.
+        others: The processes that serve it.
         source: The file that is delivered.
         folder: Where the worker writes it.
     """
-    children = (worker, *others)
+    children: tuple[Watched, ...] = (worker, *others)
     warm(source, folder)
     before = [child.cpu() for child in children]
     worker.tell()

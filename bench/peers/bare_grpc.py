@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import ctypes
 import os
-import sys
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -21,6 +19,7 @@ import grpc.aio
 
 from bench.harness import MIB, Child, Run, heard, measure, say
 from btt.proto.content.v1 import content_pb2, content_pb2_grpc
+from btt.sdk.memory import keep_freed_memory
 from btt.sdk.tls import make_certificate, server_credentials
 
 NAME = "bare.btt"
@@ -34,17 +33,6 @@ OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.http2.bdp_probe", 0),
     ("grpc.http2.lookahead_bytes", 4 * MIB),
 )
-
-
-def keep_freed_memory() -> None:
-    """Lets glibc reuse buffers of 1 MiB; else each goes back to the kernel and is faulted in again."""
-    if sys.platform != "linux":
-        return
-    library = ctypes.CDLL(None)
-    trim_threshold, mmap_threshold = -1, -3
-    if hasattr(library, "mallopt"):
-        library.mallopt(trim_threshold, 256 * MIB)
-        library.mallopt(mmap_threshold, 32 * MIB)
 
 
 async def _serve(source: Path) -> None:

@@ -15,12 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import pytest_asyncio
 
 from btt.sdk.errors import BttError, ConfigError, InternalError
 from btt.sdk.money import Amount
 from btt.sdk.testing import Devnet
 
 pytest.importorskip("libtorrent", reason="the node's parts are not installed")
+
+# One devnet serves all tests here; each has a wallet of its own.
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 BTT = [sys.executable, "-m", "btt.sdk.cli"]
 MIB = 2**20
@@ -76,27 +80,28 @@ class Market:
     person: Person
     infohash: str
     data: bytes
-    address: str
 
     async def balance(self) -> int:
         done = await self.person.btt("wallet", "balance", "--json")
         return int(done.json["balance"])
 
 
-@pytest.fixture
-async def market(person: Person, tmp_path: Path) -> AsyncIterator[Market]:
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def net() -> AsyncIterator[Devnet]:
+    async with Devnet() as running:
+        yield running
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def market(net: Devnet, person: Person, tmp_path: Path) -> Market:
     data = random.Random(1).randbytes(8 * MIB + 5)
     source = tmp_path / "film.bin"
     source.write_bytes(data)
-    async with Devnet() as net:
-        made = await person.btt("wallet", "create", "--no-password", "--json")
-        address = made.json["address"]
-        await net.fund(address, "10 BTT")
-        person.variables |= {"BTT_NODES": net.node_address, "BTT_LEDGER": net.ledger_address}
-        published = await person.btt(
-            "content", "publish", str(source), "--node", str(net.node_folder), "--json"
-        )
-        yield Market(net, person, published.json["infohash"], data, address)
+    made = await person.btt("wallet", "create", "--no-password", "--json")
+    await net.fund(made.json["address"], "10 BTT")
+    person.variables |= {"BTT_NODES": net.node_address, "BTT_LEDGER": net.ledger_address}
+    published = await person.btt("content", "publish", str(source), "--node", str(net.node_folder), "--json")
+    return Market(net, person, published.json["infohash"], data)
 
 
 async def test_a_wallet_is_made_once_and_shows_its_words_once(person: Person) -> None:
@@ -322,4 +327,4 @@ async def test_a_devnet_that_cannot_start_says_why(monkeypatch: pytest.MonkeyPat
     with pytest.raises(InternalError, match=r"(?s)node.*rate"):
         async with Devnet(content_price="1 BTT / call"):
             pass
-    assert list(tmp_path.iterdir()) == []
+    assert [*tmp_path.rglob("*")] == []

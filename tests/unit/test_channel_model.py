@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from btt.sdk.channel import (
+    Checked,
     Durable,
     Intent,
     Line,
@@ -224,15 +225,16 @@ class World:
         checked = self.payee.check(update)
         if checked is not None:
 
-            def write(best: SignedUpdate) -> None:
+            def write(saved: Checked) -> None:
+                best = saved.update
                 standing = replace(self.standing)
                 standing.paid += best.cumulative - self.payee.meter.paid
                 self.payee_disk.append(PayeeDisk(best, self.payee.meter.tally.copy(), standing))
 
             before = self.payee.best
             self.payee.accept(Durable.write(checked, write))
-            assert self.payee.best is checked
-            assert before is None or checked.cumulative > before.cumulative
+            assert self.payee.best is update
+            assert before is None or update.cumulative > before.cumulative
         if self.waiting and self.waiting <= self.payee.meter.paid:
             self.waiting = 0
 

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from btt.sdk.channel import (
+    Checked,
     Durable,
     Line,
     Payee,
@@ -85,10 +86,16 @@ class TestUpdates:
     def test_a_higher_update_counts_once_it_is_saved(self) -> None:
         payee = make_payee()
         checked = payee.check(update(7))
-        assert checked == update(7)
+        assert checked == Checked(payee.channel_id, update(7))
         assert (payee.best, payee.meter.paid) == (None, 0)
         with pytest.raises(TypeError):
             payee.accept(checked)  # type: ignore[arg-type]
+        unchecked = Durable.write(update(7), lambda _: None)
+        with pytest.raises(TypeError):
+            payee.accept(unchecked)  # type: ignore[arg-type]
+        foreign = Durable.write(Checked(b"X" * 32, update(7)), lambda _: None)
+        with pytest.raises(TypeError):
+            payee.accept(foreign)
         payee.accept(Durable.write(checked, lambda _: None))
         assert (payee.best, payee.meter.paid, payee.standing.paid) == (update(7), 7, 7)
 
@@ -98,7 +105,9 @@ class TestUpdates:
         assert payee.check(update(7)) is None
         assert payee.check(update(6)) is None
         assert make_payee().check(update(0)) is None
-        late = Durable.write(update(5), lambda _: None)  # saved before, accepted after
+        late = Durable.write(
+            Checked(payee.channel_id, update(5)), lambda _: None
+        )
         payee.accept(late)
         assert (payee.best, payee.meter.paid, payee.standing.paid) == (update(7), 7, 7)
 

@@ -479,3 +479,13 @@ def test_a_hostile_node_gets_what_was_accepted_and_one_unit(moves: list[tuple], 
                 running, reported = [], {}
         assert payer.tally.owed == accepted + forfeited
         assert payer.signed <= min(deposit, accepted + forfeited + UNIT)
+
+
+def test_a_budget_below_the_deposit_limits_new_signatures_but_not_what_is_proven() -> None:
+    payer = Payer(
+        ledger_id=LEDGER, channel_id=CHANNEL, key=KEY, deposit=1000, signed=0, tally=Tally(), limit=100
+    )
+    earlier = Payer(ledger_id=LEDGER, channel_id=CHANNEL, key=KEY, deposit=1000, signed=500, tally=Tally())
+    payer.reconcile(best=earlier.last(), settled={})
+    assert payer.signed == 500
+    assert payer.due(credit=0, demand=501, flush=True) is None

@@ -75,7 +75,9 @@ def start(
     import uvloop
 
     from btt.node.folder import NodeFolder, default_folder
+    from btt.sdk.memory import keep_freed_memory
 
+    keep_freed_memory()
     opened = NodeFolder.open(folder or default_folder())
     _log_to_stderr()
     uvloop.run(_start(opened, stdin_lifeline=stdin_lifeline))

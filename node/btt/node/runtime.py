@@ -33,7 +33,7 @@ from btt.proto.offer.v1 import offer_pb2, offer_pb2_grpc
 from btt.proto.payment.v1 import payment_pb2, payment_pb2_grpc
 from btt.sdk.errors import BttError, ConfigError, Draining
 from btt.sdk.identity import NodeAddress
-from btt.sdk.tls import MAX_MESSAGE, certificate_sha256, server_credentials
+from btt.sdk.tls import TRANSPORT_OPTIONS, certificate_sha256, server_credentials
 
 log = structlog.get_logger(__name__)
 
@@ -46,8 +46,7 @@ _OFFER_EVERY_S: Final = 60.0
 _ANYWHERE: Final = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - what is printed instead
 
 _OPTIONS: Final = (
-    ("grpc.max_receive_message_length", MAX_MESSAGE),
-    ("grpc.max_send_message_length", MAX_MESSAGE),
+    *TRANSPORT_OPTIONS,
     ("grpc.max_metadata_size", 16 * 1024),
     # Two nodes on one port would share its connections.
     ("grpc.so_reuseport", 0),

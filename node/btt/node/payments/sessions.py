@@ -200,7 +200,7 @@ class Session:
         if checked is None:
             return
         meter = self.payee.meter
-        saved = await store.save(self.payee.channel_id, checked, meter.tally, meter.written_off)
+        saved = await store.save(checked, meter.tally, meter.written_off)
         self.payee.accept(saved)
 
     def settle(self, call_id: bytes, accepted: Mapping[Segment, int]) -> None:
@@ -338,7 +338,7 @@ class Sessions:
         checked = payee.check(best) if best is not None else None
         meter = payee.meter
         if checked is not None:
-            payee.accept(await self._store.save(channel_id, checked, meter.tally, meter.written_off))
+            payee.accept(await self._store.save(checked, meter.tally, meter.written_off))
         settled = payee.reconcile(accepted)
         await self._store.save_books(channel_id, meter.tally, meter.written_off)
         epoch = await self._store.next_epoch(channel_id)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from btt.sdk.channel import Durable, Line, SignedUpdate, Tally
+from btt.sdk.channel import Checked, Durable, Line, SignedUpdate, Tally
 from btt.sdk.errors import ConfigError, StorageError
 from btt.sdk.keys import Address
 from btt.sdk.money import Unit
@@ -266,9 +266,7 @@ class PayeeStore:
             )
         )
 
-    async def save(
-        self, channel_id: bytes, update: SignedUpdate, tally: Tally, written_off: int
-    ) -> Durable[SignedUpdate]:
+    async def save(self, checked: Checked, tally: Tally, written_off: int) -> Durable[Checked]:
         """Writes an update that was checked, with the books of its channel.
 
         Raises:
@@ -276,10 +274,10 @@ class PayeeStore:
         """
         books = tally.copy()
 
-        async def write(value: SignedUpdate) -> None:
-            await self.run(lambda db: _save(db, channel_id, value, books, written_off))
+        async def write(value: Checked) -> None:
+            await self.run(lambda db: _save(db, value.channel_id, value.update, books, written_off))
 
-        return await Durable.awrite(update, write)
+        return await Durable.awrite(checked, write)
 
     async def save_books(self, channel_id: bytes, tally: Tally, written_off: int) -> None:
         """Writes what was delivered and written off on a channel."""

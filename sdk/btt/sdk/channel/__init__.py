@@ -3,11 +3,12 @@
 from btt.sdk.channel.credit import Standing, Strangers
 from btt.sdk.channel.durable import Durable
 from btt.sdk.channel.meter import Meter
-from btt.sdk.channel.payee import Payee
+from btt.sdk.channel.payee import Checked, Payee
 from btt.sdk.channel.payer import Intent, PaidCall, Payer, SignedUpdate
 from btt.sdk.channel.prices import Line, Price, PriceSheet, Segment, Tally
 
 __all__ = [
+    "Checked",
     "Durable",
     "Intent",
     "Line",

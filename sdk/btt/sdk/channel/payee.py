@@ -2,7 +2,7 @@
 
 States its rules once, without sockets, clocks or databases:
 
-- An update counts as paid only once it is saved (`Durable[SignedUpdate]`).
+- An update counts as paid only once it is checked and saved (`Durable[Checked]`).
 - What the payer says it accepted settles a call. The shortfall is written off within
   the bounds of `credit`; of what was prepaid, the rest is forfeited.
 - Whatever either side can prove is where a session starts.
@@ -11,6 +11,7 @@ States its rules once, without sockets, clocks or databases:
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from btt.sdk.channel.credit import Standing
 from btt.sdk.channel.durable import Durable
@@ -24,6 +25,19 @@ from btt.sdk.signing import ChannelUpdate, verify
 
 REMEMBERED_CALLS = 4096
 """Ended calls whose ids stay refused."""
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """An update that `Payee.check` has verified, to be saved.
+
+    Attributes:
+        channel_id: 32 bytes.
+        update: What K1 signed.
+    """
+
+    channel_id: bytes
+    update: SignedUpdate
 
 
 class Payee:
@@ -76,7 +90,7 @@ class Payee:
 
     # Updates
 
-    def check(self, update: SignedUpdate) -> SignedUpdate | None:
+    def check(self, update: SignedUpdate) -> Checked | None:
         """Checks an update, cheap tests first.
 
         Returns:
@@ -101,15 +115,18 @@ class Payee:
             )
         except InvalidRequest as error:
             raise UpdateInvalid("The update is not signed by the channel's key.") from error
-        return update
+        return Checked(self.channel_id, update)
 
-    def accept(self, saved: Durable[SignedUpdate]) -> None:
+    def accept(self, saved: Durable[Checked]) -> None:
         """Counts a saved update as paid."""
-        if not isinstance(saved, Durable):
-            raise TypeError("only a saved update counts")
-        if self.best is None or saved.value.cumulative > self.best.cumulative:
-            self.best = saved.value
-            self.meter.pay(saved.value.cumulative)
+        if not isinstance(saved, Durable) or not isinstance(saved.value, Checked):
+            raise TypeError("only an update that was checked and saved counts")
+        if saved.value.channel_id != self.channel_id:
+            raise TypeError("the update is of another channel")
+        update = saved.value.update
+        if self.best is None or update.cumulative > self.best.cumulative:
+            self.best = update
+            self.meter.pay(update.cumulative)
 
     # Calls
 

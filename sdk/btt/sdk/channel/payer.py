@@ -78,15 +78,25 @@ class Payer:
         deposit: Base units that T1 locks.
         signed: Base units signed so far, from the wallet.
         tally: What was accepted and settled so far, from the wallet.
+        limit: Most cumulative base units that the budget allows; the deposit if not given.
     """
 
     def __init__(
-        self, *, ledger_id: bytes, channel_id: bytes, key: PrivateKey, deposit: int, signed: int, tally: Tally
+        self,
+        *,
+        ledger_id: bytes,
+        channel_id: bytes,
+        key: PrivateKey,
+        deposit: int,
+        signed: int,
+        tally: Tally,
+        limit: int | None = None,
     ) -> None:
         self._ledger_id = ledger_id
         self.channel_id = channel_id
         self._key = key
         self.deposit = deposit
+        self.limit = deposit if limit is None else limit
         self.signed = signed
         self.tally = tally
         self._reserved: dict[Segment, int] = {}
@@ -132,14 +142,14 @@ class Payer:
         Raises:
             BudgetExceeded: The channel does not cover them beside what is owed and reserved.
         """
-        if self.tally.owed + self._reserved_cost(segment, units) > self.deposit:
+        if self.tally.owed + self._reserved_cost(segment, units) > self.limit:
             raise BudgetExceeded(f"The channel holds too little for {units} more units.")
         self._reserved[segment] = self._reserved.get(segment, 0) + units
 
     def affordable(self, segment: Segment) -> int:
         """Returns how many more units of a segment can be reserved now."""
         rate, have = self.tally.rate(segment), self.tally.units(segment) + self._reserved.get(segment, 0)
-        spare = self.deposit - self.tally.owed - self._reserved_cost(segment, 0)
+        spare = self.limit - self.tally.owed - self._reserved_cost(segment, 0)
         return max(0, rate.units_for(rate.owed(have) + spare) - have) if spare >= 0 else 0
 
     def release(self, segment: Segment, units: int) -> None:
@@ -178,7 +188,7 @@ class Payer:
             target = owed
         else:
             return None
-        target = min(target, self.deposit)
+        target = min(target, self.limit)
         return target if target > self.signed else None
 
     def intend(self, cumulative: int) -> Intent:
@@ -188,7 +198,7 @@ class Payer:
             ValueError: The amount breaks a rule of this module: a defect of the caller.
         """
         prepay = self._sheet.unit_charge if self._sheet else 0
-        if not self.signed <= cumulative <= min(self.deposit, max(self.signed, self.tally.owed + prepay)):
+        if not self.signed <= cumulative <= min(self.limit, max(self.signed, self.tally.owed + prepay)):
             raise ValueError(f"{cumulative} is more than is owed, or less than was signed")
         return Intent(self.channel_id, cumulative, self.tally.copy())
 

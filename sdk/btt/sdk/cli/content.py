@@ -24,6 +24,7 @@ from btt.sdk.cli.options import (
     wallet_folder,
 )
 from btt.sdk.errors import ConfigError
+from btt.sdk.memory import keep_freed_memory
 from btt.sdk.money import Amount
 
 if TYPE_CHECKING:
@@ -124,6 +125,7 @@ def fetch(
     as_json: AsJson = False,
 ) -> None:
     """Fetch content, verify it and pay for it; run it again to resume."""
+    keep_freed_memory()
     content = _check_content(infohash)
     granted = parsed(Amount.parse, budget, "--budget")
     client = _client(node=node_address, ledger=ledger, wallet=wallet, budget=granted, trust_new=trust_new)

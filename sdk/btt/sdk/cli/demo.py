@@ -19,6 +19,7 @@ from btt.sdk.cli import render
 from btt.sdk.cli.failures import FAILED
 from btt.sdk.cli.options import AsJson
 from btt.sdk.errors import ConfigError
+from btt.sdk.memory import keep_freed_memory
 from btt.sdk.money import BTT, Amount
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ def demo(
     as_json: AsJson = False,
 ) -> None:
     """Start a ledger and a node, publish a file, fetch it as a dApp and pay for it; leave nothing."""
+    keep_freed_memory()
     source = _default_file() if file is None else file.absolute()
     try:
         length = source.stat().st_size if source.is_file() else 0

@@ -7,6 +7,7 @@ over, because code behind a `yield` does not run when the reader breaks off.
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextvars import ContextVar, Token
@@ -205,6 +206,13 @@ def _charge(details: grpc.aio.ClientCallDetails) -> MethodCharge:
     return method_charge(method.decode() if isinstance(method, bytes) else method)
 
 
+def _explain_cancel(session: PaymentSession) -> None:
+    """Raises what ended the session, which cancels its calls; a cancelled caller stays cancelled."""
+    task = asyncio.current_task()
+    if session.error is not None and not (task and task.cancelling()):
+        raise session.error from None
+
+
 class PayUnaryStream(grpc.aio.UnaryStreamClientInterceptor):
     """Pays for calls with one request and many responses."""
 
@@ -240,9 +248,8 @@ class PayUnaryStream(grpc.aio.UnaryStreamClientInterceptor):
         except BttError:
             call.cancel()
             raise
-        except BaseException:
-            if self._session.error is not None:
-                raise self._session.error from None
+        except asyncio.CancelledError:
+            _explain_cancel(self._session)
             raise
         finally:
             call.finish()
@@ -272,6 +279,9 @@ class PayUnaryUnary(grpc.aio.UnaryUnaryClientInterceptor):
             call.arrived(response)
         except grpc.aio.AioRpcError as failure:
             raise (self._session.error or to_error(failure)) from failure
+        except asyncio.CancelledError:
+            _explain_cancel(self._session)
+            raise
         finally:
             call.finish()
         return response

@@ -123,7 +123,8 @@ class PaymentSession:
                 ledger_id=stored.ledger_id,
                 channel_id=stored.channel_id,
                 key=purse.channel_key(opened.commit),
-                deposit=stored.cap,
+                deposit=stored.deposit,
+                limit=stored.cap,
                 signed=stored.signed,
                 tally=purse.store.tally(stored.channel_id),
             )
@@ -201,7 +202,7 @@ class PaymentSession:
         """
         if self.error is not None:
             raise self.error
-        if self.payer.tally.owed >= self.payer.deposit:
+        if self.payer.tally.owed >= self.payer.limit:
             raise BudgetExceeded("The channel is used up.")
         self.payer.begin(call.call_id)
         self._calls[call.call_id] = call

@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final
 
 from btt.sdk.budget import Budget
-from btt.sdk.errors import ConfigError
+from btt.sdk.errors import BttError, ConfigError
 from btt.sdk.keys import Address, PrivateKey
 from btt.sdk.money import Amount, Rate
 from btt.sdk.testing import processes
@@ -104,10 +104,12 @@ class Devnet:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None:
-            for server in self._servers:
-                server.explain(error)
-        await self._stack.aclose()
+        try:
+            if isinstance(error, BttError):
+                for server in self._servers:
+                    await server.explain(error)
+        finally:
+            await self._stack.aclose()
 
     async def _command(self, *arguments: str) -> str:
         return await processes.run(*arguments, log=self.folder / f"{'-'.join(arguments[:2])}.log")

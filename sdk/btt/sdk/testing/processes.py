@@ -19,6 +19,7 @@ from btt.sdk.errors import BttError, InternalError
 
 READY_SECONDS: Final = 30.0
 STOP_SECONDS: Final = 10.0
+_END_SECONDS: Final = 0.5
 _TAIL_LINES: Final = 12
 _COMMAND: Final = (sys.executable, "-m", "btt.sdk.cli")
 
@@ -136,9 +137,13 @@ class Server:
         await self._process.wait()
         raise InternalError(f"The {self.name} did not start: {_tail(self._log)}")
 
-    def explain(self, error: BaseException) -> None:
+    async def explain(self, error: BttError) -> None:
         """Adds to an error what the process said last, if it has ended by itself."""
-        if self._process.returncode is not None and isinstance(error, BttError):
+        with contextlib.suppress(TimeoutError):
+            # Its end may have caused the error a moment ago, and be on its way to us.
+            async with asyncio.timeout(_END_SECONDS):
+                await self._process.wait()
+        if self._process.returncode is not None:
             error.add_note(
                 f"The {self.name} had ended ({self._process.returncode}). The end of its log:\n"
                 + _tail(self._log)

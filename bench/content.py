@@ -1,0 +1,241 @@
+"""How fast content arrives, verified and paid, and what paying costs: `python -m bench.content`.
+
+Four contestants in alternating rounds move one file over loopback to a disk and sync it:
+
+- `btt`: a ledger, a node and a dApp with a new wallet; default price and credit.
+- `unpaid`: the same service and transfer without payment.
+- `bare gRPC`: the same messages over TLS, no hash, no payment.
+- `libtorrent`: a tuned seeder and leecher of the same torrent, no `seed_mode`.
+
+Ratios: `vs_bare_grpc` and `vs_libtorrent` compare the rates, `payment_cpu_overhead` is how
+much more CPU time a paid GiB takes than an unpaid one, all processes together and with the
+channel opened and closed. `--memory` shows instead that peaks do not grow with the file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import filecmp
+import json
+import re
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from bench.harness import GIB, MIB, Ratio, Results, Run, alternate, as_json, random_file, report, workspace
+from bench.ours import paid, unpaid
+from bench.peers import bare_grpc, libtorrent_pair
+from btt.sdk.testing import Devnet
+
+LEAST = {"vs_bare_grpc": 0.60, "vs_libtorrent": 1.0}
+MOST = {"payment_cpu_overhead": 0.05}
+MOST_MEMORY = 150 * MIB
+MEMORY_SIZES = (64 * MIB, GIB, 4 * GIB)
+FUNDS = "100 BTT"
+
+
+class Field:
+    """The file, the devnet that publishes it, and everyone who fetches it.
+
+    Args:
+        net: A devnet that runs.
+        loop: Its event loop; the contestants run in another thread.
+        source: The published file.
+        infohash: Of the file, hex.
+    """
+
+    def __init__(self, net: Devnet, loop: asyncio.AbstractEventLoop, source: Path, infohash: str) -> None:
+        self._net = net
+        self._loop = loop
+        self._source = source
+        self._infohash = infohash
+
+    def contestants(self) -> dict[str, Callable[[Path], Run]]:
+        """Returns them all by name."""
+        return {
+            "btt": self.paid,
+            "unpaid": self.unpaid,
+            "bare gRPC": lambda folder: self._checked(bare_grpc.contestant(self._source, folder), folder),
+            "libtorrent": lambda folder: self._checked(
+                libtorrent_pair.contestant(self._source, self._torrent, folder), folder
+            ),
+        }
+
+    @property
+    def _torrent(self) -> Path:
+        return self._net.torrent(self._infohash)
+
+    def paid(self, folder: Path) -> Run:
+        """The product."""
+        ledger, node = self._net.pids
+        run = paid.contestant(
+            self._source,
+            folder,
+            node=self._net.node_address,
+            ledger=self._net.ledger_address,
+            infohash=self._infohash,
+            fund=self._fund,
+            servers=[("node", node), ("ledger", ledger)],
+        )
+        return self._checked(run, folder)
+
+    def unpaid(self, folder: Path) -> Run:
+        """The product without payment."""
+        run = unpaid.contestant(
+            self._source, folder, catalogue=self._net.node_folder / "content", torrent=self._torrent
+        )
+        return self._checked(run, folder)
+
+    def _fund(self, account: str) -> None:
+        asyncio.run_coroutine_threadsafe(self._net.fund(account, FUNDS), self._loop).result(60)
+
+    def _checked(self, run: Run, folder: Path) -> Run:
+        found = [path for path in (folder / self._source.name, folder / "out") if path.exists()]
+        whole = run.bytes == self._source.stat().st_size
+        if not whole or len(found) != 1 or not filecmp.cmp(self._source, found[0], shallow=False):
+            raise RuntimeError("what arrived is not what was sent")
+        return run
+
+
+@contextmanager
+def _beside(folder: Path) -> Iterator[None]:
+    """Makes the devnet put its books on the same disk as the files."""
+    before, tempfile.tempdir = tempfile.tempdir, str(folder)
+    try:
+        yield
+    finally:
+        tempfile.tempdir = before
+
+
+def _progress(number: int, name: str, run: Run) -> None:
+    print(
+        f"round {number + 1} {name}: {run.rate / MIB:.0f} MiB/s, {run.cpu_per_gib:.2f} CPU s/GiB",
+        file=sys.stderr,
+    )
+
+
+async def measure_speed(size: int, rounds: int, *, quiet: bool) -> Results:
+    """Runs all contestants.
+
+    Args:
+        size: Bytes of the file.
+        rounds: Runs of each.
+        quiet: Say nothing on the way.
+    """
+    with workspace() as folder, _beside(folder):
+        source = random_file(folder / "content.bin", size)
+        async with Devnet() as net:
+            field = Field(net, asyncio.get_running_loop(), source, await net.publish(source))
+            return await asyncio.to_thread(
+                alternate,
+                field.contestants(),
+                rounds=rounds,
+                parent=folder,
+                progress=None if quiet else _progress,
+            )
+
+
+async def measure_memory(sizes: tuple[int, ...], *, quiet: bool) -> dict[int, Run]:
+    """Runs the product once for each size, each time with a new node.
+
+    Args:
+        sizes: Bytes of each file.
+        quiet: Say nothing on the way.
+    """
+    runs = {}
+    for size in sizes:
+        with workspace() as folder, _beside(folder):
+            source = random_file(folder / "content.bin", size)
+            async with Devnet() as net:
+                field = Field(net, asyncio.get_running_loop(), source, await net.publish(source))
+                target = folder / "run"
+                target.mkdir()
+                runs[size] = await asyncio.to_thread(field.paid, target)
+        if not quiet:
+            _progress(len(runs) - 1, f"btt, {size / MIB:.0f} MiB", runs[size])
+    return runs
+
+
+def ratios(results: Results) -> dict[str, Ratio]:
+    """Returns the claims of this module."""
+    more = results.paired("btt", "unpaid", lambda run: run.cpu_per_gib)
+    return {
+        "vs_bare_grpc": results.paired("btt", "bare gRPC"),
+        "vs_libtorrent": results.paired("btt", "libtorrent"),
+        "payment_cpu_overhead": Ratio(more.median - 1, more.low - 1, more.high - 1),
+    }
+
+
+def _missed(found: dict[str, Ratio]) -> list[str]:
+    return [name for name, least in LEAST.items() if found[name].median < least] + [
+        name for name, most in MOST.items() if found[name].median > most
+    ]
+
+
+def _speed(arguments: argparse.Namespace) -> None:
+    quick = arguments.quick
+    size = arguments.size or (128 * MIB if quick else GIB)
+    rounds = arguments.rounds or (2 if quick else 7)
+    results = asyncio.run(measure_speed(size, rounds, quiet=arguments.json))
+    found = ratios(results)
+    peaks = {role: results.peak("btt", role) for role in results.roles("btt")}
+    facts: dict[str, Any] = {
+        "size": size,
+        "rounds": rounds,
+        "peak_anonymous_bytes": peaks,
+        "settled_after_written_s": round(
+            statistics.median(run.seconds - run.extra["before_settled"] for run in results.runs["btt"]), 4
+        ),
+        "missed": _missed(found) + [f"memory of {r}" for r, peak in peaks.items() if peak > MOST_MEMORY],
+    }
+    if arguments.json:
+        print(as_json(results, found, facts=facts))
+    else:
+        report(f"{size / MIB:.0f} MiB, {rounds} rounds", results, found, facts=facts)
+
+
+def _memory(arguments: argparse.Namespace) -> None:
+    runs = asyncio.run(measure_memory(MEMORY_SIZES, quiet=arguments.json))
+    roles = list(next(iter(runs.values())).anonymous)
+    peaks = {str(size): dict(run.anonymous) for size, run in runs.items()}
+    # 1.0 is flat: the peak at the largest file over the peak at the smallest.
+    small, large = (runs[size].anonymous for size in (min(runs), max(runs)))
+    found = {f"{role}_memory_growth": round(large[role] / small[role], 4) for role in roles}
+    if arguments.json:
+        print(json.dumps({"ratios": found, "peak_anonymous_bytes": peaks}))
+        return
+    for size, run in runs.items():
+        cells = ", ".join(f"{role} {run.anonymous[role] / MIB:.0f} MiB" for role in roles)
+        print(f"{size / MIB:.0f} MiB: {cells}")
+    for name, ratio in found.items():
+        print(f"{name}: {ratio:.2f}")
+
+
+def _size(text: str) -> int:
+    match = re.fullmatch(r"(\d+)\s*(MiB|GiB)", text)
+    if match is None:
+        raise argparse.ArgumentTypeError("write a size such as 512MiB or 1GiB")
+    return int(match[1]) * (MIB if match[2] == "MiB" else GIB)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--size", type=_size, help="size of the file; 1GiB by default")
+    parser.add_argument("--rounds", type=int, help="runs of each contestant; 7 by default")
+    parser.add_argument("--quick", action="store_true", help="128 MiB and 2 rounds, under 50 s")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--memory", action="store_true", help="measure peaks at 64 MiB, 1 GiB and 4 GiB")
+    arguments = parser.parse_args()
+    if arguments.memory:
+        _memory(arguments)
+    else:
+        _speed(arguments)
+
+
+if __name__ == "__main__":
+    main()

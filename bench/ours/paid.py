@@ -1,0 +1,96 @@
+"""The product: a dApp with a new wallet fetches from a node over the SDK, and pays.
+
+Ledger and node are those of a devnet, in processes of their own. The client is a process
+too: it makes an account that nobody has seen before, quotes, and waits. What is timed is
+the fetch from its first line, which opens channel and session, to the file under its name
+and every base unit paid and settled. CPU time is counted longer, up to the closed channel.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from bench.harness import Child, Run, Watched, heard, measure, say
+from btt.sdk.budget import Budget
+from btt.sdk.client import Client, Wallet
+from btt.sdk.keys import PrivateKey
+from btt.sdk.memory import keep_freed_memory
+
+BUDGET = "50 BTT"
+
+
+async def _fetch(node: str, ledger: str, infohash: str, folder: Path) -> None:
+    wallet = Wallet(folder / "wallet", PrivateKey.generate())
+    wallet.folder.mkdir()
+    say("account", address=str(wallet.account.address))
+    await asyncio.to_thread(heard)
+    client = Client.connect(node, ledger=ledger, wallet=wallet, budget=Budget(BUDGET))
+    async with client as btt:
+        quote = await btt.content.quote(infohash)
+        say("ready")
+        await asyncio.to_thread(heard)
+        start = time.perf_counter()
+        async with btt.content.fetch(quote, folder) as transfer:
+            async for _ in transfer.progress():
+                pass
+        written = time.perf_counter() - start
+        await (await btt.session(0)).settle()
+        seconds = time.perf_counter() - start
+    receipt, closed = transfer.receipt, client.receipts[0]
+    assert receipt is not None
+    if not (closed.counts_agree and closed.channel_closed and closed.captured == receipt.spent):
+        raise RuntimeError("the books of node and client differ")
+    say("done", seconds=seconds, bytes=receipt.fetched_bytes, before_settled=written, paid=closed.captured)
+    await asyncio.to_thread(heard)
+
+
+def contestant(
+    source: Path,
+    folder: Path,
+    *,
+    node: str,
+    ledger: str,
+    infohash: str,
+    fund: Callable[[str], None],
+    servers: Sequence[tuple[str, int]],
+) -> Run:
+    """Lets a new client fetch the file from the node.
+
+    Args:
+        source: The file that the node publishes.
+        folder: The client's, on the same file system.
+        node: Its address.
+        ledger: The ledger's address.
+        infohash: Of the file, hex.
+        fund: Gives an account money.
+        servers: Role and process id of node and ledger.
+    """
+    watched = [Watched(role, pid) for role, pid in servers]
+    try:
+        with Child("client", "bench.ours.paid", [node, ledger, infohash, str(folder)]) as client:
+            fund(client.expect("account")["address"])
+            client.tell("funded")
+            client.expect("ready")
+            return measure(client, *watched, source=source, folder=folder)
+    finally:
+        for process in watched:
+            process.__exit__(None, None, None)
+
+
+def _main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("node")
+    parser.add_argument("ledger")
+    parser.add_argument("infohash")
+    parser.add_argument("folder", type=Path)
+    arguments = parser.parse_args()
+    keep_freed_memory()
+    asyncio.run(_fetch(arguments.node, arguments.ledger, arguments.infohash, arguments.folder))
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,0 +1,144 @@
+"""The same content service and the same transfer code, with payment left out.
+
+The server registers the product's servicer without any interceptor; the client hands the
+product's `Transfer` a session that counts nothing, on a channel without interceptors.
+Reading, TLS, verifying, writing and syncing are the product's own. What the paid fetch
+costs beyond this, in all its processes, is what paying costs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import time
+from pathlib import Path
+from types import SimpleNamespace, TracebackType
+from typing import Any, Self
+
+import grpc.aio
+import uvloop
+
+from bench.harness import Child, Run, heard, measure, say
+from btt.proto.content.v1 import content_pb2_grpc
+from btt.sdk.content.torrent import Torrent
+from btt.sdk.content.transfer import LINE, Transfer
+from btt.sdk.keys import Address
+from btt.sdk.memory import keep_freed_memory
+from btt.sdk.money import Rate, Unit
+from btt.sdk.tls import TRANSPORT_OPTIONS, make_certificate, pinned_channel, server_credentials
+from btt.services.content.catalogue import Catalogue
+from btt.services.content.service import ContentServicer
+
+NAME = "unpaid.btt"
+RATE = Rate(0, 1, Unit.BYTE)
+
+
+async def _serve(catalogue: Path) -> None:
+    key, certificate = make_certificate(NAME)
+    opened = Catalogue(catalogue)
+    servicer = ContentServicer(opened)
+    server = grpc.aio.server(options=TRANSPORT_OPTIONS)
+    content_pb2_grpc.add_ContentServiceServicer_to_server(servicer, server)
+    port = server.add_secure_port("127.0.0.1:0", server_credentials(key, certificate))
+    await server.start()
+    say("ready", port=port, certificate=certificate.decode("ascii"))
+    await asyncio.to_thread(heard)
+    await server.stop(None)
+    servicer.close()
+    opened.close()
+
+
+class _Verdicts:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pass
+
+    def accept(self, message: object) -> None:
+        pass
+
+    reject = accept
+
+
+class _Payer:
+    """A channel without a bottom, from which nothing is ever taken."""
+
+    tally = SimpleNamespace(owed=0)
+
+    def affordable(self, segment: object) -> int:
+        return 1 << 62
+
+    def reserve(self, segment: object, units: int) -> None:
+        pass
+
+    release = reserve
+
+
+async def _fetch(torrent: Path, folder: Path, port: int, certificate: bytes) -> None:
+    parsed, _ = Torrent.from_torrent(torrent.read_bytes())
+    channel = pinned_channel("127.0.0.1", port, certificate, NAME)
+    await channel.channel_ready()
+    sheet = SimpleNamespace(prices={LINE: SimpleNamespace(rate=RATE)})
+    session: Any = SimpleNamespace(
+        channel=channel,
+        offer=SimpleNamespace(sheet=sheet, digest=bytes(32), node=Address(bytes(20))),
+        payer=_Payer(),
+        verdicts=_Verdicts,
+    )
+
+    async def open_session(need: int) -> Any:
+        return session
+
+    say("ready")
+    await asyncio.to_thread(heard)
+    start = time.perf_counter()
+    async with Transfer(parsed, folder, RATE, open_session) as transfer:
+        async for _ in transfer.progress():
+            pass
+    seconds = time.perf_counter() - start
+    assert transfer.receipt is not None
+    say("done", seconds=seconds, bytes=transfer.receipt.fetched_bytes)
+    await asyncio.to_thread(heard)
+    await channel.close()
+
+
+def contestant(source: Path, folder: Path, *, catalogue: Path, torrent: Path) -> Run:
+    """Lets a client fetch the file without paying.
+
+    Args:
+        source: The file that is published.
+        folder: The client's, on the same file system.
+        catalogue: Folder of the catalogue that has it.
+        torrent: Its torrent file.
+    """
+    module = "bench.ours.unpaid"
+    with Child("server", module, ["serve", str(catalogue)]) as server:
+        ready = server.expect("ready")
+        arguments = ["fetch", str(torrent), str(folder), str(ready["port"]), ready["certificate"]]
+        with Child("client", module, arguments) as client:
+            client.expect("ready")
+            return measure(client, server, source=source, folder=folder)
+
+
+def _main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("role", choices=["serve", "fetch"])
+    parser.add_argument("path", type=Path)
+    parser.add_argument("folder", type=Path, nargs="?")
+    parser.add_argument("port", type=int, nargs="?", default=0)
+    parser.add_argument("certificate", nargs="?", default="")
+    arguments = parser.parse_args()
+    keep_freed_memory()
+    if arguments.role == "serve":
+        # The node's own loop; a dApp has asyncio's.
+        uvloop.run(_serve(arguments.path))
+    else:
+        certificate = arguments.certificate.encode("ascii")
+        asyncio.run(_fetch(arguments.path, arguments.folder, arguments.port, certificate))
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,0 +1,335 @@
+"""A thousand things that go wrong in an honest session; afterwards both books are the same."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+from collections import Counter
+
+import pytest
+
+from btt.sdk.channel import Payee, Payer
+from btt.sdk.errors import BttError, ConnectError, SessionEnded
+from btt.sdk.identity import NodeAddress
+from kit.chaos import Relay
+from kit.economy import RUN
+from kit.probe import BYTES, PRICES, Probe, pb, rpc
+
+ACTIONS = 1000
+BROKEN = (SessionEnded, ConnectError)
+"""What a caller may see when its line or its session was cut."""
+
+
+class Oops(Exception):
+    pass
+
+
+class Rules:
+    """Watches both sides of every channel, by arithmetic of its own."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, limit: int, unit: int) -> None:
+        self.delivered = self.signed = 0
+        deliver, sign = Payee.deliver, Payer.sign
+
+        def watched_deliver(payee, call_id, segment, units):
+            deliver(payee, call_id, segment, units)
+            self.delivered += 1
+            standing = payee.standing
+            earned = max(standing.paid * 5 // 100, standing.lease)
+            allowed = max(0, min(limit, earned - standing.written_off))
+            unpaid = payee.meter.owed - (payee.best.cumulative if payee.best else 0)
+            assert unpaid <= allowed, "the node lent more than its rules allow"
+            assert payee.meter.owed <= payee.meter.deposit
+
+        def watched_sign(payer, saved):
+            update = sign(payer, saved)
+            self.signed += 1
+            assert update.cumulative <= payer.tally.owed + unit, "more than one unit ahead"
+            return update
+
+        monkeypatch.setattr(Payee, "deliver", watched_deliver)
+        monkeypatch.setattr(Payer, "sign", watched_sign)
+
+
+class Chaos:
+    """One payer that behaves like a person with a bad line and little patience."""
+
+    def __init__(self, seed, node, btt, relay) -> None:
+        self.random = random.Random(seed)
+        self.node, self.btt, self.relay = node, btt, relay
+        self.done: Counter[str] = Counter()
+        self.session = None
+        self.stub = None
+        self.cutting = False
+
+    async def open(self) -> None:
+        while self.session is None or self.session.error is not None:
+            try:
+                self.session = await self.btt.session(PRICES[BYTES].rate.owed(4 << 30))
+            except BROKEN:
+                assert self.cutting
+        self.cutting = False
+        self.stub = rpc.ProbeServiceStub(self.session.channel)
+
+    def ask(self, messages: int | None = None):
+        size = self.random.choice([0, 1, 1000, 60_000, 200_000, RUN])
+        return pb.Ask(messages=self.random.randint(1, 6) if messages is None else messages, size=size)
+
+    async def step(self) -> None:
+        await self.open()
+        actions = [a for a in dir(self) if a.startswith("act_")]
+        name = self.random.choice(actions)
+        print(name, flush=True)
+        self.done[name] += 1
+        await getattr(self, name)()
+        if self.session.error is not None:
+            assert self.cutting, f"{name} ended the session: {self.session.error!r}"
+            assert isinstance(self.session.error, BROKEN)
+
+    @contextlib.contextmanager
+    def maybe_broken(self):
+        try:
+            yield
+        except BttError as error:
+            assert self.cutting, f"nothing was cut, yet: {error!r}"
+            assert isinstance(error, BROKEN), repr(error)
+
+    # Calls that end well
+
+    async def act_one(self) -> None:
+        ask = self.ask()
+        assert len((await self.stub.One(ask)).data) == ask.size
+
+    async def act_many(self) -> None:
+        ask = self.ask()
+        assert [len(m.data) async for m in self.stub.Many(ask)] == [ask.size] * ask.messages
+
+    async def act_rows(self) -> None:
+        ask = pb.Ask(messages=3, size=self.random.randint(1, 1000), max_rows=3000)
+        assert len([m async for m in self.stub.Query(ask)]) == 3
+
+    async def act_concurrent(self) -> None:
+        actions = [self.act_one, self.act_many, self.act_break, self.act_cancel_stream, self.act_verdicts,
+                   self.act_task_cancelled, self.act_exception]  # fmt: skip
+        chosen = self.random.choices(actions, k=self.random.randint(2, 4))
+        async with asyncio.TaskGroup() as group:
+            for act in chosen:
+                group.create_task(act())
+
+    # Calls that are broken off
+
+    async def act_cancel_at_once(self) -> None:
+        self.stub.Many(self.ask()).cancel()
+
+    async def act_cancel_before_first(self) -> None:
+        call = self.stub.Many(self.ask())
+        reader = asyncio.create_task(self._drain(call))
+        await self._turns()
+        call.cancel()
+        await asyncio.wait([reader])
+        if not reader.cancelled():
+            reader.result()
+
+    async def act_break(self) -> None:
+        left = self.random.randint(1, 3)
+        async for _ in self.stub.Many(self.ask(6)):
+            left -= 1
+            if not left:
+                break
+
+    async def act_cancel_stream(self) -> None:
+        left = self.random.randint(1, 3)
+        call = self.stub.Many(self.ask(6))
+        async for _ in call:
+            left -= 1
+            if not left:
+                call.cancel()
+                break
+
+    async def act_exception(self) -> None:
+        # Not pytest.raises: it would keep the traceback, and with it the call, alive.
+        with contextlib.suppress(Oops):
+            async for _ in self.stub.Many(self.ask(4)):
+                raise Oops
+
+    async def act_task_cancelled(self) -> None:
+        """The caller's task is cancelled at some message, or before the first."""
+        at, reached = self.random.randint(0, 4), asyncio.Event()
+        ask = self.ask(6)
+
+        async def read() -> None:
+            seen = 0
+            if seen == at:
+                reached.set()
+            async for _ in self.stub.Many(ask):
+                seen += 1
+                if seen == at:
+                    reached.set()
+
+        await self._cancelled(read(), reached)
+
+    async def act_unary_cancelled(self) -> None:
+        reached = asyncio.Event()
+        reached.set()
+        await self._cancelled(self.stub.One(self.ask()), reached)
+
+    # Verdicts
+
+    async def act_verdicts(self) -> None:
+        stop = self.random.randint(1, 8)
+        with self.session.verdicts() as verdicts:
+            seen = 0
+            async for message in self.stub.ManyChecked(self.ask(6)):
+                seen += 1
+                verdict = self.random.choice(["accept", "accept", "reject", "none"])
+                if verdict == "accept":
+                    verdicts.accept(message)
+                elif verdict == "reject":
+                    verdicts.reject(message)
+                if seen == stop:
+                    break
+
+    async def act_verdicts_exception(self) -> None:
+        with contextlib.suppress(Oops):
+            with self.session.verdicts() as verdicts:
+                async for message in self.stub.ManyChecked(self.ask(4)):
+                    if self.random.random() < 0.5:
+                        verdicts.accept(message)
+                        continue
+                    raise Oops
+                raise Oops
+
+    async def act_rejected_unary(self) -> None:
+        with self.session.verdicts() as verdicts:
+            verdicts.reject(await self.stub.OneChecked(self.ask()))
+
+    # The session or the line goes
+
+    async def act_cut(self) -> None:
+        """The line drops while messages arrive, or while nothing does."""
+        at = self.random.randint(0, 4)
+        with self.maybe_broken():
+            if not at:
+                self._cut()
+                await self.stub.One(self.ask())
+            seen = 0
+            async for _ in self.stub.Many(self.ask(6)):
+                seen += 1
+                if seen == at:
+                    self._cut()
+        await self._until_noticed()
+
+    async def act_cut_in_verdicts(self) -> None:
+        at = self.random.randint(1, 4)
+        with self.maybe_broken(), self.session.verdicts() as verdicts:
+            seen = 0
+            async for message in self.stub.ManyChecked(self.ask(6)):
+                seen += 1
+                verdicts.accept(message)
+                if seen == at:
+                    self._cut()
+        await self._until_noticed()
+
+    async def act_node_ends_session(self) -> None:
+        at = self.random.randint(1, 4)
+        with self.maybe_broken():
+            seen = 0
+            async for _ in self.stub.Many(self.ask(6)):
+                seen += 1
+                if seen == at:
+                    self._end_at_node()
+        await self._until_noticed()
+
+    async def act_abandon(self) -> None:
+        call = self.stub.Many(self.ask(6))
+        reader = asyncio.create_task(self._drain(call))
+        await self._turns()
+        self.cutting = True
+        await self.session.abandon()
+        await asyncio.wait([reader])
+        if not reader.cancelled():
+            reader.result()
+
+    # Helpers
+
+    def _cut(self) -> None:
+        self.cutting = True
+        self.relay.cut()
+
+    def _end_at_node(self) -> None:
+        self.cutting = True
+        for session in self.node.sessions.all():
+            self.node.sessions.end(session, SessionEnded("The node had a bad day."))
+
+    async def _until_noticed(self) -> None:
+        """A cut ends the session by itself: its payment stream breaks."""
+        if self.cutting:
+            with contextlib.suppress(*BROKEN):
+                while True:
+                    self.session._changed.clear()
+                    if self.session.error is not None:
+                        break
+                    await self.session._changed.wait()
+
+    async def _turns(self) -> None:
+        for _ in range(self.random.randint(0, 12)):
+            await asyncio.sleep(0)
+
+    async def _drain(self, call) -> None:
+        with self.maybe_broken():
+            async for _ in call:
+                pass
+
+    async def _cancelled(self, work, reached) -> None:
+        task = asyncio.ensure_future(work)
+        wait = asyncio.create_task(reached.wait())
+        await asyncio.wait([task, wait], return_when=asyncio.FIRST_COMPLETED)
+        await self._turns()
+        wait.cancel()
+        task.cancel()
+        await asyncio.wait([task, wait])
+        if not task.cancelled():
+            task.result()
+
+
+@pytest.mark.parametrize("seed", [1])
+async def test_a_thousand_cancels_breaks_and_disconnects_leave_the_books_equal(economy, monkeypatch, seed):
+    servicer = Probe()
+    node = await economy.node(lambda r: rpc.add_ProbeServiceServicer_to_server(servicer, r), PRICES)
+    unit = max(p.rate.owed(p.verify_units) for p in PRICES.values())
+    rules = Rules(monkeypatch, limit=unit * 64, unit=unit)
+    async with Relay(node.port) as relay:
+        port, node.port = node.port, relay.port
+        client = economy.client(node, await economy.wallet(), budget="50 BTT")
+        node.port = port
+        async with client as btt:
+            chaos = Chaos(seed, node, btt, relay)
+            for number in range(ACTIONS):
+                try:
+                    async with asyncio.timeout(5):
+                        await chaos.step()
+                except BaseException as error:
+                    error.add_note(f"seed {seed}, action {number}, so far {dict(chaos.done)}")
+                    await btt._session.abandon()
+                    raise
+            await chaos.open()
+            assert len((await chaos.stub.One(pb.Ask(size=1000))).data) == 1000
+            async with asyncio.timeout(20):
+                await chaos.session.settle()
+            [live] = node.sessions.all()
+            assert not live.payee.open_calls
+            ours = {s: n for s, _, n in chaos.session.payer.tally if n}
+            theirs = {s: n for s, _, n in live.payee.meter.tally if n}
+            assert ours == theirs
+            owed, signed = chaos.session.payer.tally.owed, chaos.session.payer.signed
+            assert live.payee.best.cumulative == signed
+            assert owed <= signed <= owed + unit
+    [receipt] = btt.receipts
+    assert receipt.counts_agree
+    assert receipt.channel_closed
+    assert (receipt.owed, receipt.paid, receipt.captured) == (owed, signed, min(owed, signed))
+    assert (await economy.ledger.account(node.payee_key)).available == receipt.captured
+    assert len(chaos.done) == len([a for a in dir(chaos) if a.startswith("act_")])
+    assert rules.delivered > ACTIONS
+    assert rules.signed > 100
