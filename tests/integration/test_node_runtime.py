@@ -21,7 +21,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from btt.node import folder as node_folder
+from btt.node import service
 from btt.node.folder import NodeFolder, running_address
+from btt.node.payments.closing import Closer
 from btt.node.runtime import Node
 from btt.node.status import NOT_RUNNING, NOT_SERVING, SERVING, read_status
 from btt.proto.content.v1 import content_pb2
@@ -29,7 +31,15 @@ from btt.proto.payment.v1 import payment_pb2, payment_pb2_grpc
 from btt.sdk.budget import Budget
 from btt.sdk.channel import Line, Price
 from btt.sdk.client import Client
-from btt.sdk.errors import BttError, ChannelUnknown, ConfigError, Draining, LedgerUnreachable, RateLimited
+from btt.sdk.errors import (
+    BttError,
+    ChannelUnknown,
+    ConfigError,
+    Draining,
+    InternalError,
+    LedgerUnreachable,
+    RateLimited,
+)
 from btt.sdk.identity import tls_name
 from btt.sdk.keys import PrivateKey
 from btt.sdk.ledger import LedgerAddress
@@ -419,15 +429,15 @@ async def many(session):
 async def test_with_all_slots_taken_sessions_open_and_pay_and_only_paid_calls_are_refused(economy, gated):
     one, two = await economy.wallet(), await economy.wallet()
     async with gated(tables={"limits": {"calls": 1}}) as node:
-        service = GatedPlugin.made.servicer
+        probe = GatedPlugin.made.servicer
         async with client_of(economy, node, one) as first, client_of(economy, node, two) as second:
             session = await first.session(100_000)
             running = asyncio.create_task(many(session))
-            await service.waiting.acquire()
+            await probe.waiting.acquire()
             other = await second.session(100_000)
             with pytest.raises(RateLimited):
                 await many(other)
-            service.gate.set()
+            probe.gate.set()
             assert len(await running) == 2
             assert len(await many(other)) == 2
 
@@ -435,33 +445,33 @@ async def test_with_all_slots_taken_sessions_open_and_pay_and_only_paid_calls_ar
 async def test_a_session_may_not_take_every_slot(economy, gated):
     one, two = await economy.wallet(), await economy.wallet()
     async with gated(tables={"limits": {"calls_per_session": 1}}) as node:
-        service = GatedPlugin.made.servicer
+        probe = GatedPlugin.made.servicer
         async with client_of(economy, node, one) as first, client_of(economy, node, two) as second:
             session = await first.session(100_000)
             running = asyncio.create_task(many(session))
-            await service.waiting.acquire()
+            await probe.waiting.acquire()
             with pytest.raises(RateLimited):
                 await many(session)
             other = asyncio.create_task(many(await second.session(100_000)))
-            await service.waiting.acquire()
-            service.gate.set()
+            await probe.waiting.acquire()
+            probe.gate.set()
             assert len(await running) == len(await other) == 2
 
 
 async def test_a_cancelled_call_frees_its_slot(economy, gated):
     wallet = await economy.wallet()
     async with gated(tables={"limits": {"calls": 1}}) as node:
-        service = GatedPlugin.made.servicer
+        probe = GatedPlugin.made.servicer
         async with client_of(economy, node, wallet) as btt:
             session = await btt.session(100_000)
             for _ in range(3):
                 call = rpc.ProbeServiceStub(session.channel).Many(pb.Ask(messages=2, size=5))
                 await anext(aiter(call))
-                await service.waiting.acquire()
+                await probe.waiting.acquire()
                 assert node.admission.running == 1
                 call.cancel()
                 await node.admission.idle()
-            service.gate.set()
+            probe.gate.set()
             assert len(await many(session)) == 2
 
 
@@ -471,13 +481,13 @@ async def test_a_cancelled_call_frees_its_slot(economy, gated):
 async def test_a_stop_lets_running_calls_end_and_takes_no_new_ones(economy, gated):
     wallet, late = await economy.wallet(), await economy.wallet()
     async with gated().running() as (node, channel, stop):
-        service = GatedPlugin.made.servicer
+        probe = GatedPlugin.made.servicer
         async with client_of(economy, node, wallet, keep_channels=True) as btt:
             session = await btt.session(100_000)
             watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
             assert (await watch.read()).status == SERVING_STATUS
             running = asyncio.create_task(many(session))
-            await service.waiting.acquire()
+            await probe.waiting.acquire()
             stopping = asyncio.create_task(stop())
             assert (await watch.read()).status == NOT_SERVING_STATUS
             with pytest.raises(Draining):
@@ -487,24 +497,24 @@ async def test_a_stop_lets_running_calls_end_and_takes_no_new_ones(economy, gate
                 with pytest.raises(Draining):
                     await other.session(100_000)
             assert not GatedPlugin.made.stopped
-            service.gate.set()
+            probe.gate.set()
             assert len(await running) == 2
             await stopping
             await session.abandon()
             btt._session = None
         assert GatedPlugin.made.stopped
-        assert service.ended == 1
+        assert probe.ended == 1
 
 
 @pytest.mark.parametrize("hurried", [False, True])
 async def test_a_call_that_does_not_end_is_cut_after_the_grace_time_or_at_once(economy, gated, hurried):
     wallet = await economy.wallet()
     async with gated(grace_s=1000 if hurried else 0.05).running() as (node, _, stop):
-        service = GatedPlugin.made.servicer
+        probe = GatedPlugin.made.servicer
         async with client_of(economy, node, wallet, keep_channels=True) as btt:
             session = await btt.session(100_000)
             running = asyncio.create_task(many(session))
-            await service.waiting.acquire()
+            await probe.waiting.acquire()
             stopping = asyncio.create_task(stop())
             if hurried:
                 node.hurry()
@@ -638,3 +648,15 @@ async def test_a_second_command_fails_with_the_code_of_a_configuration_error(eco
         )
     assert done.returncode == 3
     assert b"is running already" in done.stderr
+
+
+async def test_a_node_that_can_no_longer_watch_its_channels_gives_up(economy, folder, monkeypatch):
+    async def broken(*_):
+        raise RuntimeError("defect")
+
+    monkeypatch.setattr(Closer, "run", broken)
+    started = []
+    with pytest.raises(InternalError, match="gave up"):
+        await service.serve(folder, ready=started.append)
+    assert len(started) == 1
+    assert running_address(folder.path) is None

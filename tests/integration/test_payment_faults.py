@@ -253,6 +253,22 @@ class Chaos:
 
     # Helpers
 
+    def state(self) -> str:
+        """Where both sides stand, for whoever must find out why a test failed."""
+        s, p = self.session, self.session.payer
+        ours = f"calls {len(s._calls)} settling {len(s._settling)} owed {p.tally.owed} signed {p.signed}"
+        said = f"said: owed {s._stated} paid {s._paid} credit {s._credit} demand {s._demand}; {s.error!r}"
+        lines = [ours, said]
+        for live in self.node.sessions.all():
+            m = live.payee.meter
+            lines.append(f"node: calls {len(live.payee.open_calls)} owed {m.owed} paid {m.paid}"
+                         f" waiting {len(live._waiting)} demand {live.demand} {live.payee.standing}")  # fmt: skip
+        import io
+        out = io.StringIO()
+        for t in asyncio.all_tasks(): t.print_stack(file=out)
+        print(out.getvalue())
+        return "\n".join(lines)
+
     def _cut(self) -> None:
         self.cutting = True
         self.relay.cut()
@@ -311,6 +327,7 @@ async def test_a_thousand_cancels_breaks_and_disconnects_leave_the_books_equal(e
                         await chaos.step()
                 except BaseException as error:
                     error.add_note(f"seed {seed}, action {number}, so far {dict(chaos.done)}")
+                    error.add_note(chaos.state())
                     await btt._session.abandon()
                     raise
             await chaos.open()

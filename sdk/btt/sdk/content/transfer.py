@@ -210,6 +210,9 @@ class Transfer:
                     group.create_task(self._stream(session, todo))
         except* BttError as failed:
             raise _gravest(failed) from None
+        if todo:
+            missing = self._destination.missing_bytes
+            raise BudgetExceeded(f"The budget ends here: {missing} bytes are missing.")
 
     def _ranges(self) -> list[tuple[int, range]]:
         return [
@@ -229,9 +232,8 @@ class Transfer:
             if room < length:
                 fits = range(runs.start, runs.start + room // RUN)
                 if not fits:
-                    raise BudgetExceeded(
-                        f"The budget ends here: {self.torrent.total_bytes - self._done} bytes are missing."
-                    )
+                    todo.appendleft((file, runs))
+                    return  # what other streams have reserved still comes
                 todo.appendleft((file, range(fits.stop, runs.stop)))
                 runs, length = fits, len(fits) * RUN
             session.payer.reserve(segment, length)

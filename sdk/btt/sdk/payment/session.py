@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import hashlib
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import grpc.aio
@@ -25,6 +25,7 @@ from btt.sdk.errors import (
     BudgetExceeded,
     ChannelClosed,
     CountsDiffer,
+    InternalError,
     InvalidRequest,
     SessionEnded,
 )
@@ -178,8 +179,8 @@ class PaymentSession:
         attach = payment_pb2.Attach(token=self.token, call_id=call_id, signature=self.proof(call_id))
         await stream.write(payment_pb2.PayRequest(attach=attach))
         self._tasks = [
-            asyncio.create_task(self._guard(self._read(stream)), name="payment-statements"),
-            asyncio.create_task(self._guard(self._sign(stream)), name="payment-updates"),
+            asyncio.create_task(self._guard(self._read, stream), name="payment-statements"),
+            asyncio.create_task(self._guard(self._sign, stream), name="payment-updates"),
         ]
         self.nudge()
 
@@ -276,15 +277,19 @@ class PaymentSession:
         self._paid = max(self._paid, statement.paid)
         self.nudge()
 
-    async def _guard(self, work: asyncio.Future[None] | object) -> None:
+    async def _guard(self, work: Callable[[PayStream], Awaitable[None]], stream: PayStream) -> None:
         try:
-            await work  # type: ignore[misc]
+            await work(stream)
         except grpc.aio.AioRpcError as failure:
             self.fail(to_error(failure))
         except BttError as error:
             self.fail(error)
         except asyncio.InvalidStateError:
             self.fail(SessionEnded("The payment stream is closed."))
+        except Exception as error:
+            # Whoever waits for this task must not wait for ever.
+            self.fail(InternalError(f"The payment session failed here ({error!r})."))
+            raise
 
     def fail(self, error: BttError) -> None:
         """Ends the session: running calls are cancelled and raise this error."""
