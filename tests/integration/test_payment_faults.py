@@ -265,7 +265,13 @@ class Chaos:
                          f" waiting {len(live._waiting)} demand {live.demand} {live.payee.standing}")  # fmt: skip
         import io
         out = io.StringIO()
-        for t in asyncio.all_tasks(): t.print_stack(file=out)
+        for t in asyncio.all_tasks():
+            c=t.get_coro()
+            out.write(t.get_name()+' ')
+            while c is not None:
+                f=getattr(c,'cr_frame',None) or getattr(c,'ag_frame',None) or getattr(c,'gi_frame',None)
+                out.write(f'  {c} {f and f.f_lineno}\n')
+                c=getattr(c,'cr_await',None) or getattr(c,'ag_await',None) or getattr(c,'gi_yieldfrom',None)
         print(out.getvalue())
         return "\n".join(lines)
 
@@ -321,6 +327,7 @@ async def test_a_thousand_cancels_breaks_and_disconnects_leave_the_books_equal(e
         node.port = port
         async with client as btt:
             chaos = Chaos(seed, node, btt, relay)
+            asyncio.get_running_loop().call_later(14, lambda: print(chaos.state()))
             for number in range(ACTIONS):
                 try:
                     async with asyncio.timeout(5):
