@@ -24,7 +24,7 @@ from btt.services.ledger.store import Store
 
 BANK, SHOP, K1, K2 = (PrivateKey(n.to_bytes(32, "big")) for n in (11, 12, 21, 22))
 PEOPLE = [PrivateKey(n.to_bytes(32, "big")) for n in range(31, 35)]
-COMMAND = [sys.executable, "-m", "btt.services.ledger"]
+COMMAND = [sys.executable, "-m", "btt.sdk.cli", "ledger"]
 HOUR = 3_600_000
 
 Ask = Callable[[LedgerClient], Awaitable[SignedReceipt]]
@@ -215,7 +215,7 @@ def test_a_second_process_is_refused(process: Process) -> None:
     second = subprocess.run(
         [*COMMAND, "serve", str(process.home)], capture_output=True, text=True, check=False, timeout=60
     )
-    assert second.returncode == 1
+    assert second.returncode == 3
     assert "Another process" in second.stderr
     shown = subprocess.run(
         [*COMMAND, "status", str(address), "--json"], capture_output=True, text=True, check=True, timeout=60

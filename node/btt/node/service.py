@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
-import threading
 from collections.abc import Callable
-from contextlib import suppress
 
 import structlog
 
@@ -15,6 +12,7 @@ from btt.node.folder import NodeFolder
 from btt.node.runtime import Node
 from btt.sdk.errors import BttError, InternalError
 from btt.sdk.identity import NodeAddress
+from btt.sdk.lifeline import set_at_end_of_stdin
 
 log = structlog.get_logger(__name__)
 
@@ -46,7 +44,7 @@ async def serve(
     for number in _SIGNALS:
         loop.add_signal_handler(number, on_signal)
     if stdin_lifeline:
-        threading.Thread(target=_watch_stdin, args=(loop, stop), daemon=True).start()
+        set_at_end_of_stdin(stop)
     try:
         failure = await _run(node, stop, ready)
     finally:
@@ -70,11 +68,3 @@ async def _run(node: Node, stop: asyncio.Event, ready: Callable[[NodeAddress], N
         await asyncio.gather(stopped, failed, return_exceptions=True)
         return failure
 
-
-def _watch_stdin(loop: asyncio.AbstractEventLoop, stop: asyncio.Event) -> None:
-    # Not sys.stdin: its lock, held by a thread, breaks the interpreter's exit.
-    with suppress(OSError):
-        while os.read(0, 4096):
-            pass
-    with suppress(RuntimeError):  # the loop has ended by itself
-        loop.call_soon_threadsafe(stop.set)

@@ -54,6 +54,8 @@ log = structlog.get_logger(__name__)
 
 NONCE_LIFE_MS = 60_000
 MAX_NONCES = 4096
+ATTACH_S = 10.0
+"""Seconds that a payment stream may take to name its session."""
 MAX_OPEN_AHEAD_MS = 5 * 60_000
 Context: TypeAlias = "grpc.aio.ServicerContext[object, object]"
 
@@ -259,16 +261,19 @@ class PaymentServicer(payment_pb2_grpc.PaymentServiceServicer):
                     await reader
 
     async def _attach(self, requests: AsyncIterator[payment_pb2.PayRequest]) -> Session:
-        async for first in requests:
-            if not first.HasField("attach"):
-                break
-            attach = first.attach
-            session = self._sessions.find(attach.token, attach.call_id, attach.signature)
-            if session.attached:
-                raise SessionEnded("The session has a payment stream already.")
-            session.attached = True
-            return session
-        raise InvalidRequest("The payment stream does not begin with a token.")
+        try:
+            async with asyncio.timeout(ATTACH_S):
+                first = await anext(requests, None)
+        except TimeoutError:
+            first = None
+        if first is None or not first.HasField("attach"):
+            raise InvalidRequest("The payment stream does not begin with a token.")
+        attach = first.attach
+        session = self._sessions.find(attach.token, attach.call_id, attach.signature)
+        if session.attached:
+            raise SessionEnded("The session has a payment stream already.")
+        session.attached = True
+        return session
 
     async def _hear(self, session: Session, requests: AsyncIterator[payment_pb2.PayRequest]) -> None:
         try:

@@ -10,17 +10,20 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import TypeAlias
 
 import grpc.aio
 
-from btt.proto.content.v1 import content_pb2, content_pb2_grpc
+from btt.proto.content.v1 import content_pb2
 from btt.sdk.channel import Line, Segment
+from btt.sdk.content.run import Run
 from btt.sdk.content.store import Destination
 from btt.sdk.content.torrent import RUN, Torrent
 from btt.sdk.errors import BttError, BudgetExceeded, ContentMismatch, PriceChanged, SessionEnded
@@ -86,6 +89,10 @@ class TransferReceipt:
 
 
 OpenSession = Callable[[int], Awaitable[PaymentSession]]
+Fetch: TypeAlias = "grpc.aio.UnaryStreamMultiCallable[content_pb2.FetchRequest, Run]"
+
+_SERVICE = content_pb2.DESCRIPTOR.services_by_name["ContentService"].full_name
+_FETCH = f"/{_SERVICE}/Fetch"
 
 
 class Transfer:
@@ -105,6 +112,8 @@ class Transfer:
         self._open_session = open_session
         self._destination = Destination(root, torrent)
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="verify")
+        # Two threads that write to one file would spin on its lock in the kernel.
+        self._writing = threading.Lock()
         self._phase = "checking"
         self._checked = 0
         self._done = 0
@@ -223,7 +232,11 @@ class Transfer:
         ]
 
     async def _stream(self, session: PaymentSession, todo: collections.deque[tuple[int, range]]) -> None:
-        stub: content_pb2_grpc.ContentServiceAsyncStub = content_pb2_grpc.ContentServiceStub(session.channel)
+        fetch: Fetch = session.channel.unary_stream(
+            _FETCH,
+            request_serializer=content_pb2.FetchRequest.SerializeToString,
+            response_deserializer=Run.parse,
+        )
         segment = Segment(session.offer.digest, LINE)
         while todo:
             file, runs = todo.popleft()
@@ -239,14 +252,14 @@ class Transfer:
             session.payer.reserve(segment, length)
             reserved = [length]
             try:
-                await self._call(session, stub, segment, file, runs, reserved)
+                await self._call(session, fetch, segment, file, runs, reserved)
             finally:
                 session.payer.release(segment, reserved[0])
 
     async def _call(
         self,
         session: PaymentSession,
-        stub: content_pb2_grpc.ContentServiceAsyncStub,
+        fetch: Fetch,
         segment: Segment,
         file: int,
         runs: range,
@@ -258,9 +271,14 @@ class Transfer:
             infohash=self.torrent.infohash, file=file, first_run=runs.start, runs=len(runs)
         )
 
-        async def take(message: content_pb2.FetchResponse, verdicts: Verdicts) -> None:
+        async def take(message: Run, verdicts: Verdicts) -> None:
+            storing = asyncio.ensure_future(self._store(file, message))
             try:
-                size = await self._store(file, message)
+                # Another run's failure cancels this one, but what is written is kept, so it is paid.
+                while not storing.done():
+                    with contextlib.suppress(asyncio.CancelledError):
+                        await asyncio.wait([storing])
+                size = storing.result()
             finally:
                 room.release()
             if not size:
@@ -277,7 +295,7 @@ class Transfer:
         with session.verdicts() as verdicts:
             async with asyncio.TaskGroup() as group:
                 try:
-                    async for message in stub.Fetch(request):
+                    async for message in fetch(request):
                         if message.run != next(expected, -1):
                             raise ContentMismatch("The node sent another run than was asked for.")
                         await room.acquire()
@@ -287,18 +305,18 @@ class Transfer:
         if next(expected, None) is not None:
             raise SessionEnded("The node ended the call before all was sent.")
 
-    async def _store(self, file: int, message: content_pb2.FetchResponse) -> int:
+    async def _store(self, file: int, message: Run) -> int:
         """Verifies a run and writes it; returns its length, or 0 if it does not verify."""
         return await asyncio.get_running_loop().run_in_executor(
             self._threads, self._verify_and_write, file, message
         )
 
-    def _verify_and_write(self, file: int, message: content_pb2.FetchResponse) -> int:
-        data = message.data
-        if not self.torrent.verify_run(file, message.run, data):
+    def _verify_and_write(self, file: int, message: Run) -> int:
+        if not self.torrent.verify_run(file, message.run, message.data):
             return 0
-        self._destination.write_run(file, message.run, data)
-        return len(data)
+        with self._writing:
+            self._destination.write_run(file, message.run, message.data)
+        return len(message.data)
 
 
 def _gravest(group: BaseExceptionGroup[BttError]) -> BttError:

@@ -285,3 +285,36 @@ class PayUnaryUnary(grpc.aio.UnaryUnaryClientInterceptor):
         finally:
             call.finish()
         return response
+
+
+def end_on_break(channel: grpc.aio.Channel) -> grpc.aio.Channel:
+    """Makes breaking off a loop over responses end the call, at once and not at some collection.
+
+    An intercepted call of grpc.aio refers to itself, so that it would run on, and hold the
+    session's credit, until the garbage collector comes by.
+    """
+    make = channel.unary_stream
+
+    def unary_stream(*args: Any, **options: Any) -> Any:
+        call = make(*args, **options)
+        return lambda *a, **o: _Stream(call(*a, **o))
+
+    channel.unary_stream = unary_stream  # type: ignore[method-assign]
+    return channel
+
+
+class _Stream:
+    """A call whose iterator is referred to by nobody but the loop that runs over it."""
+
+    def __init__(self, call: Any) -> None:
+        self._call = call
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._call, name)
+
+    async def __aiter__(self) -> AsyncIterator[Any]:
+        try:
+            async for message in self._call:
+                yield message
+        finally:
+            self._call.cancel()

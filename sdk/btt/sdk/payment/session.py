@@ -27,12 +27,13 @@ from btt.sdk.errors import (
     CountsDiffer,
     InternalError,
     InvalidRequest,
+    RemoteError,
     SessionEnded,
 )
 from btt.sdk.identity import Offer
 from btt.sdk.keys import PrivateKey
 from btt.sdk.money import Unit
-from btt.sdk.payment.calls import MeteredCall, PayUnaryStream, PayUnaryUnary, Verdicts
+from btt.sdk.payment.calls import MeteredCall, PayUnaryStream, PayUnaryUnary, Verdicts, end_on_break
 from btt.sdk.payment.connection import NodeConnection
 from btt.sdk.payment.opening import OpenedChannel, Purse, obtain_channel
 from btt.sdk.payment.store import CLOSED
@@ -40,6 +41,8 @@ from btt.sdk.rpc import to_error
 from btt.sdk.signing import APP_UNKNOWN, ChannelClose, SessionCall, SessionOpen, open_document, sign
 
 OPEN_VALID_MS = 60_000
+STALL_S = 0.5
+"""Seconds that a node waits for payment before something is prepaid although more is under way."""
 PayStream = grpc.aio.StreamStreamCall[payment_pb2.PayRequest, payment_pb2.PayResponse]
 
 
@@ -83,6 +86,7 @@ class PaymentSession:
         self._credit = 0
         self._demand = 0
         self._stated = 0
+        self._stalled = False
         self._paid = payer.signed
         self._calls: dict[bytes, MeteredCall] = {}
         self._reports: list[MeteredCall] = []
@@ -94,7 +98,9 @@ class PaymentSession:
         self._stub: payment_pb2_grpc.PaymentServiceAsyncStub = payment_pb2_grpc.PaymentServiceStub(
             self._control
         )
-        self.channel = node.channel(label="data", interceptors=[PayUnaryStream(self), PayUnaryUnary(self)])
+        self.channel = end_on_break(
+            node.channel(label="data", interceptors=[PayUnaryStream(self), PayUnaryUnary(self)])
+        )
 
     # Opening
 
@@ -222,20 +228,30 @@ class PaymentSession:
             self._wake.set()
 
     def _due(self) -> int | None:
-        # Nothing is prepaid while something that may still be accepted is under way.
-        demand = self._demand if self._stated <= self.payer.tally.owed else 0
+        # Nothing is prepaid while something that may still be accepted is under way, unless nobody
+        # takes that: the reader of one call may itself wait for another.
+        demand = 0 if self._is_held and not self._stalled else self._demand
         return self.payer.due(credit=self._credit, demand=demand, flush=not self._calls)
+
+    @property
+    def _is_held(self) -> bool:
+        return self._demand > self.payer.signed and self._stated > self.payer.tally.owed
 
     # The two tasks
 
     async def _sign(self, stream: PayStream) -> None:
         while True:
-            await self._wake.wait()
+            try:
+                async with asyncio.timeout(STALL_S if self._is_held else None):
+                    await self._wake.wait()
+            except TimeoutError:
+                self._stalled = True
             self._wake.clear()
             while (due := self._due()) is not None:
                 saved = await self._purse.store.save(self.payer.intend(due))
                 update = self.payer.sign(saved)
                 await stream.write(payment_pb2.PayRequest(update=update_proto(update)))
+            self._stalled = False
             while self._reports:
                 call = self._reports.pop(0)
                 counted = self.payer.end(call.call_id)
@@ -275,13 +291,18 @@ class PaymentSession:
         self._demand = statement.demand
         self._stated = statement.owed
         self._paid = max(self._paid, statement.paid)
+        if self._is_held:
+            self._wake.set()  # to watch the time
         self.nudge()
 
     async def _guard(self, work: Callable[[PayStream], Awaitable[None]], stream: PayStream) -> None:
         try:
             await work(stream)
         except grpc.aio.AioRpcError as failure:
-            self.fail(to_error(failure))
+            error = to_error(failure)
+            if isinstance(error, RemoteError):  # a write on a stream that broke does not know why
+                error = SessionEnded("The payment stream broke.")
+            self.fail(error)
         except BttError as error:
             self.fail(error)
         except asyncio.InvalidStateError:
@@ -395,7 +416,11 @@ class PaymentSession:
                 await task
         await self.channel.close()
         await self._control.close()
-        self._opened.claim.release()
+        try:
+            # What was accepted stays owed, though the session that counted it is lost.
+            self._purse.store.save_books(self.payer.channel_id, self.payer.signed, self.payer.tally)
+        finally:
+            self._opened.claim.release()
 
 
 def sign_call(key: PrivateKey, token: bytes, call_id: bytes, ledger_id: bytes) -> bytes:

@@ -281,11 +281,8 @@ class PayerStore:
 
     def save_books(self, channel_id: bytes, signed: int, tally: Tally) -> None:
         """Writes what both sides agreed on when a session opened or ended."""
-        with self._transaction():
-            self._db.execute(
-                "UPDATE channels SET signed = max(signed, ?) WHERE channel_id = ?", (signed, channel_id)
-            )
-            save_tally(self._db, channel_id, tally)
+        # In the order of `save`: an older intent that is still queued must not overwrite this.
+        self._writer.submit(self._save, Intent(channel_id, signed, tally.copy())).result()
 
     def paid_total(self, node: Address) -> int:
         """Returns the base units signed to a node over all channels."""

@@ -32,7 +32,7 @@ def publish(
     from btt.services.content.publish import publish as enter
 
     if stdin_lifeline:
-        from btt.sdk.cli.lifeline import follow_stdin
+        from btt.sdk.lifeline import follow_stdin
 
         follow_stdin()
     folder = _own_node() if node is None else node

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import signal
-import threading
 from pathlib import Path
 from typing import Annotated
 
@@ -35,7 +33,7 @@ def init(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Make a ledger with an issue that nothing backs."""
-    from btt.sdk.errors import BttError, InvalidRequest
+    from btt.sdk.errors import InvalidRequest
     from btt.sdk.keys import Address
     from btt.sdk.money import Amount
     from btt.services.ledger.books import Terms
@@ -54,12 +52,7 @@ def init(
         receiver = Address.parse(supply_to) if supply_to else None
     except InvalidRequest as error:
         raise typer.BadParameter(error.message, param_hint="--supply-to") from None
-    try:
-        made, identity = init_folder(
-            folder, name=name, supply_to=receiver, amount=amount, terms=Terms(*windows)
-        )
-    except BttError as error:
-        raise _fail(error) from None
+    made, identity = init_folder(folder, name=name, supply_to=receiver, amount=amount, terms=Terms(*windows))
     operator = str(made.operator_key.address)
     if as_json:
         found = {"operator": operator, "ledger_id": identity.ledger_id.hex(), "folder": str(folder)}
@@ -79,7 +72,6 @@ def serve(
     stdin_lifeline: Annotated[bool, typer.Option(help="Stop when standard input ends.")] = False,
 ) -> None:
     """Run a ledger until SIGTERM or SIGINT; prints one JSON line when it is ready."""
-    from btt.sdk.errors import BttError
     from btt.services.ledger.server import LedgerConfig
 
     host, _, port = listen.rpartition(":")
@@ -91,13 +83,11 @@ def serve(
         port=int(port),
         advertise_host=advertise,
     )
-    try:
-        asyncio.run(_serve(config, stdin_lifeline=stdin_lifeline))
-    except BttError as error:
-        raise _fail(error) from None
+    asyncio.run(_serve(config, stdin_lifeline=stdin_lifeline))
 
 
 async def _serve(config: object, *, stdin_lifeline: bool) -> None:
+    from btt.sdk.lifeline import set_at_end_of_stdin
     from btt.services.ledger import server
 
     assert isinstance(config, server.LedgerConfig)
@@ -106,23 +96,10 @@ async def _serve(config: object, *, stdin_lifeline: bool) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     if stdin_lifeline:
-        threading.Thread(target=_watch_stdin, args=(loop, stop), daemon=True).start()
+        set_at_end_of_stdin(stop)
     async with server.serve(config) as ledger:
         typer.echo(json.dumps({"ready": True, "address": str(ledger.address)}))
         await stop.wait()
-
-
-def _watch_stdin(loop: asyncio.AbstractEventLoop, stop: asyncio.Event) -> None:
-    # Not sys.stdin: its lock, held by a thread, breaks the interpreter's exit.
-    try:
-        while os.read(0, 4096):
-            pass
-    except OSError:
-        pass
-    try:
-        loop.call_soon_threadsafe(stop.set)
-    except RuntimeError:
-        return  # the loop has ended by itself
 
 
 @app.command()
@@ -131,13 +108,9 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Show what a ledger is, and the sums of its books."""
-    from btt.sdk.errors import BttError
     from btt.sdk.money import Amount
 
-    try:
-        found = asyncio.run(_status(address))
-    except BttError as error:
-        raise _fail(error) from None
+    found = asyncio.run(_status(address))
     if as_json:
         typer.echo(json.dumps(found))
         return
@@ -175,7 +148,3 @@ async def _status(text: str) -> dict[str, object]:
 def _printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else "?" for letter in text)
 
-
-def _fail(error: Exception) -> typer.Exit:
-    typer.echo(f"Error: {error}", err=True)
-    return typer.Exit(1)
