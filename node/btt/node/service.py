@@ -67,4 +67,3 @@ async def _run(node: Node, stop: asyncio.Event, ready: Callable[[NodeAddress], N
             waiting.cancel()
         await asyncio.gather(stopped, failed, return_exceptions=True)
         return failure
-

@@ -15,7 +15,7 @@ import grpc.aio
 import structlog
 
 from btt.node.payments.sessions import Session, Sessions, network_of
-from btt.sdk.channel import Segment
+from btt.sdk.channel import Line, Segment
 from btt.sdk.errors import BttError, ConfigError, InternalError, RateLimited, SessionEnded
 from btt.sdk.payment.calls import CALL_KEY, PROOF_KEY, TOKEN_KEY
 from btt.sdk.payment.charges import MethodCharge, method_charge
@@ -109,7 +109,6 @@ class PaymentInterceptor(grpc.aio.ServerInterceptor):
         self._sessions = sessions
         self._charges = charges
         self._limit = FreeLimit(clock)
-        self._answers: dict[Session, dict[bytes, Any]] = {}
 
     async def intercept_service(
         self,
@@ -129,9 +128,9 @@ class PaymentInterceptor(grpc.aio.ServerInterceptor):
         ticket = tuple(metadata.get(key, b"") for key in (TOKEN_KEY, CALL_KEY, PROOF_KEY))
         if handler.response_streaming:
             return grpc.unary_stream_rpc_method_handler(
-                self._metered_stream(handler.unary_stream, charge, ticket),
+                self._metered_stream(handler.unary_stream, charge, ticket, handler.response_serializer),
                 handler.request_deserializer,
-                handler.response_serializer,
+                None,
             )
         return grpc.unary_unary_rpc_method_handler(
             self._metered_unary(handler.unary_unary, charge, ticket),
@@ -153,16 +152,18 @@ class PaymentInterceptor(grpc.aio.ServerInterceptor):
         inner: Callable[[Any, Any], AsyncIterator[Any]],
         charge: MethodCharge,
         ticket: tuple[str | bytes, ...],
-    ) -> Callable[[Any, Any], AsyncIterator[Any]]:
-        async def metered(request: Any, context: Any) -> AsyncIterator[Any]:
+        serialise: Callable[[Any], bytes],
+    ) -> Callable[[Any, Any], AsyncIterator[bytes]]:
+        async def metered(request: Any, context: Any) -> AsyncIterator[bytes]:
             session: Session | None = None
             try:
                 session, call = self._begin(ticket)
                 session.begin(call)
                 async for message in inner(request, context):
-                    for segment, units in _segments(session, charge, message):
+                    wire = serialise(message)
+                    for segment, units in _segments(session, charge, charge.units_sent(message, wire)):
                         await session.charge(call, segment, units)
-                    yield message
+                    yield wire
             except BttError as error:
                 if isinstance(error, InternalError) and session is not None:
                     session.void(call)
@@ -179,28 +180,23 @@ class PaymentInterceptor(grpc.aio.ServerInterceptor):
         async def metered(request: Any, context: Any) -> Any:
             try:
                 session, call = self._begin(ticket)
-                answers = self._stored(session)
-                if call in answers:
-                    return answers[call]
+                if call in session.answers:
+                    return session.answers[call]
                 session.begin(call)
                 # The work is done only once it could be paid.
                 for field in charge.fields:
                     await session.reserve(Segment(session.offer.digest, field.line), charge.largest_message)
                 message = await inner(request, context)
-                for segment, units in _segments(session, charge, message):
+                for segment, units in _segments(session, charge, charge.units(message)):
                     await session.charge(call, segment, units)
-                answers[call] = message
-                if len(answers) > STORED_ANSWERS:
-                    del answers[next(iter(answers))]
+                session.answers[call] = message
+                if len(session.answers) > STORED_ANSWERS:
+                    del session.answers[next(iter(session.answers))]
             except BttError as error:
                 await abort(context, error)
             return message
 
         return metered
-
-    def _stored(self, session: Session) -> dict[bytes, Any]:
-        self._answers = {s: kept for s, kept in self._answers.items() if s.error is None}
-        return self._answers.setdefault(session, {})
 
     def _free(self, handler: Any, charge: MethodCharge) -> grpc.RpcMethodHandler[Any, Any]:
         if handler.response_streaming:
@@ -242,8 +238,9 @@ class PaymentInterceptor(grpc.aio.ServerInterceptor):
         return make_unary(unary, handler.request_deserializer, handler.response_serializer)
 
 
-def _segments(session: Session, charge: MethodCharge, message: Any) -> list[tuple[Segment, int]]:
-    units = charge.units(message)
+def _segments(
+    session: Session, charge: MethodCharge, units: list[tuple[Line, int]]
+) -> list[tuple[Segment, int]]:
     if sum(count for _, count in units) > charge.largest_message:
         log.error("service.message_too_large", method=charge.path)
         raise InternalError(f"{charge.path} made a larger message than it declares.")

@@ -255,6 +255,10 @@ class PaymentServicer(payment_pb2_grpc.PaymentServiceServicer):
         finally:
             if session is not None:
                 self._sessions.end(session, SessionEnded("The payment stream ended."))
+                # What was delivered and not paid is remembered over a restart, too.
+                meter = session.payee.meter
+                with contextlib.suppress(BttError):
+                    await self._store.save_books(session.payee.channel_id, meter.tally, meter.written_off)
             if reader is not None:
                 reader.cancel()
                 with contextlib.suppress(asyncio.CancelledError):

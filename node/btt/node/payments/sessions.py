@@ -22,6 +22,13 @@ from btt.sdk.identity import Offer
 from btt.sdk.keys import Address
 from btt.sdk.signing import ChannelCommit, SessionCall, verify
 
+TELL_S = 0.05
+"""Seconds that a message waits before a payer that should sign by itself is told."""
+
+
+MAX_PAYERS = 10_000
+"""Payers kept in memory before those without a session are dropped."""
+
 
 @dataclass(frozen=True, slots=True)
 class CreditPolicy:
@@ -73,12 +80,15 @@ class Session:
         self.epoch = epoch
         self.error: BttError | None = None
         self.attached = False
+        self.answers: dict[bytes, object] = {}
+        """Answers of unary calls by call id, for a caller that lost one."""
         self._book = book
         self._grace_s = grace_s
         self._waiting: deque[_Waiting] = deque()
         self._heard = 0
         self._settlements: list[tuple[bytes, dict[Segment, int]]] = []
         self._stale = False
+        self._told_credit = payee.standing.credit
         self._news = asyncio.Event()
 
     def authorise(self, call_id: bytes, signature: bytes, ledger_id: bytes) -> None:
@@ -118,7 +128,12 @@ class Session:
             return
         waiting = _Waiting(asyncio.get_running_loop().create_future(), call_id, segment, units)
         self._waiting.append(waiting)
-        self.advance()
+        tell: asyncio.TimerHandle | None = None
+        if len(self._waiting) == 1:  # behind another nothing changes
+            if self._will_pay and meter.affordable(segment, units):
+                tell = asyncio.get_running_loop().call_later(TELL_S, self._tell)
+            else:
+                self.advance()
         try:
             while not waiting.ready.done():
                 heard = self._heard
@@ -128,6 +143,8 @@ class Session:
                     raise PaymentRequired(f"No payment came within {self._grace_s:g} seconds.")
             waiting.ready.result()
         finally:
+            if tell is not None:
+                tell.cancel()
             waiting.ready.cancel()
             if waiting in self._waiting:
                 self._waiting.remove(waiting)
@@ -176,6 +193,12 @@ class Session:
             return 0
         head = self._waiting[0]
         return self.payee.meter.demand(head.segment, head.units)
+
+    @property
+    def _will_pay(self) -> bool:
+        """So much of the credit that it knows of is used that our own payer signs without being told."""
+        excess = self.payee.meter.excess
+        return excess > 0 and 4 * excess >= 3 * self._told_credit
 
     def void(self, call_id: bytes) -> None:
         """Takes a call back whole: it failed by a fault of this node."""
@@ -233,6 +256,7 @@ class Session:
             if self._settlements or self._stale:
                 news = self._settlements, self._stale
                 self._settlements, self._stale = [], False
+                self._told_credit = self.payee.standing.credit
                 return news
             self._alive()
             self._news.clear()
@@ -364,6 +388,8 @@ class Sessions:
         records = await self._store.channels(payer=payer, closed=True)
         book = self._books.get(payer)
         if book is None:
+            if len(self._books) >= MAX_PAYERS:
+                self._forget_idle()
             standing = Standing(unit=self._policy.unit, limit=self._policy.limit)
             standing.paid = sum(r.best.cumulative if r.best else 0 for r, _ in records)
             standing.written_off = sum(r.written_off + r.arrears for r, _ in records)
@@ -382,6 +408,12 @@ class Sessions:
                 written_off=record.written_off,
             )
         return book
+
+    def _forget_idle(self) -> None:
+        """Drops payers without a session from memory; their books are on disk."""
+        for payer, book in list(self._books.items()):
+            if not book.sessions and not any(self.lock(channel).locked() for channel in book.channels):
+                del self._books[payer]
 
     def _lend(self, book: PayerBook, network: str) -> None:
         standing = book.standing

@@ -126,7 +126,7 @@ class PayeeStore:
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self._closed = False
         try:
             self._db = connect(path)
             version = self._db.execute("PRAGMA user_version").fetchone()[0]
@@ -145,6 +145,7 @@ class PayeeStore:
 
     def close(self) -> None:
         """Commits what is queued and closes the books."""
+        self._closed = True
         self._jobs.put(None)
         self._thread.join()
         self._db.close()
@@ -158,6 +159,8 @@ class PayeeStore:
         Raises:
             StorageError: The transaction failed, and nothing of it happened.
         """
+        if self._closed:
+            raise StorageError("The node's books are closed.")
         loop = asyncio.get_running_loop()
         done: asyncio.Future[Any] = loop.create_future()
         self._jobs.put((job, loop, done))
