@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import filecmp
+import itertools
 import json
 import re
 import statistics
@@ -203,9 +204,15 @@ def _memory(arguments: argparse.Namespace) -> None:
     runs = asyncio.run(measure_memory(MEMORY_SIZES, quiet=arguments.json))
     roles = list(next(iter(runs.values())).anonymous)
     peaks = {str(size): dict(run.anonymous) for size, run in runs.items()}
-    # 1.0 is flat: the peak at the largest file over the peak at the smallest.
-    small, large = (runs[size].anonymous for size in (min(runs), max(runs)))
-    found = {f"{role}_memory_growth": round(large[role] / small[role], 4) for role in roles}
+    # With little paid there is little credit, and less in flight than the windows hold.
+    sizes = sorted(runs)
+    found = {
+        f"{role}_memory_{before // MIB}_to_{after // MIB}_mib": round(
+            runs[after].anonymous[role] / runs[before].anonymous[role], 4
+        )
+        for before, after in itertools.pairwise(sizes)
+        for role in roles
+    }
     if arguments.json:
         print(json.dumps({"ratios": found, "peak_anonymous_bytes": peaks}))
         return

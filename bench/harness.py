@@ -191,24 +191,58 @@ class Run:
         return sum(self.cpu.values()) * GIB / self.bytes
 
 
-def warm(source: Path, folder: Path, *, spare: int = 256 * MIB) -> None:
-    """Brings memory into the same state before each run: the source cached, enough free pages backed.
+class Warmth:
+    """Keeps memory in the same state for every run: the source cached, enough free pages backed.
 
-    A virtual machine may hand free pages back to its host and drop cold cache within seconds; whoever
-    touches them next pays up to ten times the price of a write. Without this, luck would decide.
+    A virtual machine hands free pages back to its host after two seconds, and drops cold cache; whoever
+    touches them next pays up to ten times the price of a write, so that whoever is a little slower
+    would be slower by half. So a scratch file holds pages, and gives them back bit by bit while the
+    contestant runs. Where nothing is handed back this changes nothing.
 
     Args:
         source: The file that will be read.
-        folder: Where a scratch file of the same size is written and removed.
-        spare: How many bytes more than the file are touched.
+        folder: Where the scratch file is made.
     """
-    scratch = folder / "warm"
-    with source.open("rb", buffering=0) as reader, scratch.open("wb", buffering=0) as writer:
-        while block := reader.read(MIB):
-            writer.write(block)
-        for _ in range(spare // MIB):
-            writer.write(bytes(MIB))
-    scratch.unlink()
+
+    STEP = 64 * MIB
+    EVERY_SECONDS = 0.08
+    AHEAD = 512 * MIB
+    MOST = 2 * GIB
+
+    def __init__(self, source: Path, folder: Path) -> None:
+        self._scratch = folder / "warm"
+        self._file = self._scratch.open("wb", buffering=0)
+        self._left = 0
+        with source.open("rb", buffering=0) as reader:
+            while block := reader.read(MIB):
+                # More would go to the disk, and hold up what is measured.
+                for _ in range(2 if self._left < self.MOST else 0):
+                    self._left += self._file.write(block)
+        for _ in range(self.AHEAD // MIB):
+            self._left += self._file.write(bytes(MIB))
+        self._stop = threading.Event()
+        self._release(self.AHEAD)
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def _release(self, size: int) -> None:
+        self._left = max(0, self._left - size)
+        self._file.truncate(self._left)
+
+    def _run(self) -> None:
+        while self._left and not self._stop.wait(self.EVERY_SECONDS):
+            self._release(self.STEP)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._file.close()
+        self._scratch.unlink()
 
 
 def measure(worker: Child, *others: Watched, source: Path, folder: Path) -> Run:
@@ -221,11 +255,11 @@ def measure(worker: Child, *others: Watched, source: Path, folder: Path) -> Run:
         folder: Where the worker writes it.
     """
     children: tuple[Watched, ...] = (worker, *others)
-    warm(source, folder)
-    before = [child.cpu() for child in children]
-    worker.tell()
-    done = worker.expect("done")
-    cpu = {child.role: child.cpu() - start for child, start in zip(children, before, strict=True)}
+    with Warmth(source, folder):
+        before = [child.cpu() for child in children]
+        worker.tell()
+        done = worker.expect("done")
+        cpu = {child.role: child.cpu() - start for child, start in zip(children, before, strict=True)}
     own = {"event", "seconds", "bytes"}
     return Run(
         seconds=done["seconds"],

@@ -1,10 +1,21 @@
-"""Ways to break things at a chosen moment: a relay that cuts connections, processes that are killed."""
+"""Ways to break things at a chosen moment: a relay that cuts connections, processes that are killed.
+
+As a program it is a client to be killed: it fetches some content and says on each line how far it is.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
+import os
+import subprocess
+import sys
+import threading
 from asyncio import StreamReader, StreamWriter
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 
 class Relay:
@@ -56,3 +67,102 @@ async def _pump(reader: StreamReader, writer: StreamWriter, pair: set[StreamWrit
             await writer.drain()
     for end in pair:
         end.transport.abort()
+
+
+class Process:
+    """A child that prints one JSON object a line, ends with us, and can be killed and started again."""
+
+    def __init__(self, *command: str, log: Path) -> None:
+        self._command = [sys.executable, *command]
+        self._log = log
+        self._popen: subprocess.Popen[str] | None = None
+        self.starts = 0
+
+    def start(self) -> Process:
+        assert self._popen is None
+        self.starts += 1
+        with self._log.open("a") as log:
+            self._popen = subprocess.Popen(
+                self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
+            )
+        return self
+
+    def lines(self) -> Iterator[Any]:
+        """Yields what it prints, until it ends."""
+        assert self._popen is not None
+        assert self._popen.stdout is not None
+        for line in self._popen.stdout:
+            yield json.loads(line)
+
+    def ready(self) -> str:
+        """Starts it, waits until it serves, and returns its address."""
+        self.start()
+        for line in self.lines():
+            if line.get("ready"):
+                return str(line["address"])
+        raise AssertionError(f"{self._command} did not start:\n{self._log.read_text()[-2000:]}")
+
+    def kill(self) -> None:
+        """Kills it as a power cut would; nothing it could do about it."""
+        if self._popen is not None:
+            self._popen.kill()
+            self.wait()
+
+    def terminate(self) -> int:
+        assert self._popen is not None
+        self._popen.terminate()
+        return self.wait()
+
+    def wait(self) -> int:
+        assert self._popen is not None
+        popen, self._popen = self._popen, None
+        code = popen.wait()
+        for pipe in (popen.stdin, popen.stdout):
+            assert pipe is not None
+            pipe.close()
+        return code
+
+
+async def _insist(work: Callable[[], Awaitable[object]]) -> None:
+    from btt.sdk.errors import BttError
+
+    for _ in range(100):
+        try:
+            await work()
+        except BttError as error:
+            if not error.retryable:
+                raise
+            await asyncio.sleep(0.1)
+        else:
+            return
+
+
+async def _fetch(node: str, ledger: str, wallet: str, budget: str, infohash: str, dest: str) -> None:
+    from btt.sdk.budget import Budget
+    from btt.sdk.client import Client, Wallet
+
+    def say(**facts: object) -> None:
+        print(json.dumps(facts), flush=True)
+
+    opened = Wallet.open(Path(wallet), "")
+    async with Client.connect(node, budget=Budget(budget), ledger=ledger, wallet=opened) as btt:
+        async with btt.content.fetch(infohash, Path(dest)) as transfer:
+            async for step in transfer.progress(interval_s=0.005):
+                say(done=0 if step.phase == "checking" else step.done_bytes)
+        assert transfer.receipt is not None
+        if not transfer.receipt.fetched_bytes:
+            # The one before us died with its channel open; taken up, it is closed with ours.
+            await _insist(lambda: btt.session(1))
+    say(finished=True, spent=transfer.receipt.spent, fetched=transfer.receipt.fetched_bytes,
+        agree=[r.counts_agree for r in btt.receipts])  # fmt: skip
+
+
+if __name__ == "__main__":
+
+    def ends_with_us() -> None:
+        while os.read(0, 1):
+            pass
+        os._exit(1)
+
+    threading.Thread(target=ends_with_us, daemon=True).start()
+    asyncio.run(_fetch(*sys.argv[1:]))

@@ -21,15 +21,20 @@ from types import TracebackType
 
 from btt.sdk.budget import Budget
 from btt.sdk.content.client import ContentClient
-from btt.sdk.errors import BttError, ConfigError
+from btt.sdk.errors import BttError, ChannelClosed, ConfigError
 from btt.sdk.identity import NodeAddress
 from btt.sdk.keys import PrivateKey
 from btt.sdk.ledger import LedgerAddress, LedgerClient
 from btt.sdk.payment.connection import NodeConnection, connect_node
 from btt.sdk.payment.opening import Purse
 from btt.sdk.payment.session import PaymentSession, SessionReceipt
-from btt.sdk.payment.store import PayerStore
+from btt.sdk.payment.store import CLOSED, PayerStore
 from btt.sdk.wallet import Keystore
+
+CLOSE_PAUSES_S = (0.2, 1.0, 2.0, 4.0, 8.0)
+"""Pauses between the tries to close a session, seconds."""
+HURRY_S = 10.0
+"""Seconds that closing may take when an error is on its way out."""
 
 
 def default_wallet() -> Path:
@@ -162,8 +167,9 @@ class Client:
                 await self.close_session()
             elif self._session is not None:
                 # The error on its way out matters more than a receipt; the books keep the channel.
-                with contextlib.suppress(BttError):
-                    await self.close_session()
+                with contextlib.suppress(BttError, TimeoutError):
+                    async with asyncio.timeout(HURRY_S):
+                        await self._close_session(())
         finally:
             if self._session is not None:
                 await self._session.abandon()
@@ -198,31 +204,66 @@ class Client:
                 await self._session.abandon()
                 self._session = None
                 self._node = None  # it may have restarted with a new offer
+            if self._session is not None and self._is_used_up(self._session, need):
+                await self.close_session()
             if self._session is None:
-                node = await self.node()
-                purse = Purse(
-                    account=self._wallet.account,
-                    store=self._books,
-                    ledger=await self.ledger(),
-                    budget=self._budget.name,
-                    granted=self._budget.amount,
-                    clock=self._clock,
-                )
-                self._session = await PaymentSession.open(purse, node, need=need)
+                self._session = await self._open_session(need)
             return self._session
 
+    def _is_used_up(self, session: PaymentSession, need: int) -> bool:
+        """Says whether another channel could pay for the next piece where this one cannot."""
+        spare = session.payer.deposit - max(session.payer.signed, session.payer.tally.owed)
+        left = self._books.left(self._budget.name, self._budget.amount)
+        return spare < min(need, session.offer.sheet.unit_charge) and left > 0
+
+    async def _open_session(self, need: int, only: bytes | None = None) -> PaymentSession:
+        node = await self.node()
+        purse = Purse(
+            account=self._wallet.account,
+            store=self._books,
+            ledger=await self.ledger(),
+            budget=self._budget.name,
+            granted=self._budget.amount,
+            clock=self._clock,
+        )
+        return await PaymentSession.open(purse, node, need=need, only=only)
+
     async def close_session(self) -> SessionReceipt | None:
-        """Pays what is due, ends the session, and keeps its receipt; None without one.
+        """Pays what is due, ends the session, and keeps its receipt.
+
+        A node or ledger that is away for a moment is waited for.
+
+        Returns:
+            The receipt; None without a session, or when the node closed the channel and its answer
+            was lost.
 
         Raises:
             BttError: The node or the ledger did not answer; the books keep the channel.
         """
+        return await self._close_session(CLOSE_PAUSES_S)
+
+    async def _close_session(self, pauses: tuple[float, ...]) -> SessionReceipt | None:
         session, self._session = self._session, None
         if session is None:
             return None
-        receipt = await session.close(close_channel=not self._keep_channels)
-        self.receipts.append(receipt)
-        return receipt
+        channel_id = session.payer.channel_id
+        for pause in (*pauses, None):
+            try:
+                if session is None:
+                    session = await self._open_session(0, channel_id)
+                receipt = await session.close(close_channel=not self._keep_channels)
+            except ChannelClosed:
+                self._books.set_state(channel_id, CLOSED)
+                return None
+            except BttError as error:
+                session, self._node = None, None
+                if pause is None or not error.retryable:
+                    raise
+                await asyncio.sleep(pause)
+            else:
+                self.receipts.append(receipt)
+                return receipt
+        raise AssertionError("the last try returns or raises")
 
     @property
     def _books(self) -> PayerStore:

@@ -49,9 +49,12 @@ class Closer:
         self._key = key
         self._clock = clock
         self._margin_ms = margin_ms
+        self._closing: set[asyncio.Future[tuple[bytes, bytes]]] = set()
 
     async def close(self, channel_id: bytes) -> tuple[bytes, bytes]:
         """Closes a channel; call it under the channel's lock.
+
+        Once begun it is finished, though whoever asked has gone.
 
         Returns:
             The ledger's canonical receipt and the operator's signature.
@@ -61,6 +64,17 @@ class Closer:
             LedgerUnreachable: The ledger does not answer; `sweep` tries again.
             LedgerError: The ledger refused.
         """
+        closing = asyncio.ensure_future(self._close(channel_id))
+        self._closing.add(closing)
+        closing.add_done_callback(self._closed)
+        return await asyncio.shield(closing)
+
+    def _closed(self, closing: asyncio.Future[tuple[bytes, bytes]]) -> None:
+        self._closing.discard(closing)
+        if not closing.cancelled():
+            closing.exception()  # taken note of, even if whoever asked has gone
+
+    async def _close(self, channel_id: bytes) -> tuple[bytes, bytes]:
         found = await self._store.channel(channel_id)
         if found is None:
             raise ChannelUnknown("This node has no such channel.")

@@ -211,6 +211,7 @@ class Transfer:
                 f"The node now asks {offered.rate if offered else 'nothing we know'}, not {self._rate}."
             )
         self._node = session.offer.node
+        fetched = self._fetched
         todo = collections.deque(self._ranges())
         # One failing stream ends the others; what they had in hand is finished first.
         try:
@@ -219,7 +220,8 @@ class Transfer:
                     group.create_task(self._stream(session, todo))
         except* BttError as failed:
             raise _gravest(failed) from None
-        if todo:
+        # A used up channel is followed by another, as far as the budget reaches.
+        if todo and self._fetched == fetched:
             missing = self._destination.missing_bytes
             raise BudgetExceeded(f"The budget ends here: {missing} bytes are missing.")
 

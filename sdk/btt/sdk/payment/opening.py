@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import grpc.aio
 
 from btt.proto.payment.v1 import payment_pb2, payment_pb2_grpc
-from btt.sdk.errors import BudgetExceeded, LedgerError
+from btt.sdk.errors import BudgetExceeded, ChannelClosed, LedgerError
 from btt.sdk.identity import Offer
 from btt.sdk.keys import PrivateKey
 from btt.sdk.ledger import LedgerClient
@@ -65,7 +65,11 @@ class OpenedChannel:
 
 
 async def obtain_channel(
-    purse: Purse, offer: Offer, stub: payment_pb2_grpc.PaymentServiceAsyncStub, need: int
+    purse: Purse,
+    offer: Offer,
+    stub: payment_pb2_grpc.PaymentServiceAsyncStub,
+    need: int,
+    only: bytes | None = None,
 ) -> OpenedChannel:
     """Takes a channel to the node that is open already, or opens one.
 
@@ -74,15 +78,17 @@ async def obtain_channel(
         offer: The node's offer.
         stub: The node's PaymentService.
         need: Base units the coming work is expected to cost.
+        only: Take up this channel, and open no other.
 
     Raises:
         BudgetExceeded: The budget does not cover a channel.
+        ChannelClosed: `only` cannot be taken up any more.
         LedgerError: The ledger or the node refused the channel.
         LedgerUnreachable: The ledger does not answer.
     """
     least = min(need, offer.sheet.unit_charge)
     for stored in purse.store.channels(node=offer.node, ledger_id=offer.ledger_id):
-        claim = purse.store.claim(stored.channel_id)
+        claim = purse.store.claim(stored.channel_id) if only in (None, stored.channel_id) else None
         if claim is None:
             continue
         try:
@@ -95,6 +101,8 @@ async def obtain_channel(
             claim.release()
             raise
         claim.release()
+    if only is not None:
+        raise ChannelClosed("The channel cannot be taken up again.")
     return await _open_new(purse, offer, stub, need)
 
 
@@ -179,4 +187,4 @@ async def _open_new(
     except BaseException:
         claim.release()
         raise
-    return OpenedChannel(stored, commit, claim)
+    return OpenedChannel(replace(stored, state=OPEN), commit, claim)

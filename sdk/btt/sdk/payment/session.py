@@ -87,6 +87,7 @@ class PaymentSession:
         self._demand = 0
         self._stated = 0
         self._stalled = False
+        self._discarded = False
         self._paid = payer.signed
         self._calls: dict[bytes, MeteredCall] = {}
         self._reports: list[MeteredCall] = []
@@ -105,16 +106,20 @@ class PaymentSession:
     # Opening
 
     @classmethod
-    async def open(cls, purse: Purse, node: NodeConnection, *, need: int) -> PaymentSession:
+    async def open(
+        cls, purse: Purse, node: NodeConnection, *, need: int, only: bytes | None = None
+    ) -> PaymentSession:
         """Opens a session with a node, on a channel it has or on a new one.
 
         Args:
             purse: What pays.
             node: Whom.
             need: Base units the coming work is expected to cost.
+            only: Take up this channel, and open no other.
 
         Raises:
             BudgetExceeded: The budget covers no channel.
+            ChannelClosed: `only` is closed.
             CountsDiffer: The node claims what was neither accepted nor paid.
             BttError: The node or the ledger refused, or did not answer.
         """
@@ -122,7 +127,7 @@ class PaymentSession:
             control = node.channel(label="payment")
             try:
                 stub: payment_pb2_grpc.PaymentServiceAsyncStub = payment_pb2_grpc.PaymentServiceStub(control)
-                opened = await obtain_channel(purse, node.offer, stub, need)
+                opened = await obtain_channel(purse, node.offer, stub, need, only)
             finally:
                 await control.close()
             stored = opened.stored
@@ -143,6 +148,8 @@ class PaymentSession:
                 # The node closed it while we were away; what it took is at most what we signed.
                 purse.store.set_state(stored.channel_id, CLOSED)
                 await session._discard()
+                if only is not None:
+                    raise
                 continue
             except BaseException:
                 await session._discard()
@@ -408,6 +415,9 @@ class PaymentSession:
         await self._discard()
 
     async def _discard(self) -> None:
+        if self._discarded:
+            return  # the books may be another session's by now
+        self._discarded = True
         self.fail(SessionEnded("The session is closed."))
         for task in self._tasks:
             task.cancel()
