@@ -29,8 +29,8 @@ from btt.sdk.keys import Address, PrivateKey
 from btt.sdk.money import Rate
 from btt.sdk.payment.calls import CALL_KEY, PROOF_KEY, TOKEN_KEY
 from btt.sdk.payment.connection import NodeConnection, connect_node
-from btt.sdk.payment.session import sign_call
 from btt.sdk.payment.store import PayerStore
+from btt.sdk.payment.wire import sign_call
 from btt.sdk.rpc import to_error
 from btt.sdk.signing import APP_UNKNOWN, EARLY_CLOSE, ChannelCommit, SessionOpen, service_reference, sign
 from btt.sdk.tls import make_certificate, pinned_channel

@@ -7,7 +7,7 @@ import asyncio
 import grpc.aio
 import pytest
 
-from btt.node.payments.sessions import network_of
+from btt.node.payments.network import network_of
 from btt.sdk.errors import BudgetExceeded, PaymentRequired
 from btt.sdk.money import BTT
 from btt.sdk.payment.calls import CALL_KEY, PROOF_KEY, TOKEN_KEY

@@ -105,9 +105,7 @@ class TestUpdates:
         assert payee.check(update(7)) is None
         assert payee.check(update(6)) is None
         assert make_payee().check(update(0)) is None
-        late = Durable.write(
-            Checked(payee.channel_id, update(5)), lambda _: None
-        )
+        late = Durable.write(Checked(payee.channel_id, update(5)), lambda _: None)
         payee.accept(late)
         assert (payee.best, payee.meter.paid, payee.standing.paid) == (update(7), 7, 7)
 

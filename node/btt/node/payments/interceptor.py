@@ -14,7 +14,9 @@ import grpc
 import grpc.aio
 import structlog
 
-from btt.node.payments.sessions import Session, Sessions, network_of
+from btt.node.payments.network import network_of
+from btt.node.payments.session import Session
+from btt.node.payments.sessions import Sessions
 from btt.sdk.channel import Line, Segment
 from btt.sdk.errors import BttError, ConfigError, InternalError, RateLimited, SessionEnded
 from btt.sdk.payment.calls import CALL_KEY, PROOF_KEY, TOKEN_KEY

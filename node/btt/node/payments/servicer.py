@@ -13,7 +13,9 @@ import structlog
 
 from btt.node.payments.closing import Closer
 from btt.node.payments.ledger import PayeeLedger
-from btt.node.payments.sessions import Session, Sessions, network_of
+from btt.node.payments.network import network_of
+from btt.node.payments.session import Session
+from btt.node.payments.sessions import Sessions
 from btt.node.payments.store import CLOSED, CLOSING, ChannelRecord, PayeeStore
 from btt.proto.ledger.v1 import ledger_pb2
 from btt.proto.payment.v1 import payment_pb2, payment_pb2_grpc
@@ -36,7 +38,7 @@ from btt.sdk.errors import (
 )
 from btt.sdk.identity import Offer
 from btt.sdk.keys import PrivateKey
-from btt.sdk.payment.session import count_protos, counts_of, read_counts, update_proto
+from btt.sdk.payment.wire import count_protos, counts_of, read_counts, update_proto
 from btt.sdk.rpc import abort
 from btt.sdk.signing import (
     APP_UNKNOWN,

@@ -10,16 +10,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import secrets
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 import grpc.aio
 from google.protobuf.message import DecodeError
 
 from btt.proto.payment.v1 import payment_pb2, payment_pb2_grpc
-from btt.sdk.channel import Line, Payer, Segment, SignedUpdate, Tally
+from btt.sdk.channel import Payer, SignedUpdate
 from btt.sdk.errors import (
     BttError,
     BudgetExceeded,
@@ -31,14 +30,13 @@ from btt.sdk.errors import (
     SessionEnded,
 )
 from btt.sdk.identity import Offer
-from btt.sdk.keys import PrivateKey
-from btt.sdk.money import Unit
 from btt.sdk.payment.calls import MeteredCall, PayUnaryStream, PayUnaryUnary, Verdicts, end_on_break
 from btt.sdk.payment.connection import NodeConnection
 from btt.sdk.payment.opening import OpenedChannel, Purse, obtain_channel
 from btt.sdk.payment.store import CLOSED
+from btt.sdk.payment.wire import count_protos, counts_of, read_counts, sign_call, update_proto
 from btt.sdk.rpc import to_error
-from btt.sdk.signing import APP_UNKNOWN, ChannelClose, SessionCall, SessionOpen, open_document, sign
+from btt.sdk.signing import APP_UNKNOWN, ChannelClose, SessionOpen, open_document, sign
 
 OPEN_VALID_MS = 60_000
 STALL_S = 0.5
@@ -431,57 +429,3 @@ class PaymentSession:
             self._purse.store.save_books(self.payer.channel_id, self.payer.signed, self.payer.tally)
         finally:
             self._opened.claim.release()
-
-
-def sign_call(key: PrivateKey, token: bytes, call_id: bytes, ledger_id: bytes) -> bytes:
-    """Signs one call of a session.
-
-    Args:
-        key: K1.
-        token: Of the session.
-        call_id: 16 bytes, never used before in this session.
-        ledger_id: 32 bytes.
-
-    Returns:
-        65 bytes.
-    """
-    return sign(key, SessionCall(session=hashlib.sha256(token).digest(), call_id=call_id), ledger_id)
-
-
-def update_proto(update: SignedUpdate | None) -> payment_pb2.Update | None:
-    """Puts an update on the wire."""
-    if update is None:
-        return None
-    return payment_pb2.Update(cumulative=update.cumulative, signature=update.signature)
-
-
-def count_protos(tally: Tally) -> list[payment_pb2.Count]:
-    """Puts a tally on the wire."""
-    return counts_of({segment: units for segment, _, units in tally})
-
-
-def counts_of(counts: Mapping[Segment, int]) -> list[payment_pb2.Count]:
-    """Puts counts on the wire."""
-    return [
-        payment_pb2.Count(
-            offer_digest=s.offer_digest, service=s.line.service, unit=int(s.line.unit), units=units
-        )
-        for s, units in counts.items()
-    ]
-
-
-def read_counts(protos: Iterable[payment_pb2.Count]) -> dict[Segment, int]:
-    """Reads counts from the wire.
-
-    Raises:
-        InvalidRequest: One is malformed, or stands twice.
-    """
-    counts: dict[Segment, int] = {}
-    for proto in protos:
-        if len(proto.offer_digest) != 32 or proto.unit not in (Unit.BYTE, Unit.COUNT) or len(counts) > 4096:
-            raise InvalidRequest("A count is malformed.")
-        segment = Segment(proto.offer_digest, Line(proto.service, Unit(proto.unit)))
-        if segment in counts or proto.units >= 2**63:
-            raise InvalidRequest("A count stands twice or is out of range.")
-        counts[segment] = proto.units
-    return counts

@@ -147,4 +147,3 @@ async def _status(text: str) -> dict[str, object]:
 
 def _printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else "?" for letter in text)
-

@@ -1,0 +1,252 @@
+"""One live payment session: what may leave, what waits for payment, what the payer is told.
+
+One event loop, no locks: every decision about money is made between two awaits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import secrets
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from btt.node.payments.store import PayeeStore
+from btt.sdk.channel import Payee, Segment, SignedUpdate, Standing
+from btt.sdk.errors import BttError, ChannelExhausted, PaymentRequired, SessionEnded
+from btt.sdk.identity import Offer
+from btt.sdk.keys import Address
+from btt.sdk.signing import SessionCall, verify
+
+TELL_S = 0.05
+"""Seconds that a message waits before a payer that should sign by itself is told."""
+
+
+@dataclass(slots=True)
+class PayerBook:
+    """A payer with sessions here: its standing, and its channels by id."""
+
+    standing: Standing
+    channels: dict[bytes, Payee] = field(default_factory=dict)
+    sessions: int = 0
+    lease_network: str = ""
+
+
+@dataclass(slots=True)
+class _Waiting:
+    ready: asyncio.Future[None]
+    call_id: bytes
+    segment: Segment
+    units: int
+
+
+class Session:
+    """One live session; made by `Sessions.open`."""
+
+    def __init__(
+        self, *, payer: Address, book: PayerBook, payee: Payee, offer: Offer, epoch: int, grace_s: float
+    ) -> None:
+        self.payer = payer
+        self.token = secrets.token_bytes(32)
+        self.payee = payee
+        self.offer = offer
+        self.epoch = epoch
+        self.error: BttError | None = None
+        self.attached = False
+        self.answers: dict[bytes, object] = {}
+        """Answers of unary calls by call id, for a caller that lost one."""
+        self._book = book
+        self._grace_s = grace_s
+        self._waiting: deque[_Waiting] = deque()
+        self._heard = 0
+        self._settlements: list[tuple[bytes, dict[Segment, int]]] = []
+        self._stale = False
+        self._told_credit = payee.standing.credit
+        self._news = asyncio.Event()
+
+    def authorise(self, call_id: bytes, signature: bytes, ledger_id: bytes) -> None:
+        """Checks that the holder of K1 makes this call.
+
+        Raises:
+            InvalidRequest: The call id has not 16 bytes.
+            SignatureInvalid: Somebody else makes it, whoever has the token.
+        """
+        call = SessionCall(session=hashlib.sha256(self.token).digest(), call_id=call_id)
+        verify(self.payee.key, call, ledger_id, signature)
+
+    # Delivering
+
+    def begin(self, call_id: bytes) -> None:
+        """Opens a metered call.
+
+        Raises:
+            SessionEnded: The session has ended.
+            CallRepeated: The id was used before.
+        """
+        self._alive()
+        self.payee.begin(call_id)
+
+    async def charge(self, call_id: bytes, segment: Segment, units: int) -> None:
+        """Returns once a message of these units may leave, and has counted it.
+
+        Raises:
+            ChannelExhausted: The channel does not hold enough for it.
+            PaymentRequired: Payment did not come within the grace time.
+            SessionEnded: The session or the call has ended.
+        """
+        self._alive()
+        meter = self.payee.meter
+        if not self._waiting and meter.fits(segment, units) and meter.affordable(segment, units):
+            self.payee.deliver(call_id, segment, units)
+            return
+        waiting = _Waiting(asyncio.get_running_loop().create_future(), call_id, segment, units)
+        self._waiting.append(waiting)
+        tell: asyncio.TimerHandle | None = None
+        if len(self._waiting) == 1:  # behind another nothing changes
+            if self._will_pay and meter.affordable(segment, units):
+                tell = asyncio.get_running_loop().call_later(TELL_S, self._tell)
+            else:
+                self.advance()
+        try:
+            while not waiting.ready.done():
+                heard = self._heard
+                # The clock starts again whenever the payer is heard: a slow line is no default.
+                done, _ = await asyncio.wait([waiting.ready], timeout=self._grace_s)
+                if not done and heard == self._heard:
+                    raise PaymentRequired(f"No payment came within {self._grace_s:g} seconds.")
+            waiting.ready.result()
+        finally:
+            if tell is not None:
+                tell.cancel()
+            waiting.ready.cancel()
+            if waiting in self._waiting:
+                self._waiting.remove(waiting)
+                self.advance()
+
+    async def reserve(self, segment: Segment, units: int) -> None:
+        """Returns once units could leave, before the work for them is done; counts nothing.
+
+        Raises:
+            ChannelExhausted, PaymentRequired, SessionEnded: As `charge`.
+        """
+        probe = secrets.token_bytes(16)
+        self.payee.begin(probe)
+        try:
+            await self.charge(probe, segment, units)
+        finally:
+            if probe in self.payee.open_calls:
+                self.payee.void(probe)
+            self.advance()
+
+    def advance(self) -> None:
+        """Lets waiting messages leave, in order, as far as payment and credit reach."""
+        meter = self.payee.meter
+        while self._waiting:
+            head = self._waiting[0]
+            if not head.ready.done():
+                if not meter.affordable(head.segment, head.units):
+                    head.ready.set_exception(
+                        ChannelExhausted("The channel holds too little for the next piece.")
+                    )
+                elif not meter.fits(head.segment, head.units):
+                    break
+                else:
+                    try:
+                        self.payee.deliver(head.call_id, head.segment, head.units)
+                        head.ready.set_result(None)
+                    except BttError as error:
+                        head.ready.set_exception(error)
+            self._waiting.popleft()
+        self._tell()
+
+    @property
+    def demand(self) -> int:
+        """The cumulative payment at which the next waiting message may leave; 0 if none waits."""
+        if not self._waiting:
+            return 0
+        head = self._waiting[0]
+        return self.payee.meter.demand(head.segment, head.units)
+
+    @property
+    def _will_pay(self) -> bool:
+        """So much of the credit that it knows of is used that our own payer signs without being told."""
+        excess = self.payee.meter.excess
+        return excess > 0 and 4 * excess >= 3 * self._told_credit
+
+    def void(self, call_id: bytes) -> None:
+        """Takes a call back whole: it failed by a fault of this node."""
+        if call_id in self.payee.open_calls:
+            self.payee.void(call_id)
+            self.advance()
+
+    # Hearing from the payer
+
+    def heard(self) -> None:
+        """The payer is alive."""
+        self._heard += 1
+
+    async def pay(self, update: SignedUpdate, store: PayeeStore) -> None:
+        """Checks an update, saves it, and only then counts it.
+
+        Raises:
+            UpdateInvalid: It is not valid for this channel.
+            StorageError: It could not be saved, and does not count.
+        """
+        checked = self.payee.check(update)
+        if checked is None:
+            return
+        meter = self.payee.meter
+        saved = await store.save(checked, meter.tally, meter.written_off)
+        self.payee.accept(saved)
+
+    def settle(self, call_id: bytes, accepted: Mapping[Segment, int]) -> None:
+        """Settles an ended call, and tells the payer.
+
+        Raises:
+            CountsDiffer: The report names more than was sent.
+        """
+        self._settlements.append((call_id, self.payee.settle(call_id, accepted)))
+        for waiting in [w for w in self._waiting if w.call_id == call_id]:
+            if not waiting.ready.done():
+                waiting.ready.set_exception(SessionEnded("The call was ended by its caller."))
+
+    # Telling the payer
+
+    def _tell(self) -> None:
+        self._stale = True
+        self._news.set()
+
+    async def news(self) -> tuple[list[tuple[bytes, dict[Segment, int]]], bool]:
+        """Waits for something to tell.
+
+        Returns:
+            Settled calls, and whether a statement is due.
+
+        Raises:
+            BttError: The session has ended.
+        """
+        while True:
+            if self._settlements or self._stale:
+                news = self._settlements, self._stale
+                self._settlements, self._stale = [], False
+                self._told_credit = self.payee.standing.credit
+                return news
+            self._alive()
+            self._news.clear()
+            await self._news.wait()
+
+    def _alive(self) -> None:
+        if self.error is not None:
+            raise self.error
+
+    def end(self, error: BttError) -> None:
+        """Ends the session: nothing more leaves, and what waits fails with this error."""
+        if self.error is None:
+            self.error = error
+            self._book.sessions -= 1
+            for waiting in self._waiting:
+                if not waiting.ready.done():
+                    waiting.ready.set_exception(error)
+            self._waiting.clear()
+            self._news.set()
