@@ -172,7 +172,7 @@ class Session:
     def _will_pay(self) -> bool:
         """So much of the credit that it knows of is used that our own payer signs without being told."""
         excess = self.payee.meter.excess
-        return excess > 0 and 4 * excess >= 3 * self._told_credit
+        return excess > 0 and 2 * excess >= self._told_credit
 
     def void(self, call_id: bytes) -> None:
         """Takes a call back whole: it failed by a fault of this node."""

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from btt.sdk.channel import Checked, Durable, Line, SignedUpdate, Tally
-from btt.sdk.errors import ConfigError, StorageError
+from btt.sdk.database import open_books
+from btt.sdk.errors import StorageError
 from btt.sdk.keys import Address
 from btt.sdk.money import Unit
 from btt.sdk.payment.counts import COUNTS_SCHEMA, load_tally, save_tally
@@ -127,17 +128,7 @@ class PayeeStore:
 
     def __init__(self, path: Path) -> None:
         self._closed = False
-        try:
-            self._db = connect(path)
-            version = self._db.execute("PRAGMA user_version").fetchone()[0]
-            if version == 0:
-                self._db.executescript(
-                    f"BEGIN IMMEDIATE;{_SCHEMA}{COUNTS_SCHEMA}PRAGMA user_version={SCHEMA_VERSION};COMMIT;"
-                )
-            elif version != SCHEMA_VERSION:
-                raise ConfigError(f"The node's books are of version {version}; update this program.")
-        except sqlite3.Error as error:
-            raise StorageError(f"The node's books cannot be opened ({error}).") from error
+        self._db = open_books(path, schema=_SCHEMA + COUNTS_SCHEMA, version=SCHEMA_VERSION)
         self._jobs: queue.SimpleQueue[tuple[Job, asyncio.AbstractEventLoop, asyncio.Future[Any]] | None]
         self._jobs = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._write, name="payee-store", daemon=True)
@@ -318,15 +309,6 @@ class PayeeStore:
     async def earnings(self) -> Earnings:
         """Returns what the node has served and earned."""
         return await self.run(read_earnings)  # type: ignore[no-any-return]
-
-
-def connect(path: Path) -> sqlite3.Connection:
-    """Opens a node's books."""
-    db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=30)
-    db.execute("PRAGMA journal_mode=WAL")
-    db.execute("PRAGMA synchronous=FULL")
-    db.execute("PRAGMA foreign_keys=ON")
-    return db
 
 
 def read_earnings(db: sqlite3.Connection) -> Earnings:

@@ -183,7 +183,7 @@ class Payer:
         if demand > self.signed:
             prepay = self._sheet.unit_charge if self._sheet else 0
             target = max(owed, min(demand, owed + prepay))
-        elif flush or 4 * (owed - self.signed) >= 3 * credit:
+        elif flush or 2 * (owed - self.signed) >= credit:
             # Late enough to sign few updates, early enough that the payee need not wait.
             target = owed
         else:

@@ -267,6 +267,7 @@ class Transfer:
         runs: range,
         reserved: list[int],
     ) -> None:
+        loop = asyncio.get_running_loop()
         expected = iter(runs)
         room = asyncio.Semaphore(AHEAD)
         request = content_pb2.FetchRequest(
@@ -274,8 +275,10 @@ class Transfer:
         )
 
         async def take(message: Run, verdicts: Verdicts) -> None:
-            storing = asyncio.ensure_future(self._store(file, message))
+            storing = loop.run_in_executor(self._threads, self._verify_and_write, file, message)
             try:
+                size = await asyncio.shield(storing)
+            except asyncio.CancelledError:
                 # Another run's failure cancels this one, but what is written is kept, so it is paid.
                 while not storing.done():
                     with contextlib.suppress(asyncio.CancelledError):
@@ -307,13 +310,8 @@ class Transfer:
         if next(expected, None) is not None:
             raise SessionEnded("The node ended the call before all was sent.")
 
-    async def _store(self, file: int, message: Run) -> int:
-        """Verifies a run and writes it; returns its length, or 0 if it does not verify."""
-        return await asyncio.get_running_loop().run_in_executor(
-            self._threads, self._verify_and_write, file, message
-        )
-
     def _verify_and_write(self, file: int, message: Run) -> int:
+        """Verifies a run and writes it; returns its length, or 0 if it does not verify."""
         if not self.torrent.verify_run(file, message.run, message.data):
             return 0
         with self._writing:

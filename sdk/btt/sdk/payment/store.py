@@ -20,7 +20,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from btt.sdk.channel import Durable, Intent, Tally
-from btt.sdk.errors import BudgetExceeded, ConfigError, IdentityError, StorageError
+from btt.sdk.database import open_books
+from btt.sdk.errors import BudgetExceeded, IdentityError, StorageError
 from btt.sdk.keys import Address
 from btt.sdk.money import Amount
 from btt.sdk.payment.counts import COUNTS_SCHEMA, load_tally, save_tally
@@ -115,23 +116,7 @@ class PayerStore:
         (folder / "claims").mkdir(parents=True, exist_ok=True, mode=0o700)
         self._lock = threading.RLock()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="payer-store")
-        try:
-            self._db = sqlite3.connect(
-                folder / "payer.db", isolation_level=None, check_same_thread=False, timeout=30
-            )
-            self._db.execute("PRAGMA journal_mode=WAL")
-            self._db.execute("PRAGMA synchronous=FULL")
-            self._db.execute("PRAGMA foreign_keys=ON")
-            with self._transaction():
-                version = self._db.execute("PRAGMA user_version").fetchone()[0]
-                if version == 0:
-                    for statement in (_SCHEMA + COUNTS_SCHEMA).split(";"):
-                        self._db.execute(statement)
-                    self._db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
-                elif version != SCHEMA_VERSION:
-                    raise ConfigError(f"The wallet's books are of version {version}; update this program.")
-        except sqlite3.Error as error:
-            raise StorageError(f"The wallet's books cannot be opened ({error}).") from error
+        self._db = open_books(folder / "payer.db", schema=_SCHEMA + COUNTS_SCHEMA, version=SCHEMA_VERSION)
 
     def close(self) -> None:
         """Closes the books; claims are given up with the process or by `release`."""
