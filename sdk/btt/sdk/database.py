@@ -75,4 +75,4 @@ def _grow_log(db: sqlite3.Connection, path: Path) -> None:
     for _ in range(LOG_PAGES):
         db.execute("UPDATE log_room SET times = times + 1")
     db.execute("PRAGMA synchronous=FULL")
-    db.execute("PRAGMA wal_checkpoint(RESTART)").fetchall()
+    db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()

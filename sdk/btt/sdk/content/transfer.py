@@ -36,11 +36,11 @@ from btt.sdk.rpc import to_error
 LINE = Line("btt.proto.content.v1.ContentService", Unit.BYTE)
 """What content delivery counts."""
 
-RUNS_PER_CALL = 256
-"""Runs asked for in one call."""
-STREAMS = 2
-"""Calls that run at a time."""
-AHEAD = 3
+RUNS_PER_CALL = 1 << 16
+"""Most runs asked for in one call: one call feeds two cores, and more only hold more memory."""
+STREAMS = 4
+"""Calls that run at a time, for content of many files."""
+AHEAD = 6
 """Runs of one call that are being verified and written at a time."""
 TRIES = 12
 """Attempts without any progress before the transfer gives up."""
