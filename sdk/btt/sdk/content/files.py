@@ -8,13 +8,10 @@ whether another folder, more space or another disk helps.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import fcntl
-import functools
 import os
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from btt.sdk.errors import ConfigError, StorageError
@@ -154,21 +151,3 @@ def on_disk(path: Path) -> Iterator[None]:
     except OSError as failed:
         raise disk_error(failed, path) from failed
 
-
-def start_writing(fd: int) -> None:
-    """Starts to bring a file's bytes to the disk, and does not wait.
-
-    Without this the kernel keeps them until the final sync, which then takes as long as the
-    disk needs for all of them. Where there is no such call, nothing happens.
-    """
-    sync_file_range = _sync_file_range()
-    if sync_file_range is not None:
-        sync_file_range(fd, ctypes.c_int64(0), ctypes.c_int64(0), _SYNC_FILE_RANGE_WRITE)
-
-
-_SYNC_FILE_RANGE_WRITE = 2  # linux/fs.h
-
-
-@functools.cache
-def _sync_file_range() -> Callable[..., int] | None:
-    return getattr(ctypes.CDLL(None), "sync_file_range", None) if sys.platform == "linux" else None

@@ -28,10 +28,6 @@ _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _WRITE = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
-_WRITE_EVERY = 16
-"""Runs after which what was written starts on its way to the disk."""
-
-
 class _Part:
     """An open part file; it is closed only when no thread writes to it any more."""
 
@@ -183,8 +179,6 @@ class Destination:
             while rest:
                 written = os.pwrite(fd, rest, at)
                 rest, at = rest[written:], at + written
-            if run % _WRITE_EVERY == _WRITE_EVERY - 1:
-                files.start_writing(fd)
         have[run] = 1
 
     def finish(self, file: int) -> Path:
