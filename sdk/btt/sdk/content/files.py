@@ -150,4 +150,3 @@ def on_disk(path: Path) -> Iterator[None]:
         raise StorageError(f"{path} was removed meanwhile.") from None
     except OSError as failed:
         raise disk_error(failed, path) from failed
-

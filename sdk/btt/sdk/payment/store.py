@@ -13,6 +13,7 @@ import fcntl
 import os
 import sqlite3
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from btt.sdk.channel import Durable, Intent, Tally
-from btt.sdk.database import open_books
+from btt.sdk.database import IN_PLACE_S, open_books
 from btt.sdk.errors import BudgetExceeded, IdentityError, StorageError
 from btt.sdk.keys import Address
 from btt.sdk.money import Amount
@@ -115,6 +116,7 @@ class PayerStore:
         self._folder = folder
         (folder / "claims").mkdir(parents=True, exist_ok=True, mode=0o700)
         self._lock = threading.RLock()
+        self._commit_s = 0.0
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="payer-store")
         self._db = open_books(folder / "payer.db", schema=_SCHEMA + COUNTS_SCHEMA, version=SCHEMA_VERSION)
 
@@ -147,6 +149,8 @@ class PayerStore:
         Raises:
             StorageError: It is not on disk, so nothing may be signed.
         """
+        if self._commit_s < IN_PLACE_S:
+            return Durable.write(intent, self._save)
 
         async def write(value: Intent) -> None:
             await asyncio.get_running_loop().run_in_executor(self._writer, self._save, value)
@@ -154,12 +158,14 @@ class PayerStore:
         return await Durable.awrite(intent, write)
 
     def _save(self, intent: Intent) -> None:
+        start = time.perf_counter()
         with self._transaction():
             self._db.execute(
                 "UPDATE channels SET signed = max(signed, ?) WHERE channel_id = ?",
                 (intent.cumulative, intent.channel_id),
             )
             save_tally(self._db, intent.channel_id, intent.tally)
+        self._commit_s = time.perf_counter() - start
 
     def tally(self, channel_id: bytes) -> Tally:
         """Returns what was counted on a channel when it was last saved."""
