@@ -9,15 +9,13 @@ legs and its debits equal its credits. The chart of accounts:
     L channel <id>   credit normal   locked by T1
     L fees           credit normal   fees of channel openings, where the ledger takes one
 
-A channel goes (none) -> OPEN -> CLOSED here; the payee's close is final at once, because only the
-payee can lose by an old update, and it chose it (white paper, channel steps 7 to 9).
+What may happen to a channel is the table in `machine`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from enum import IntEnum
 from typing import Final, Protocol
 
 from btt.sdk.errors import (
@@ -35,8 +33,20 @@ from btt.sdk.errors import (
     TermsRefused,
     UpdateInvalid,
 )
+from btt.sdk.money import SUPPLY
+from btt.services.ledger import machine
 from btt.services.ledger.journal import EntryRef, Kind, Posting, Side
-from btt.services.ledger.verify import CloseOperation, OpenOperation, Operation, TransferOperation
+from btt.services.ledger.machine import Channel, Move, Phase, Step
+from btt.services.ledger.verify import (
+    CloseOperation,
+    FinalizeOperation,
+    OpenOperation,
+    Operation,
+    RequestCloseOperation,
+    TopUpOperation,
+    TransferOperation,
+    UpdateOperation,
+)
 
 HOUR_MS: Final = 3_600_000
 LONGEST_VALIDITY_MS: Final = 24 * HOUR_MS
@@ -69,14 +79,6 @@ def is_channel(account: bytes) -> bool:
     return account[0] == _CHANNEL
 
 
-class Phase(IntEnum):
-    """Where a channel stands; numbers of btt.proto.ledger.v1.ChannelPhase."""
-
-    OPEN = 1
-    CLOSING = 2
-    CLOSED = 3
-
-
 @dataclass(frozen=True, slots=True)
 class Account:
     """A row of the books.
@@ -87,6 +89,7 @@ class Account:
         balance: Base units on the account's normal side.
         locked: Base units in channels that this user opened.
         public_key: Compressed, 33 bytes, once the owner has signed something.
+        open_channels: How many channels this user opened that are not closed.
     """
 
     number: int
@@ -94,56 +97,7 @@ class Account:
     balance: int
     locked: int = 0
     public_key: bytes | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Channel:
-    """A channel; the terms are those of T1 (`btt.sdk.signing.ChannelCommit`).
-
-    Args:
-        id: Digest of T1, 32 bytes.
-        commit: T1 itself.
-        payer: Account address, 20 bytes.
-        payee: Account address, 20 bytes.
-        k1: Key that signs updates, 33 bytes.
-        k2: Key that closes, 33 bytes.
-        expires_ms: T2 may be used from here on, Unix milliseconds.
-        challenge_ms: Length of the challenge window, milliseconds.
-        flags: Of T1.
-        refund_signature: K2 over T2, 65 bytes.
-        deposit: Base units locked by T1 and its top-ups.
-        captured: Base units paid to the payee.
-        best: Highest cumulative payment the ledger has seen, base units.
-        best_signature: K1 over that update, 65 bytes; empty when best is 0.
-        phase: Where it stands.
-        deadline_ms: End of the challenge window; 0 unless CLOSING.
-        opened_seq: Entry that opened it.
-        closed_seq: Entry that closed it, or None.
-    """
-
-    id: bytes
-    commit: bytes
-    payer: bytes
-    payee: bytes
-    k1: bytes
-    k2: bytes
-    expires_ms: int
-    challenge_ms: int
-    flags: int
-    refund_signature: bytes
-    deposit: int
-    captured: int = 0
-    best: int = 0
-    best_signature: bytes = b""
-    phase: Phase = Phase.OPEN
-    deadline_ms: int = 0
-    opened_seq: int
-    closed_seq: int | None = None
-
-    @property
-    def held(self) -> int:
-        """Base units that must be in the channel's account."""
-        return 0 if self.phase is Phase.CLOSED else self.deposit - self.captured
+    open_channels: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,13 +122,27 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """What a ledger accepts in a T1. Times in milliseconds, fee in base units."""
+    """What a ledger accepts. Times in milliseconds, money in base units.
+
+    Args:
+        min_challenge_ms: Shortest challenge window.
+        max_challenge_ms: Longest one.
+        min_lifetime_ms: Shortest life of a channel when it opens.
+        max_lifetime_ms: Longest one.
+        open_fee: What the ledger takes for opening a channel.
+        max_locked: Most that one account may have locked in channels.
+        max_open_channels: Most channels that one account may have opened and not closed.
+        min_update_delta: Smallest raise of a stored update while a channel is open.
+    """
 
     min_challenge_ms: int = HOUR_MS
     max_challenge_ms: int = 7 * 24 * HOUR_MS
     min_lifetime_ms: int = HOUR_MS
     max_lifetime_ms: int = 366 * 24 * HOUR_MS
     open_fee: int = 0
+    max_locked: int = SUPPLY
+    max_open_channels: int = 10_000
+    min_update_delta: int = 1
 
 
 class View(Protocol):
@@ -271,28 +239,39 @@ def _short_of(account: Account | None, amount: int) -> BttError | None:
     return None
 
 
-def _transfer(view: View, op: Operation, now_ms: int, seq: int, terms: Terms) -> Decision:
-    assert isinstance(op, TransferOperation)
-    source = user(op.source)
+def _spent_before(view: View, op: Spending, account: bytes, now_ms: int) -> Decision | None:
+    """Answers a request with an id that was seen before; refuses one that is too old or too new."""
     if done := view.entry(op.digest):
         return Repeat(done)
-    if known := view.request(source, op.request_id):
-        if known.digest != op.digest:
-            raise RequestConflict("The request id was used for another transfer.")
-        return Refusal(InsufficientFunds(known.failure), None)
+    if used := view.request(account, op.request_id):
+        if used.digest != op.digest:
+            raise RequestConflict("The request id was used for another request.")
+        return Refusal(InsufficientFunds(used.failure), None)
     if not now_ms < op.valid_until_ms <= now_ms + LONGEST_VALIDITY_MS:
-        raise RequestExpired(f"The transfer's valid_until is not within 24 hours after {now_ms}.")
-    error = _short_of(view.account(source), op.amount)
-    if isinstance(error, AccountUnknown):
-        # Not remembered: else strangers could fill the disk for nothing.
-        raise error
-    request = Request(
-        account=source,
+        raise RequestExpired(f"The request's valid_until is not within 24 hours after {now_ms}.")
+    return None
+
+
+def _request(op: Spending, account: bytes, error: BttError | None = None) -> Request:
+    return Request(
+        account=account,
         request_id=op.request_id,
         digest=op.digest,
         failure=error.message if error else "",
         keep_until_ms=op.valid_until_ms + REQUEST_MARGIN_MS,
     )
+
+
+def _transfer(view: View, op: Operation, now_ms: int, seq: int, terms: Terms) -> Decision:
+    assert isinstance(op, TransferOperation)
+    source = user(op.source)
+    if (answer := _spent_before(view, op, source, now_ms)) is not None:
+        return answer
+    error = _short_of(view.account(source), op.amount)
+    if isinstance(error, AccountUnknown):
+        # Not remembered: else strangers could fill the disk for nothing.
+        raise error
+    request = _request(op, source, error)
     if error is not None:
         return Refusal(error, request)
     return Effect(
@@ -309,8 +288,16 @@ def _open(view: View, op: Operation, now_ms: int, seq: int, terms: Terms) -> Dec
         return Repeat(done)
     _check_terms(op, now_ms, terms)
     payer = user(op.payer)
-    if error := _short_of(view.account(payer), op.amount + op.fee):
+    account = view.account(payer)
+    if error := _short_of(account, op.amount + op.fee):
         raise error
+    assert account is not None
+    if account.open_channels >= terms.max_open_channels:
+        raise TermsRefused(
+            f"The account has {account.open_channels} channels open; this ledger allows no more.",
+            hint="Close channels that are not used.",
+        )
+    _check_lock(account, op.amount, terms)
     postings = [_debit(payer, op.amount + op.fee), _credit(locked_in(op.digest), op.amount)]
     if op.fee:
         postings.append(_credit(FEES, op.fee))
@@ -331,6 +318,14 @@ def _open(view: View, op: Operation, now_ms: int, seq: int, terms: Terms) -> Dec
     return Effect(Kind.OPEN_CHANNEL, tuple(postings), channel=channel, learned=(payer, op.signer))
 
 
+def _check_lock(account: Account, amount: int, terms: Terms) -> None:
+    if account.locked + amount > terms.max_locked:
+        raise TermsRefused(
+            f"The account would have {account.locked + amount} base units locked in channels; "
+            f"this ledger allows {terms.max_locked}."
+        )
+
+
 def _check_terms(op: OpenOperation, now_ms: int, terms: Terms) -> None:
     lifetime = op.expires_ms - now_ms
     if lifetime <= 0:
@@ -349,6 +344,17 @@ def _check_terms(op: OpenOperation, now_ms: int, terms: Terms) -> None:
         raise TermsRefused(f"The fee is {op.fee} base units; this ledger takes {terms.open_fee}.")
 
 
+def known(channel: Channel | None) -> Channel:
+    """Returns a channel that exists.
+
+    Raises:
+        ChannelUnknown: It does not.
+    """
+    if channel is None:
+        raise ChannelUnknown("There is no such channel.")
+    return channel
+
+
 def check_close(channel: Channel | None, *, signer: bytes, capture: int, cumulative: int) -> Channel:
     """Checks what costs no signature check; also used before one is spent.
 
@@ -361,15 +367,73 @@ def check_close(channel: Channel | None, *, signer: bytes, capture: int, cumulat
     Raises:
         ChannelUnknown, SignerMismatch, InvalidRequest, UpdateInvalid: The close is refused.
     """
-    if channel is None:
-        raise ChannelUnknown("There is no such channel.")
+    channel = known(channel)
     if signer != channel.k2:
         raise SignerMismatch("A channel is closed by its K2.")
-    if capture > cumulative:
+    if capture > max(cumulative, channel.best):
         raise InvalidRequest(f"The capture of {capture} base units is more than the update's {cumulative}.")
     if cumulative > channel.deposit:
         raise UpdateInvalid(f"The update of {cumulative} base units exceeds the deposit.")
     return channel
+
+
+def _top_up(view: View, op: Operation, now_ms: int, seq: int, terms: Terms) -> Decision:
+    assert isinstance(op, TopUpOperation)
+    channel = known(view.channel(op.channel_id))
+    if op.owner != channel.payer:
+        raise SignerMismatch("A channel is topped up with the key of the payer's account.")
+    payer = user(op.owner)
+    if (answer := _spent_before(view, op, payer, now_ms)) is not None:
+        return answer
+    after = machine.take(channel, Step(Move.TOP_UP, now_ms, op.amount))
+    account = view.account(payer)
+    assert account is not None
+    _check_lock(account, op.amount, terms)
+    error = _short_of(account, op.amount)
+    request = _request(op, payer, error)
+    if error is not None:
+        return Refusal(error, request)
+    postings = (_debit(payer, op.amount), _credit(locked_in(channel.id), op.amount))
+    return Effect(Kind.TOP_UP, postings, channel=after, request=request)
+
+
+def check_update(channel: Channel | None, *, cumulative: int) -> Channel:
+    """Checks what costs no signature check.
+
+    Args:
+        channel: The channel, or None when there is none.
+        cumulative: Of the update, base units.
+
+    Raises:
+        ChannelUnknown, UpdateInvalid: The update is refused.
+    """
+    channel = known(channel)
+    if not 0 < cumulative <= channel.deposit:
+        raise UpdateInvalid(f"The update of {cumulative} base units is not within the deposit.")
+    return channel
+
+
+def _update(view: View, op: Operation, now_ms: int, seq: int, terms: Terms) -> Decision:
+    assert isinstance(op, UpdateOperation)
+    channel = known(view.channel(op.channel_id))
+    if op.signer != channel.k1:
+        raise SignatureInvalid("The update is not signed by the channel's K1.")
+    if done := view.entry(op.digest):
+        return Repeat(done)
+    step = Step(Move.UPDATE, now_ms, op.cumulative, op.signature, least_raise=terms.min_update_delta)
+    return Effect(Kind.UPDATE, (), channel=machine.take(channel, step))
+
+
+def _request_close(view: View, op: Operation, now_ms: int, seq: int, terms: Terms) -> Decision:
+    assert isinstance(op, RequestCloseOperation)
+    channel = known(view.channel(op.channel_id))
+    if op.owner != channel.payer:
+        raise SignerMismatch("The payer asks to close with the key of the account.")
+    payer = user(op.owner)
+    if (answer := _spent_before(view, op, payer, now_ms)) is not None:
+        return answer
+    after = machine.take(channel, Step(Move.REQUEST_CLOSE, now_ms))
+    return Effect(Kind.REQUEST_CLOSE, (), channel=after, request=_request(op, payer))
 
 
 def _close(view: View, op: Operation, now_ms: int, seq: int, terms: Terms) -> Decision:
@@ -383,27 +447,37 @@ def _close(view: View, op: Operation, now_ms: int, seq: int, terms: Terms) -> De
         return Repeat(done)
     if channel.phase is Phase.CLOSED:
         raise ChannelClosed("The channel was closed with another capture.")
-    rest = channel.deposit - op.capture
-    postings = [_debit(locked_in(channel.id), channel.deposit)]
-    if op.capture:
-        postings.append(_credit(user(channel.payee), op.capture))
+    step = Step(Move.CLOSE, now_ms, op.capture, op.update_signature, shown=op.cumulative)
+    return _paid_out(Kind.CLOSE_CHANNEL, channel, machine.take(channel, step), seq)
+
+
+def _finalize(view: View, op: Operation, now_ms: int, seq: int, terms: Terms) -> Decision:
+    assert isinstance(op, FinalizeOperation)
+    channel = known(view.channel(op.channel_id))
+    if done := view.entry(op.digest):
+        return Repeat(done)
+    after = machine.take(channel, Step(Move.FINALIZE, now_ms))
+    return _paid_out(Kind.FINALIZE, channel, after, seq)
+
+
+def _paid_out(kind: Kind, before: Channel, after: Channel, seq: int) -> Effect:
+    capture = after.captured - before.captured
+    rest = before.held - capture
+    postings = [_debit(locked_in(before.id), before.held)]
+    if capture:
+        postings.append(_credit(user(before.payee), capture))
     if rest:
-        postings.append(_credit(user(channel.payer), rest))
-    raised = op.cumulative > channel.best
-    closed = replace(
-        channel,
-        phase=Phase.CLOSED,
-        captured=op.capture,
-        best=op.cumulative if raised else channel.best,
-        best_signature=op.update_signature if raised else channel.best_signature,
-        deadline_ms=0,
-        closed_seq=seq,
-    )
-    return Effect(Kind.CLOSE_CHANNEL, tuple(postings), channel=closed)
+        postings.append(_credit(user(before.payer), rest))
+    return Effect(kind, tuple(postings), channel=replace(after, closed_seq=seq))
 
 
+Spending = TransferOperation | TopUpOperation | RequestCloseOperation
 _RULES: dict[type[Operation], Callable[[View, Operation, int, int, Terms], Decision]] = {
     TransferOperation: _transfer,
     OpenOperation: _open,
+    TopUpOperation: _top_up,
+    UpdateOperation: _update,
     CloseOperation: _close,
+    RequestCloseOperation: _request_close,
+    FinalizeOperation: _finalize,
 }

@@ -23,10 +23,11 @@ from btt.sdk.keys import Address, PrivateKey
 from btt.sdk.money import SUPPLY
 from btt.sdk.signing import document_digest
 from btt.services.ledger import books, genesis, rows, schema
-from btt.services.ledger.books import Account, Channel, Request, Terms
+from btt.services.ledger.books import Account, Request, Terms
 from btt.services.ledger.check import check_books
 from btt.services.ledger.genesis import Identity
 from btt.services.ledger.journal import NO_HASH, EntryRef, Head
+from btt.services.ledger.machine import Channel
 from btt.services.ledger.overlay import Batch
 from btt.services.ledger.rows import Totals
 
@@ -94,9 +95,10 @@ def create(
         with closing(_connect(unfinished)) as connection:
             connection.execute("PRAGMA journal_mode = WAL")
             connection.executescript(schema.TABLES)
+            _migrate(connection)
             connection.execute("BEGIN IMMEDIATE")
             connection.execute(
-                "INSERT INTO ledger VALUES (1, ?, ?, ?, 1, ?, ?, ?, ?, ?)",
+                "INSERT INTO ledger VALUES (1, ?, ?, ?, 1, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (identity.ledger_id, description, name, *astuple(terms)),
             )
             connection.execute("INSERT INTO epochs VALUES (1, ?, 1)", (operator_key.public.data,))
@@ -165,7 +167,7 @@ class Store:
         try:
             connection = _connect(path)
             with _storage():
-                _check_version(connection)
+                _migrate(connection)
                 check_books(connection)
                 store = cls(path, connection, lock)
                 connection.execute("UPDATE head SET writer = ?", (store._writer,))
@@ -330,6 +332,11 @@ class Reader:
         with _storage():
             return rows.read_channel(self._connection, channel_id)
 
+    def due(self, now_ms: int, most: int) -> list[bytes]:
+        """Returns ids of channels that anybody may pay out now."""
+        with _storage():
+            return rows.read_due(self._connection, now_ms, most)
+
 
 @contextmanager
 def _storage() -> Iterator[None]:
@@ -343,10 +350,24 @@ def _storage() -> Iterator[None]:
         raise StorageError(f"The ledger's database failed: {error}.") from error
 
 
-def _check_version(connection: sqlite3.Connection) -> None:
-    version = connection.execute("PRAGMA user_version").fetchone()[0]
-    if version != schema.VERSION:
-        raise ConfigError(f"The ledger's database has schema {version}; this program knows {schema.VERSION}.")
+def _migrate(connection: sqlite3.Connection) -> None:
+    """Brings the tables to this program's version, or leaves them as they are."""
+    while (version := connection.execute("PRAGMA user_version").fetchone()[0]) != schema.VERSION:
+        if version not in schema.MIGRATIONS:
+            raise ConfigError(
+                f"The ledger's database has schema {version}; this program knows {schema.VERSION}.",
+                hint="Use the program that wrote it, or a newer one.",
+            )
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            for statement in schema.MIGRATIONS[version]:
+                connection.execute(statement)
+            connection.execute(f"PRAGMA user_version = {version + 1}")
+            connection.execute("COMMIT")
+        except BaseException:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            raise
 
 
 def _take_lock(path: Path) -> int:
