@@ -18,7 +18,8 @@ from btt.services.ledger import books, store
 from btt.services.ledger.books import Terms
 from btt.services.ledger.journal import EntryRef, Kind, Posting, Side
 from btt.services.ledger.overlay import Batch
-from btt.services.ledger.store import Reader, Store
+from btt.services.ledger.reading import Reader
+from btt.services.ledger.store import Store
 from btt.services.ledger.verify import Operation, Verifier
 
 NOW = 1_800_000_000_000

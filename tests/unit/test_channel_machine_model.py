@@ -70,7 +70,7 @@ def attempt(world: World, step: Step) -> Channel | None:
 
 def events(world: World, *, least_raise: int) -> Iterator[World]:
     """All that can happen next."""
-    channel, now = world.channel, world.now
+    now = world.now
     if now < END:
         yield replace(world, now=now + 1)
     for amount in range(world.signed + 1, MOST + 1):  # the payer signs, even more than it locked

@@ -274,11 +274,21 @@ class Banned(ServiceError):
 
 
 class RateLimited(ServiceError):
-    """Too many calls."""
+    """Too many calls.
+
+    Args:
+        message: What happened, for a person.
+        hint: What to do next.
+        retry_after: Seconds after which it can work; 0 when nobody knows.
+    """
 
     reason = "RATE_LIMITED"
     retryable = True
     hint = "Wait a moment and try again."
+
+    def __init__(self, message: str, *, hint: str | None = None, retry_after: float = 0.0) -> None:
+        super().__init__(message, hint=hint)
+        self.retry_after = retry_after
 
 
 class Draining(ServiceError):

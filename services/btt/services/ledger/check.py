@@ -66,18 +66,19 @@ class _Told:
             self.phase, self.deadline_ms, self.closed_seq = Phase.CLOSED, 0, entry.seq
 
 
-def entries(connection: sqlite3.Connection, *, after: int = 0) -> Iterator[Entry]:
+def entries(connection: sqlite3.Connection, *, after: int = 0, upto: int = 2**63 - 1) -> Iterator[Entry]:
     """Reads the journal in order.
 
     Args:
         connection: To the ledger's database.
         after: Number of the entry before the first one wanted.
+        upto: Number of the last one wanted.
     """
     found = connection.execute(
         "SELECT e.seq, time_ms, epoch, kind, request_digest, body, signatures, prev_hash, hash, "
         "a.id, p.side, p.amount FROM entries e LEFT JOIN postings p ON p.seq = e.seq "
-        "LEFT JOIN accounts a ON a.acct = p.acct WHERE e.seq > ? ORDER BY e.seq, p.leg",
-        (after,),
+        "LEFT JOIN accounts a ON a.acct = p.acct WHERE e.seq > ? AND e.seq <= ? ORDER BY e.seq, p.leg",
+        (after, upto),
     )
     for _, group in groupby(found, key=itemgetter(0)):
         legs = list(group)

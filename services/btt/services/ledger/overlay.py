@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Protocol
 
 from btt.sdk.errors import BttError, InternalError
-from btt.services.ledger import books, journal
+from btt.services.ledger import books, journal, rules
 from btt.services.ledger.books import Account, Effect, Refusal, Repeat, Request, Terms, View
 from btt.services.ledger.journal import Entry, EntryRef, Head, Side
 from btt.services.ledger.machine import Channel, Phase
@@ -110,7 +110,7 @@ class Batch:
         if not isinstance(operation, Operation):
             return InternalError("The ledger applies verified operations only.")
         try:
-            decision = books.decide(
+            decision = rules.decide(
                 self, operation, now_ms=self.now_ms, seq=self.head.seq + 1, terms=self._terms
             )
         except BttError as error:

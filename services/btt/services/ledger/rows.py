@@ -104,6 +104,50 @@ def read_due(connection: sqlite3.Connection, now_ms: int, most: int) -> list[byt
     return [row[0] for row in found]
 
 
+def read_events(
+    connection: sqlite3.Connection,
+    *,
+    channel: bytes | None = None,
+    address: bytes = b"",
+    k2: bytes = b"",
+    after: int,
+    most: int,
+) -> list[tuple[int, int, int, bytes, bytes, bytes]]:
+    """Reads entries that concern a channel, or an account and the channels of its key.
+
+    Args:
+        connection: To the database.
+        channel: Id of 32 bytes; None to ask for an account.
+        address: Of the account, 20 bytes.
+        k2: The account's key, 33 bytes: channels that it closes concern it too.
+        after: Number of the entry before the first one wanted.
+        most: How many at most.
+
+    Returns:
+        Number, time, kind, digest, hash and channel id (or nothing) of each, in order.
+    """
+    if channel is not None:
+        which, values = "id = :channel", {"channel": channel}
+        own = ""
+    else:
+        which = "payer = :address OR payee = :address OR k2 = :k2"
+        own = (
+            "SELECT seq FROM postings WHERE acct = (SELECT acct FROM accounts WHERE id = :user) "
+            "AND seq > :after UNION "
+        )
+        values = {"address": address, "k2": k2, "user": books.user(address)}
+    query = (
+        "SELECT seq, time_ms, kind, request_digest, hash, "  # noqa: S608 (our own words)
+        "CASE WHEN kind = 3 THEN request_digest WHEN kind BETWEEN 4 AND 8 THEN substr(body, 1, 32) "
+        f"ELSE x'' END FROM entries WHERE seq IN ({own}"
+        f"SELECT opened_seq FROM channels WHERE ({which}) AND opened_seq > :after UNION "
+        "SELECT e.seq FROM channels c JOIN entries e ON substr(e.body, 1, 32) = c.id "
+        f"AND e.kind BETWEEN 4 AND 8 WHERE ({which.replace('id =', 'c.id =')}) AND e.seq > :after "
+        "ORDER BY 1 LIMIT :most) ORDER BY seq"
+    )
+    return connection.execute(query, {**values, "after": after, "most": most}).fetchall()
+
+
 def write(connection: sqlite3.Connection, batch: Batch) -> None:
     """Writes a batch into the open transaction.
 

@@ -16,6 +16,7 @@ from typing import Final
 
 from btt.sdk.errors import BttError, Draining, InvariantBroken, RateLimited
 from btt.services.ledger.journal import EntryRef
+from btt.services.ledger.overlay import Batch
 from btt.services.ledger.store import Store
 from btt.services.ledger.verify import Operation
 
@@ -34,11 +35,20 @@ class Sequencer:
     Args:
         store: The books; the sequencer is their only user.
         clock: Unix milliseconds.
+        committed: Called in the event loop with each batch that is durable.
     """
 
-    def __init__(self, store: Store, *, clock: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        store: Store,
+        *,
+        clock: Callable[[], int],
+        committed: Callable[[Batch], None] = lambda batch: None,
+    ) -> None:
         self._store = store
         self._clock = clock
+        self._committed = committed
+        self._last: Batch | None = None
         self._queue: deque[_Waiting] = deque()
         self._wake = asyncio.Event()
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ledger-writer")
@@ -90,7 +100,7 @@ class Sequencer:
         if self._stopping or self._task is None:
             raise Draining("The ledger is stopping.")
         if len(self._queue) >= MOST_QUEUED:
-            raise RateLimited("Too many operations wait for the ledger.")
+            raise RateLimited("Too many operations wait for the ledger.", retry_after=0.5)
         future: asyncio.Future[EntryRef] = asyncio.get_running_loop().create_future()
         self._queue.append((operation, future))
         self._wake.set()
@@ -110,6 +120,8 @@ class Sequencer:
             waiting = [item for item in taken if not item[1].done()]
             operations = [operation for operation, _ in waiting]
             outcomes = await loop.run_in_executor(self._writer, self._commit, operations)
+            if self._last is not None:
+                self._committed(self._last)
             for (_, future), outcome in zip(waiting, outcomes, strict=True):
                 if future.done():
                     continue
@@ -120,6 +132,7 @@ class Sequencer:
 
     def _commit(self, operations: list[Operation]) -> list[_Outcome]:
         """Runs in the writer thread; returns one outcome per operation."""
+        self._last = None
         if self.halted is not None:
             return [_again(self.halted) for _ in operations]
         self.batches += 1
@@ -128,6 +141,7 @@ class Sequencer:
             outcomes = [batch.run(operation) for operation in operations]
             if not batch.empty:
                 self._store.commit(batch)
+                self._last = batch
         except BttError as error:
             if isinstance(error, InvariantBroken):
                 self.halted = error

@@ -12,45 +12,28 @@ import fcntl
 import os
 import secrets
 import sqlite3
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import closing, suppress
 from dataclasses import astuple
 from pathlib import Path
 from typing import Final
 
-from btt.sdk.errors import BttError, ConfigError, InvariantBroken, StorageError
+from btt.sdk.errors import ConfigError, StorageError
 from btt.sdk.keys import Address, PrivateKey
 from btt.sdk.money import SUPPLY
 from btt.sdk.signing import document_digest
-from btt.services.ledger import books, genesis, rows, schema
+from btt.services.ledger import genesis, rows, schema
 from btt.services.ledger.books import Account, Request, Terms
 from btt.services.ledger.check import check_books
 from btt.services.ledger.genesis import Identity
 from btt.services.ledger.journal import NO_HASH, EntryRef, Head
 from btt.services.ledger.machine import Channel
 from btt.services.ledger.overlay import Batch
-from btt.services.ledger.rows import Totals
+from btt.services.ledger.reading import connect, storage
 
 _MOST_CACHED: Final = 100_000
 _PURGE_EVERY_MS: Final = 60_000
 _MOST_PURGED: Final = 1_000
-_PRAGMAS: Final = (
-    "PRAGMA synchronous = FULL",
-    "PRAGMA foreign_keys = ON",
-    "PRAGMA busy_timeout = 5000",
-    "PRAGMA trusted_schema = OFF",
-)
-
-
-def _connect(path: Path, *, read_only: bool = False) -> sqlite3.Connection:
-    uri = f"{path.absolute().as_uri()}?mode={'ro' if read_only else 'rw'}"
-    try:
-        connection = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False)
-        for pragma in _PRAGMAS:
-            connection.execute(pragma)
-    except sqlite3.Error as error:
-        raise StorageError(f"The ledger's database {path} cannot be opened: {error}.") from error
-    return connection
 
 
 def create(
@@ -92,7 +75,7 @@ def create(
         leftover.unlink(missing_ok=True)
     try:
         os.close(os.open(unfinished, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
-        with closing(_connect(unfinished)) as connection:
+        with closing(connect(unfinished)) as connection:
             connection.execute("PRAGMA journal_mode = WAL")
             connection.executescript(schema.TABLES)
             _migrate(connection)
@@ -165,8 +148,8 @@ class Store:
         lock = _take_lock(path)
         connection = None
         try:
-            connection = _connect(path)
-            with _storage():
+            connection = connect(path)
+            with storage():
                 _migrate(connection)
                 check_books(connection)
                 store = cls(path, connection, lock)
@@ -208,7 +191,7 @@ class Store:
         """
         self._accounts.clear()
         self._channels.clear()
-        with _storage():
+        with storage():
             if self._connection.in_transaction:
                 self._connection.execute("ROLLBACK")
             self._head, self._totals = rows.read_head(self._connection)
@@ -221,7 +204,7 @@ class Store:
         """Returns a committed account."""
         found = self._accounts.get(account)
         if found is None:
-            with _storage():
+            with storage():
                 found = rows.read_account(self._connection, account)
             if found is not None:
                 self._accounts[account] = found
@@ -231,7 +214,7 @@ class Store:
         """Returns a committed channel."""
         found = self._channels.get(channel_id)
         if found is None:
-            with _storage():
+            with storage():
                 found = rows.read_channel(self._connection, channel_id)
             if found is not None:
                 self._channels[channel_id] = found
@@ -240,12 +223,12 @@ class Store:
     def request(self, account: bytes, request_id: bytes) -> Request | None:
         """Returns what became of a request id."""
         owner = self.account(account)
-        with _storage():
+        with storage():
             return rows.read_request(self._connection, owner, request_id) if owner else None
 
     def entry(self, request_digest: bytes) -> EntryRef | None:
         """Returns the entry that a request made."""
-        with _storage():
+        with storage():
             return rows.read_entry(self._connection, request_digest)
 
     def begin(self, clock_ms: int) -> Batch:
@@ -274,7 +257,7 @@ class Store:
         connection = self._connection
         self._stale = True
         try:
-            with _storage():
+            with storage():
                 connection.execute("BEGIN IMMEDIATE")
                 rows.write(connection, batch)
                 totals = rows.add_up(connection, batch, self._totals)
@@ -301,53 +284,6 @@ class Store:
         purged = rows.purge_requests(self._connection, now_ms, _MOST_PURGED)
         if purged < _MOST_PURGED:
             self._next_purge_ms = now_ms + _PURGE_EVERY_MS
-
-
-class Reader:
-    """Reads the committed books beside the writer. Not thread-safe.
-
-    Args:
-        path: Of the database.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._connection = _connect(path, read_only=True)
-
-    def close(self) -> None:
-        """Closes the connection."""
-        self._connection.close()
-
-    def head(self) -> tuple[Head, Totals]:
-        """Returns the end of the journal and the sums of the books at that moment."""
-        with _storage():
-            return rows.read_head(self._connection)
-
-    def account(self, address: bytes) -> Account | None:
-        """Returns the account of an address (20 bytes)."""
-        with _storage():
-            return rows.read_account(self._connection, books.user(address))
-
-    def channel(self, channel_id: bytes) -> Channel | None:
-        """Returns a channel (id of 32 bytes)."""
-        with _storage():
-            return rows.read_channel(self._connection, channel_id)
-
-    def due(self, now_ms: int, most: int) -> list[bytes]:
-        """Returns ids of channels that anybody may pay out now."""
-        with _storage():
-            return rows.read_due(self._connection, now_ms, most)
-
-
-@contextmanager
-def _storage() -> Iterator[None]:
-    try:
-        yield
-    except BttError:
-        raise
-    except sqlite3.IntegrityError as error:
-        raise InvariantBroken(f"The books would be inconsistent: {error}.") from error
-    except (sqlite3.Error, OSError) as error:
-        raise StorageError(f"The ledger's database failed: {error}.") from error
 
 
 def _migrate(connection: sqlite3.Connection) -> None:
