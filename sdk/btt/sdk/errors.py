@@ -17,6 +17,7 @@ BttError
  |    +-- ChannelUnknown, ChannelClosed, ChannelClosing, ChannelExhausted,
  |    |   ChannelExpired, ChannelLocked, TermsRefused
  |    +-- InvariantBroken     the ledger stopped itself
+ |    +-- LedgerRolledBack    the ledger's database is older than what it promised
  +-- PaymentError             a payment session cannot go on
  |    +-- BudgetExceeded      the budget does not cover it; nothing was requested
  |    +-- UpdateInvalid, PaymentRequired, PriceChanged, SessionEnded,
@@ -202,6 +203,12 @@ class InvariantBroken(LedgerError):
 
     reason = "INVARIANT_BROKEN"
     hint = "Keep your receipts and tell the ledger's operator."
+
+
+class LedgerRolledBack(LedgerError):
+    """The ledger's database is older than what the ledger has promised; it does not start."""
+
+    hint = "Restore the newest database; an older one has forgotten receipts that people hold."
 
 
 class PaymentError(BttError):

@@ -9,13 +9,16 @@ answer always stands on the disk.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Final
 
 from btt.sdk.errors import BttError, Draining, InvariantBroken, RateLimited
 from btt.services.ledger.journal import EntryRef
+from btt.services.ledger.mark import INTERVAL, MarkWriter
 from btt.services.ledger.overlay import Batch
 from btt.services.ledger.store import Store
 from btt.services.ledger.verify import Operation
@@ -23,6 +26,7 @@ from btt.services.ledger.verify import Operation
 MOST_IN_BATCH: Final = 512
 MOST_QUEUED: Final = 4096
 
+_log = logging.getLogger(__name__)
 _Outcome = EntryRef | BttError
 _Waiting = tuple[Operation, "asyncio.Future[EntryRef]"]
 
@@ -113,7 +117,7 @@ class Sequencer:
                 if self._stopping:
                     return
                 self._wake.clear()
-                await self._wake.wait()
+                await self._rest()
                 continue
             taken = [self._queue.popleft() for _ in range(min(len(self._queue), MOST_IN_BATCH))]
             # Whoever has gone cannot be told; he asks again with the same request.
@@ -129,6 +133,22 @@ class Sequencer:
                     future.set_exception(outcome)
                 else:
                     future.set_result(outcome)
+
+    async def _rest(self) -> None:
+        """Waits for work; brings the mark up to date when there is none for a while."""
+        while (mark := self._store.mark) is not None and mark.dirty:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(INTERVAL):
+                    await self._wake.wait()
+                return
+            await asyncio.get_running_loop().run_in_executor(self._writer, self._flush, mark)
+        await self._wake.wait()
+
+    def _flush(self, mark: MarkWriter) -> None:
+        try:
+            mark.flush()
+        except BttError as error:
+            _log.warning("%s", error.message)
 
     def _commit(self, operations: list[Operation]) -> list[_Outcome]:
         """Runs in the writer thread; returns one outcome per operation."""

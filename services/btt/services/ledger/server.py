@@ -13,9 +13,10 @@ import grpc.aio
 
 from btt.proto.ledger.v1.ledger_pb2_grpc import add_LedgerServiceServicer_to_server
 from btt.sdk.errors import ConfigError
-from btt.sdk.keys import Address
+from btt.sdk.keys import Address, PublicKey
 from btt.sdk.ledger.address import LedgerAddress
 from btt.sdk.tls import certificate_sha256, server_credentials
+from btt.services.ledger import genesis
 from btt.services.ledger.folder import LedgerFolder, system_ms
 from btt.services.ledger.genesis import Identity
 from btt.services.ledger.hub import Hub
@@ -105,6 +106,7 @@ async def serve(
     async with AsyncExitStack() as stack:
         hub = Hub()
         sequencer = await stack.enter_async_context(Sequencer(store, clock=clock, committed=hub.publish))
+        folder = folder.settled(store.operator_key)
         service = LedgerService(
             sequencer=sequencer,
             reader=Reader(folder.database),
@@ -128,7 +130,8 @@ async def serve(
         sweeping = asyncio.create_task(sweeper.run(config.sweep_every), name="ledger-sweeper")
         stack.push_async_callback(_cancel, sweeping)
         address = LedgerAddress(
-            folder.operator_key.address,
+            # The address names the first operator for ever; clients follow the hand-overs from there.
+            PublicKey(genesis.operator_key(store.identity.genesis)).address,
             config.advertise_host or config.host,
             port,
             store.identity.ledger_id,

@@ -9,6 +9,7 @@ out by a lock file, and a writer that lost its lease cannot commit.
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import secrets
 import sqlite3
@@ -18,19 +19,26 @@ from dataclasses import astuple
 from pathlib import Path
 from typing import Final
 
-from btt.sdk.errors import ConfigError, StorageError
+from btt.sdk.errors import (
+    ConfigError,
+    LedgerRolledBack,
+    SignerMismatch,
+    StorageError,
+)
 from btt.sdk.keys import Address, PrivateKey
 from btt.sdk.money import SUPPLY
-from btt.sdk.signing import document_digest
-from btt.services.ledger import genesis, rows, schema
-from btt.services.ledger.books import Account, Request, Terms
+from btt.sdk.signing import KeyRotation, document_digest
+from btt.services.ledger import genesis, mark, rows, schema
+from btt.services.ledger.books import Account, Effect, Request, Terms
 from btt.services.ledger.check import check_books
 from btt.services.ledger.genesis import Identity
-from btt.services.ledger.journal import NO_HASH, EntryRef, Head
+from btt.services.ledger.journal import NO_HASH, EntryRef, Head, Kind
 from btt.services.ledger.machine import Channel
+from btt.services.ledger.mark import MarkWriter
 from btt.services.ledger.overlay import Batch
 from btt.services.ledger.reading import connect, storage
 
+_log = logging.getLogger(__name__)
 _MOST_CACHED: Final = 100_000
 _PURGE_EVERY_MS: Final = 60_000
 _MOST_PURGED: Final = 1_000
@@ -121,6 +129,7 @@ class Store:
 
     def __init__(self, path: Path, connection: sqlite3.Connection, lock: int) -> None:
         self.path = path
+        self._mark: MarkWriter | None = None
         self._connection = connection
         self._lock = lock
         self._next_account = 1
@@ -150,11 +159,16 @@ class Store:
         try:
             connection = connect(path)
             with storage():
+                connection.execute("PRAGMA journal_mode = WAL")  # a restored backup is not in it
                 _migrate(connection)
                 check_books(connection)
                 store = cls(path, connection, lock)
+                _check_mark(connection, path)
                 connection.execute("UPDATE head SET writer = ?", (store._writer,))
                 store.reload()
+            if store.head.seq:
+                store._mark = MarkWriter(mark.path_of(path))
+                store._mark.note(store.head)
         except BaseException:
             if connection is not None:
                 connection.close()
@@ -163,9 +177,22 @@ class Store:
         return store
 
     def close(self) -> None:
-        """Closes the books and gives up the lock."""
-        self._connection.close()
-        os.close(self._lock)
+        """Closes the books and gives up the lock.
+
+        Raises:
+            StorageError: The mark could not be written.
+        """
+        try:
+            if self._mark is not None:
+                self._mark.close()
+        finally:
+            self._connection.close()
+            os.close(self._lock)
+
+    @property
+    def mark(self) -> MarkWriter | None:
+        """The high-water mark; None while the ledger is being made."""
+        return self._mark
 
     def __enter__(self) -> Store:
         return self
@@ -277,6 +304,50 @@ class Store:
         self._head, self._totals = batch.head, totals
         self._next_account = batch.next_account
         self._stale = False
+        if self._mark is not None:
+            try:
+                self._mark.note(self._head)
+            except StorageError as error:
+                # The batch is durable, so it is no failure of it; the next commit tries again.
+                _log.warning("%s", error.message)
+
+    def rotate(self, next_key: PrivateKey, operator_key: PrivateKey, *, clock_ms: int) -> EntryRef:
+        """Hands the ledger to a new operator key; what follows belongs to a new epoch.
+
+        Args:
+            next_key: Signs from now on.
+            operator_key: The current one.
+            clock_ms: What the clock says.
+
+        Returns:
+            The entry that says so, the last one of the old key.
+
+        Raises:
+            SignerMismatch: `operator_key` is not the ledger's current key.
+            StorageError: The disk failed.
+        """
+        batch = self.begin(clock_ms)
+        if operator_key.public.data != self.operator_key:
+            raise SignerMismatch("A ledger is handed over by its current operator key.")
+        message = KeyRotation(epoch=self.head.epoch + 1, next_key=next_key.public)
+        digest = message.digest(self.identity.ledger_id)
+        entry = batch.absorb(
+            Effect(Kind.ROTATE_KEY, ()),
+            digest=digest,
+            body=message.encode(),
+            signatures=operator_key.public.data + operator_key.sign(digest) + next_key.sign(digest),
+        )
+        batch.begin_epoch(next_key.public.data)
+        self.commit(batch)
+        if self._mark is not None:
+            self._mark.flush()
+        return entry
+
+    @property
+    def operator_key(self) -> bytes:
+        """The key that signs for the ledger now, 33 bytes."""
+        with storage():
+            return rows.read_epochs(self._connection)[-1][1]
 
     def _purge(self, now_ms: int) -> None:
         if now_ms < self._next_purge_ms:
@@ -284,6 +355,22 @@ class Store:
         purged = rows.purge_requests(self._connection, now_ms, _MOST_PURGED)
         if purged < _MOST_PURGED:
             self._next_purge_ms = now_ms + _PURGE_EVERY_MS
+
+
+def _check_mark(connection: sqlite3.Connection, path: Path) -> None:
+    """Refuses books that are older than what the mark remembers, or another history than its."""
+    noted = mark.read(mark.path_of(path))
+    if noted is None:
+        return
+    found = connection.execute("SELECT hash FROM entries WHERE seq = ?", (noted.seq,)).fetchone()
+    if found is not None and found[0] == noted.hash:
+        return
+    head, _ = rows.read_head(connection)
+    raise LedgerRolledBack(
+        f"The database at {path} ends with entry {head.seq}, but this ledger had come to entry {noted.seq}."
+        if head.seq < noted.seq
+        else f"The database at {path} tells another history than the one that came to entry {noted.seq}."
+    )
 
 
 def _migrate(connection: sqlite3.Connection) -> None:
