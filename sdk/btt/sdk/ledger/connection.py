@@ -143,7 +143,7 @@ class Connection:
             raise IdentityError("The operator answers with another ledger.")
         if self._certificate not in info.certificate_sha256:
             raise IdentityError("The connection is not the ledger's own: its certificate is another one.")
-        if self._keys[:-1] != keys[: len(self._keys) - 1] or len(keys) < len(self._keys):
+        if [known.key for known in self._keys] != [new.key for new in keys[: len(self._keys)]]:
             raise IdentityError("The ledger's operator key went back to an older one.")
         self._keys = keys
         self._clock_offset_ms = info.time_ms - _wall_ms()

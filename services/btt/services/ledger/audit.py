@@ -12,6 +12,7 @@ and requests that the ledger refused or never took are not in a journal.
 
 from __future__ import annotations
 
+import sqlite3
 import struct
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -24,7 +25,7 @@ from btt.sdk.errors import BttError, InvalidRequest, InvariantBroken
 from btt.sdk.keys import PublicKey
 from btt.sdk.money import SUPPLY
 from btt.sdk.signing import KeyRotation, document_digest, verify
-from btt.services.ledger import books, genesis, journal, rules
+from btt.services.ledger import books, genesis, journal, rows, rules
 from btt.services.ledger.books import Account, Effect, Request, Terms
 from btt.services.ledger.journal import NO_HASH, Entry, EntryRef, Head, Kind, Side
 from btt.services.ledger.machine import Channel, Phase
@@ -309,6 +310,29 @@ def audit(description: bytes, entries: Iterable[Entry]) -> tuple[Report, Auditor
     if auditor.head.seq == 0:
         raise AuditFailed(1, "there is none.")
     return auditor.report(), auditor
+
+
+def compare(auditor: Auditor, connection: sqlite3.Connection) -> None:
+    """Compares the tables of a database with what its journal leads to.
+
+    Raises:
+        InvariantBroken: They say something else.
+    """
+    head, _ = rows.read_head(connection)
+    if (head.seq, head.hash) != (auditor.head.seq, auditor.head.hash):
+        raise InvariantBroken(f"The head is entry {head.seq}, the journal ends with {auditor.head.seq}.")
+    count = 0
+    for owner, balance in connection.execute("SELECT id, balance FROM accounts"):
+        count += 1
+        if auditor.balances.get(owner, 0) != balance:
+            raise InvariantBroken(f"The balance of account {owner.hex()} is not what the journal leads to.")
+    if count < len(auditor.balances):
+        raise InvariantBroken("The journal leads to accounts that the books do not have.")
+    found = connection.execute("SELECT id, deposit, best, phase, deadline_ms FROM channels WHERE phase <> 3")
+    stored = {row[0]: row[1:] for row in found}
+    said = {c.id: (c.deposit, c.best, c.phase, c.deadline_ms) for c in auditor.channels.values()}
+    if stored != said:
+        raise InvariantBroken("The open channels are not those that the journal leads to.")
 
 
 def _repeated(seq: int) -> AuditFailed:
