@@ -18,6 +18,7 @@ from btt.proto.ledger.v1 import ledger_pb2 as pb
 from btt.sdk.cli import main
 from btt.sdk.errors import BttError, ConfigError, InvariantBroken, LedgerRolledBack, StorageError
 from btt.sdk.keys import PrivateKey
+from btt.sdk.money import SUPPLY
 from btt.sdk.signing import (
     ChannelClose,
     ChannelCommit,
@@ -25,11 +26,13 @@ from btt.sdk.signing import (
     ChannelRefund,
     ChannelUpdate,
     CloseRequest,
+    KeyRotation,
     TopUp,
     Transfer,
+    document_digest,
     sign,
 )
-from btt.services.ledger import audit, backup, books, export, folder, journal, mark, schema, store
+from btt.services.ledger import audit, backup, books, export, folder, genesis, journal, mark, schema, store
 from btt.services.ledger.audit import AuditFailed
 from btt.services.ledger.books import Terms
 from btt.services.ledger.journal import Entry, Head, Kind, Posting, Side
@@ -235,6 +238,10 @@ def _flip(entries: list[Entry], index: int, field: str, place: int) -> None:
     entries[index - 1] = replace(entries[index - 1], **{field: bytes(data)})
 
 
+def _proof(entries: list[Entry], index: int, signatures: bytes) -> None:
+    entries[index - 1] = replace(entries[index - 1], signatures=signatures)
+
+
 FORGERIES: dict[str, tuple[int, Callable[[list[Entry]], Any]]] = {
     "issue to another": (1, lambda e: _swap(e, 1, ALICE, CAROL)),
     "larger issue": (1, lambda e: _more(e, 1, 1)),
@@ -243,6 +250,11 @@ FORGERIES: dict[str, tuple[int, Callable[[list[Entry]], Any]]] = {
     "transfer of more": (2, lambda e: _more(e, 2, 1)),
     "transfer body": (2, lambda e: _flip(e, 2, "body", 45)),
     "transfer signature": (2, lambda e: _flip(e, 2, "signatures", 50)),
+    "transfer digest": (2, lambda e: _flip(e, 2, "request_digest", 3)),
+    "transfer with more proof than there is": (2, lambda e: _proof(e, 2, e[1].signatures + b"x")),
+    "update with more proof than there is": (6, lambda e: _proof(e, 6, e[5].signatures + b"x")),
+    "finalize with a proof": (8, change(8, signatures=b"x")),
+    "rotation that names another key": (9, lambda e: _proof(e, 9, BOB.public.data + e[8].signatures[33:])),
     "transfer signer": (2, change(2, signatures=BOB.public.data + bytes(65))),
     "transfer twice": (12, lambda e: e.append(replace(e[1], epoch=2, time_ms=e[-1].time_ms))),
     "open without consent": (3, lambda e: _flip(e, 3, "signatures", 100)),
@@ -314,6 +326,40 @@ def test_a_repeated_request_is_found_among_many(home: Path) -> None:
     with pytest.raises(AuditFailed, match="carried out before") as failed:
         audit.audit(description, rehash([*entries[:2], again, *entries[2:]]))
     assert failed.value.seq == 3
+
+
+def test_an_operator_that_breaks_its_own_rules(home: Path) -> None:
+    """He signs with his own key what the rules forbid him."""
+    description, entries = entries_of(home)
+    operator = next(PrivateKey(bytes.fromhex(path.read_text())) for path in home.glob("operator.T*.key"))
+    ledger = ledger_id(home)
+
+    issue, _ = genesis.issue(ALICE.address.data, SUPPLY + 1)
+    digest = document_digest(genesis.DOCUMENT, ledger, issue)
+    legs = tuple(replace(leg, amount=SUPPLY + 1) for leg in entries[0].postings)
+    first = replace(
+        entries[0],
+        body=issue,
+        request_digest=digest,
+        signatures=operator.public.data + operator.sign(digest),
+        postings=legs,
+    )
+    with pytest.raises(AuditFailed) as failed:
+        audit.audit(description, rehash([first, *entries[1:]]))
+    assert failed.value.seq == 1
+
+    skipped = KeyRotation(epoch=3, next_key=BOB.public)
+    digest = skipped.digest(ledger)
+    proof = operator.public.data + operator.sign(digest) + BOB.sign(digest)
+    rotation = replace(entries[8], body=skipped.encode(), request_digest=digest, signatures=proof)
+    with pytest.raises(AuditFailed) as failed:
+        audit.audit(description, rehash([*entries[:8], rotation, *entries[9:]]))
+    assert failed.value.seq == 9
+
+    second = replace(entries[0], time_ms=entries[1].time_ms)
+    with pytest.raises(AuditFailed) as failed:
+        audit.audit(description, rehash([*entries[:1], second]))
+    assert failed.value.seq == 2
 
 
 def test_a_damaged_export(home: Path, tmp_path: Path, capsys: Any) -> None:

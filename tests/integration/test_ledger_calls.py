@@ -211,7 +211,10 @@ class TestRates:
             assert 0 < refused.value.retry_after <= 2
             assert refused.value.retryable
             await ledger.transfer(BOB, ALICE.address, 1)  # another key
-            await ledger.account(ALICE)  # reads have a bucket of their own
+            for _ in range(3):
+                await ledger.account(ALICE)  # reads have a bucket of their own
+            with pytest.raises(RateLimited):
+                await ledger.account(ALICE)
 
     async def test_strangers_cannot_use_up_anothers_share(
         self, home: Path, clock: Clock, monkeypatch: Any
@@ -344,6 +347,10 @@ async def test_the_journal_is_for_auditors(ledger: LedgerClient, home: Path) -> 
     for key in (ALICE, K1):
         with pytest.raises(SignerMismatch):
             await anext(ledger.entries(key))
+    # What an auditor signed to see its own account opens nothing else.
+    own, _ = ledger._query(CAROL, bytes(12) + CAROL.address.data, ledger.now_ms())
+    with pytest.raises(SignerMismatch):
+        await ledger._call(ledger._stub.GetEntries, pb.GetEntriesRequest(query=own))
 
 
 class TestRotation:
@@ -397,6 +404,12 @@ class TestRotation:
             LedgerClient.connect(running.address) as ledger,
         ):
             true = await ledger.transfer(ALICE, BOB.address, 10)
+            current = folder.LedgerFolder.open(home).operator_key
+            ahead = replace(true.receipt, epoch=3)
+            with pytest.raises(IdentityError, match="did not begin"):
+                ledger.check_receipt(
+                    ahead.encode(), sign(current, ahead, ledger.ledger_id), ahead.request_digest
+                )
             forged = replace(true.receipt, operator_key_id=retired.address)
             with pytest.raises(IdentityError, match="handed over"):
                 ledger.check_receipt(
