@@ -20,9 +20,11 @@ from btt.sdk.signing import (
     EARLY_CLOSE,
     ChannelClose,
     ChannelCommit,
+    ChannelFinalize,
     ChannelRefund,
     ChannelUpdate,
     CloseRequest,
+    KeyRotation,
     Message,
     Query,
     Receipt,
@@ -127,6 +129,8 @@ SIGNED: list[tuple[PrivateKey, Message]] = [
     ),
     (PAYER, TopUp(channel=CHANNEL, amount=2_000_000, request_id=REQUEST, valid_until_ms=UNTIL)),
     (PAYER, CloseRequest(channel=CHANNEL, request_id=REQUEST, valid_until_ms=UNTIL)),
+    (PAYER, ChannelFinalize(channel=CHANNEL)),
+    (OPERATOR, KeyRotation(epoch=2, next_key=NODE.public)),
 ]
 
 

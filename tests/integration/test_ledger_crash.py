@@ -204,6 +204,7 @@ def test_it_stops_when_told(process: Process, how: Callable[[subprocess.Popen[st
     assert sorted(path.name for path in process.home.iterdir()) == [
         "ledger.sqlite3",
         "ledger.sqlite3.lock",
+        "ledger.sqlite3.mark",
         "operator.key",
         "tls.key",
         "tls.pem",

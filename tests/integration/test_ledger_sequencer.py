@@ -21,11 +21,12 @@ from btt.sdk.errors import (
 )
 from btt.sdk.keys import PrivateKey
 from btt.sdk.signing import Transfer, sign
-from btt.services.ledger import books, sequencer, store
+from btt.services.ledger import books, rules, sequencer, store
 from btt.services.ledger.journal import EntryRef
 from btt.services.ledger.overlay import Batch
+from btt.services.ledger.reading import Reader
 from btt.services.ledger.sequencer import Sequencer
-from btt.services.ledger.store import Reader, Store
+from btt.services.ledger.store import Store
 from btt.services.ledger.verify import Operation, Verifier
 
 NOW = 1_800_000_000_000
@@ -159,7 +160,7 @@ async def test_a_failed_commit_is_retryable_and_changes_nothing(
 async def test_broken_books_stop_the_ledger(
     path: Path, line: Sequencer, order: Order, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    decide = books.decide
+    decide = rules.decide
 
     def generous(*args: object, **kwargs: object) -> books.Decision:
         effect = decide(*args, **kwargs)  # type: ignore[arg-type]
@@ -168,7 +169,7 @@ async def test_broken_books_stop_the_ledger(
         return replace(effect, postings=(debit, replace(credit, amount=credit.amount + 1)))
 
     with monkeypatch.context() as patch:
-        patch.setattr(books, "decide", generous)
+        patch.setattr(rules, "decide", generous)
         outcomes = await all_of(line, order(1, 1), order(2, 1))
     assert {type(outcome) for outcome in outcomes} == {InvariantBroken}
     with pytest.raises(InvariantBroken):
@@ -183,7 +184,7 @@ async def test_a_defect_stops_the_ledger_with_a_typed_error(
         raise KeyError("defect")
 
     with monkeypatch.context() as patch:
-        patch.setattr(books, "decide", broken)
+        patch.setattr(rules, "decide", broken)
         with pytest.raises(InvariantBroken, match="defect"):
             await line.submit(order(1, 1))
     with pytest.raises(InvariantBroken):

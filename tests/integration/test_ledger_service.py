@@ -39,7 +39,7 @@ from btt.sdk.errors import (
 )
 from btt.sdk.keys import PrivateKey
 from btt.sdk.ledger import LedgerAddress, LedgerClient, SignedReceipt, tls_name
-from btt.sdk.ledger import client as client_module
+from btt.sdk.ledger import connection as client_module
 from btt.sdk.rpc import to_error
 from btt.sdk.signing import (
     ChannelClose,

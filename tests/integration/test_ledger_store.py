@@ -18,7 +18,8 @@ from btt.services.ledger import books, store
 from btt.services.ledger.books import Terms
 from btt.services.ledger.journal import EntryRef, Kind, Posting, Side
 from btt.services.ledger.overlay import Batch
-from btt.services.ledger.store import Reader, Store
+from btt.services.ledger.reading import Reader
+from btt.services.ledger.store import Store
 from btt.services.ledger.verify import Operation, Verifier
 
 NOW = 1_800_000_000_000
@@ -239,7 +240,12 @@ def test_the_journal_is_append_only(path: Path, table: str, statement: str) -> N
         ),
         "UPDATE accounts SET balance = balance + 1 WHERE acct = 2",
         "UPDATE accounts SET locked = locked + 1 WHERE acct = 2",
-        "INSERT INTO accounts VALUES (99, x'01aa', 5, 0, NULL, 0)",
+        "UPDATE accounts SET open_channels = open_channels + 1 WHERE acct = 2",
+        "UPDATE channels SET expires_ms = expires_ms + 1",
+        "UPDATE channels SET challenge_ms = challenge_ms + 1",
+        "UPDATE channels SET phase = 2, deadline_ms = 5 WHERE phase = 1",
+        "UPDATE epochs SET operator_key = (SELECT k1 FROM channels LIMIT 1)",
+        "INSERT INTO accounts VALUES (99, x'01aa', 5, 0, NULL, 0, 0)",
         "UPDATE channels SET deposit = deposit + 1 WHERE phase = 1",
         "UPDATE channels SET best = 5, best_signature = zeroblob(65), captured = 5 WHERE phase = 1",
         "UPDATE channels SET best = 61, captured = 61 WHERE phase = 3",
@@ -424,6 +430,6 @@ def test_nothing_to_open(tmp_path: Path, path: Path) -> None:
     with pytest.raises(ConfigError, match="no ledger"):
         Store.open(tmp_path / "missing")
     with closing(sqlite3.connect(path)) as connection:
-        connection.execute("PRAGMA user_version = 2")
-    with pytest.raises(ConfigError, match="schema 2"):
+        connection.execute("PRAGMA user_version = 99")
+    with pytest.raises(ConfigError, match="schema 99"):
         Store.open(path)

@@ -27,8 +27,9 @@ from btt.sdk.errors import (
 from btt.sdk.keys import PrivateKey
 from btt.sdk.signing import ChannelClose, ChannelCommit, ChannelRefund, ChannelUpdate, Transfer, sign
 from btt.services.ledger import books, genesis, journal
-from btt.services.ledger.books import Account, Channel, Phase, Request, Terms
+from btt.services.ledger.books import Account, Request, Terms
 from btt.services.ledger.journal import NO_HASH, Entry, EntryRef, Head, Kind, Posting, Side
+from btt.services.ledger.machine import Channel, Phase
 from btt.services.ledger.overlay import Batch
 from btt.services.ledger.verify import Operation, TransferOperation, Verifier
 

@@ -67,6 +67,8 @@ LAYOUTS: dict[str, list[tuple[str, str]]] = {
     ],
     "TopUp": [("channel", "b32"), ("amount", "money"), ("request_id", "b16"), ("valid_until_ms", "u64")],
     "CloseRequest": [("channel", "b32"), ("request_id", "b16"), ("valid_until_ms", "u64")],
+    "ChannelFinalize": [("channel", "b32")],
+    "KeyRotation": [("epoch", "u32"), ("next_key", "point")],
 }  # fmt: skip
 WIDTHS = {
     "address": 20,

@@ -17,6 +17,7 @@ BttError
  |    +-- ChannelUnknown, ChannelClosed, ChannelClosing, ChannelExhausted,
  |    |   ChannelExpired, ChannelLocked, TermsRefused
  |    +-- InvariantBroken     the ledger stopped itself
+ |    +-- LedgerRolledBack    the ledger's database is older than what it promised
  +-- PaymentError             a payment session cannot go on
  |    +-- BudgetExceeded      the budget does not cover it; nothing was requested
  |    +-- UpdateInvalid, PaymentRequired, PriceChanged, SessionEnded,
@@ -204,6 +205,12 @@ class InvariantBroken(LedgerError):
     hint = "Keep your receipts and tell the ledger's operator."
 
 
+class LedgerRolledBack(LedgerError):
+    """The ledger's database is older than what the ledger has promised; it does not start."""
+
+    hint = "Restore the newest database; an older one has forgotten receipts that people hold."
+
+
 class PaymentError(BttError):
     """A payment session cannot go on."""
 
@@ -274,11 +281,21 @@ class Banned(ServiceError):
 
 
 class RateLimited(ServiceError):
-    """Too many calls."""
+    """Too many calls.
+
+    Args:
+        message: What happened, for a person.
+        hint: What to do next.
+        retry_after: Seconds after which it can work; 0 when nobody knows.
+    """
 
     reason = "RATE_LIMITED"
     retryable = True
     hint = "Wait a moment and try again."
+
+    def __init__(self, message: str, *, hint: str | None = None, retry_after: float = 0.0) -> None:
+        super().__init__(message, hint=hint)
+        self.retry_after = retry_after
 
 
 class Draining(ServiceError):

@@ -48,7 +48,14 @@ def _status(error: BttError) -> status_pb2.Status:
     code = next((code for cls, code in _CODES if isinstance(error, cls)), code_pb2.FAILED_PRECONDITION)
     detail = any_pb2.Any()
     detail.Pack(error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN))
-    return status_pb2.Status(code=code, message=error.message[:1024], details=[detail])
+    details = [detail]
+    if isinstance(error, RateLimited) and error.retry_after > 0:
+        retry = error_details_pb2.RetryInfo()
+        retry.retry_delay.FromNanoseconds(int(error.retry_after * 1e9))
+        packed = any_pb2.Any()
+        packed.Pack(retry)
+        details.append(packed)
+    return status_pb2.Status(code=code, message=error.message[:1024], details=details)
 
 
 async def abort(context: grpc.aio.ServicerContext[object, object], error: BttError) -> NoReturn:
@@ -88,12 +95,24 @@ def to_error(failure: grpc.aio.AioRpcError) -> BttError:
                 info = error_details_pb2.ErrorInfo()
                 if detail.Is(info.DESCRIPTOR) and detail.Unpack(info) and info.domain == DOMAIN:
                     cls = BY_REASON.get(info.reason)
+                    if cls is RateLimited:
+                        return RateLimited(_printable(status.message), retry_after=_retry_after(status))
                     if cls is not None:
                         return cls(_printable(status.message))
     details = _printable(failure.details() or "")
     if failure.code() is grpc.StatusCode.UNAVAILABLE:
         return ConnectError(f"The connection failed: {details}.")
     return RemoteError(f"The call failed with {failure.code().name}: {details}.")
+
+
+def _retry_after(status: status_pb2.Status) -> float:
+    """Seconds, from a stranger: at most a minute."""
+    for detail in status.details:
+        retry = error_details_pb2.RetryInfo()
+        if detail.Is(retry.DESCRIPTOR) and detail.Unpack(retry):
+            delay = retry.retry_delay
+            return float(min(60.0, max(0.0, delay.seconds + delay.nanos / 1e9)))
+    return 0.0
 
 
 def _printable(text: str) -> str:

@@ -29,6 +29,7 @@ GROUP: Final = "btt.commands"
 
 _COMPLETION: Final = ("install_completion", "show_completion")
 _BUILT_IN: Final = {
+    "channel": "btt.sdk.cli.channel:app",
     "content": "btt.sdk.cli.content:app",
     "demo": "btt.sdk.cli.demo:app",
     "wallet": "btt.sdk.cli.wallet:app",

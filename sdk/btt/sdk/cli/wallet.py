@@ -16,6 +16,7 @@ from btt.sdk.cli.options import (
     AsJson,
     LedgerOption,
     WalletFolder,
+    Yes,
     open_wallet,
     parsed,
     wallet_folder,
@@ -107,3 +108,42 @@ def balance(ledger: LedgerOption, wallet: WalletFolder = None, as_json: AsJson =
     typer.echo(f"Balance {free}")
     if locked:
         typer.echo(f"Locked  {locked} in channels")
+
+
+@app.command()
+def transfer(
+    to: Annotated[str, typer.Argument(help="Address that gets it, T…")],
+    amount: Annotated[str, typer.Argument(help='How much, such as "0.5 BTT".')],
+    ledger: LedgerOption,
+    wallet: WalletFolder = None,
+    memo: Annotated[str, typer.Option(help="For the recipient; at most 32 bytes.")] = "",
+    yes: Yes = False,
+    as_json: AsJson = False,
+) -> None:
+    """Send BTT to another account of the ledger."""
+    from btt.sdk.keys import Address
+    from btt.sdk.ledger import LedgerAddress, LedgerClient
+    from btt.sdk.money import Amount
+
+    where = parsed(LedgerAddress.parse, ledger, "--ledger")
+    receiver = parsed(Address.parse, to, "TO")
+    value = parsed(Amount.parse, amount, "AMOUNT")
+    note = memo.encode()
+    if len(note) > 32:
+        raise typer.BadParameter("at most 32 bytes", param_hint="--memo")
+    opened = open_wallet(wallet_folder(wallet))
+    if not yes:
+        typer.confirm(f"Send {value} to {receiver}?", abort=True, err=True)
+
+    async def move() -> tuple[int, str]:
+        async with LedgerClient.connect(where) as client:
+            receipt = await client.transfer(opened.key(), receiver, int(value), memo=note.ljust(32, b"\0"))
+        return receipt.seq, receipt.receipt.request_digest.hex()
+
+    seq, digest = asyncio.run(move())
+    if as_json:
+        typer.echo(
+            json.dumps({"entry": seq, "request": digest, "amount": str(int(value)), "to": str(receiver)})
+        )
+        return
+    typer.echo(f"Sent {value} to {receiver}: entry {seq} of the ledger.")

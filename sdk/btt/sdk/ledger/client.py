@@ -1,151 +1,40 @@
-"""Talks to a ledger and believes only what its operator signed.
+"""Talks to a ledger and believes only what its operator signed; see `connection` for how.
 
-First contact: read the certificate, pin the connection to it, and demand a LedgerInfo that is
-signed by the operator key of the configured address and names that very certificate. Afterwards
-every receipt and every state is checked against the operator's key and the very request it
-answers, so a ledger's front end or the network can refuse service but not invent it.
+Every call may be repeated: a request that the ledger has seen gets the receipt it got before.
 """
 
 from __future__ import annotations
 
-import asyncio
 import secrets
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
-from typing import Final, Protocol, Self, TypeVar
+from collections.abc import AsyncIterator
+from typing import Final
 
 import grpc
 import grpc.aio
-from google.protobuf.message import DecodeError
 
-from btt.proto.common.v1.document_pb2 import SignedDocument
 from btt.proto.ledger.v1 import ledger_pb2 as pb
-from btt.proto.ledger.v1.ledger_pb2_grpc import LedgerServiceStub
 from btt.sdk.errors import (
-    BttError,
     IdentityError,
-    InvalidRequest,
-    LedgerUnreachable,
-    RequestExpired,
-    SignatureInvalid,
-    TransportError,
 )
-from btt.sdk.keys import Address, PrivateKey, PublicKey
-from btt.sdk.ledger.address import LedgerAddress, tls_name
+from btt.sdk.keys import Address, PrivateKey
+from btt.sdk.ledger.connection import Connection, explain
 from btt.sdk.ledger.receipt import SignedReceipt
-from btt.sdk.rpc import to_error
 from btt.sdk.signing import (
     ChannelClose,
     ChannelCommit,
-    Message,
-    Query,
-    Receipt,
+    ChannelFinalize,
+    ChannelUpdate,
+    CloseRequest,
+    TopUp,
     Transfer,
-    open_document,
-    sign,
-    verify,
 )
-from btt.sdk.tls import certificate_sha256, pinned_channel, read_certificate
 
-TRIES: Final = 3
-"""How often a call is made when the ledger does not answer; every call may be repeated."""
-_PAUSES: Final = (0.1, 0.5)
-_QUERY_MS: Final = 60_000
 _TRANSFER_MS: Final = 3_600_000
-
-_Answer = TypeVar("_Answer")
-_Request = TypeVar("_Request", contravariant=True)
-_Response = TypeVar("_Response", covariant=True)
+_WATCH_MS: Final = 1_800_000
 
 
-class _Method(Protocol[_Request, _Response]):
-    def __call__(
-        self, request: _Request, /, *, timeout: float | None = None, wait_for_ready: bool | None = None
-    ) -> Awaitable[_Response]: ...
-
-
-class LedgerClient:
+class LedgerClient(Connection):
     """A connection to one ledger; make it with `LedgerClient.connect`."""
-
-    def __init__(
-        self, address: LedgerAddress, channel: grpc.aio.Channel, certificate: bytes, timeout: float
-    ) -> None:
-        self.address = address
-        self._stub = LedgerServiceStub(channel)
-        self._certificate = certificate_sha256(certificate)
-        self._timeout = timeout
-        self._operator_key: PublicKey | None = None
-        self._clock_offset_ms = 0
-
-    @classmethod
-    @asynccontextmanager
-    async def connect(cls, address: LedgerAddress, *, timeout: float = 5.0) -> AsyncIterator[Self]:
-        """Connects to a ledger and checks who it is.
-
-        Args:
-            address: From one's own configuration.
-            timeout: Seconds for one try of a call.
-
-        Raises:
-            LedgerUnreachable: Nobody answers there.
-            IdentityError: Somebody else answers there.
-        """
-        try:
-            certificate = await read_certificate(address.host, address.port, timeout=timeout)
-            _check_name(certificate, tls_name(address.operator))
-            channel = pinned_channel(address.host, address.port, certificate, tls_name(address.operator))
-        except IdentityError:
-            raise
-        except TransportError as error:
-            raise LedgerUnreachable(f"The ledger {address} could not be reached: {error.message}") from error
-        async with channel:
-            client = cls(address, channel, certificate, timeout)
-            await client.info()
-            yield client
-
-    @property
-    def ledger_id(self) -> bytes:
-        """32 bytes; part of everything that is signed for this ledger."""
-        return self.address.ledger_id
-
-    @property
-    def operator_key(self) -> PublicKey:
-        """The operator's key, whose address is in the ledger's address."""
-        assert self._operator_key is not None
-        return self._operator_key
-
-    def now_ms(self) -> int:
-        """Returns about what the ledger's time is, Unix milliseconds; this machine's clock may be wrong."""
-        return _wall_ms() + self._clock_offset_ms
-
-    async def info(self) -> pb.LedgerInfo:
-        """Returns what the ledger is, verified; also sets the clock of `now_ms`.
-
-        Raises:
-            IdentityError: It is not the ledger of the address.
-            LedgerUnreachable: Nobody answers.
-        """
-        response = await self._call(self._stub.GetInfo, pb.GetInfoRequest())
-        info = pb.LedgerInfo()
-        try:
-            # The key is read from the document it verifies; its address is what we trust.
-            info.ParseFromString(response.info.payload)
-            operator_key = PublicKey(info.operator_key)
-            if operator_key.address != self.address.operator:
-                raise IdentityError(
-                    f"The ledger is run by {operator_key.address}, not by the expected operator."
-                )
-            open_document(response.info, "LedgerInfo", self.ledger_id, operator_key)
-        except (DecodeError, InvalidRequest) as error:
-            raise IdentityError(f"The ledger's description is not signed by its operator: {error}") from error
-        if info.ledger_id != self.ledger_id:
-            raise IdentityError("The operator answers with another ledger.")
-        if self._certificate not in info.certificate_sha256:
-            raise IdentityError("The connection is not the ledger's own: its certificate is another one.")
-        self._operator_key = operator_key
-        self._clock_offset_ms = info.time_ms - _wall_ms()
-        return info
 
     async def account(self, key: PrivateKey) -> pb.AccountState:
         """Returns what the account of a key holds; an account that never received anything holds 0.
@@ -157,7 +46,7 @@ class LedgerClient:
         async def ask(now_ms: int) -> pb.AccountState:
             signed, digest = self._query(key, bytes(12) + key.address.data, now_ms)
             response = await self._call(self._stub.GetAccount, pb.GetAccountRequest(query=signed))
-            state = self._open(response.account, "AccountState", pb.AccountState())
+            state = await self._opened(response.account, "AccountState", pb.AccountState())
             if state.query_digest != digest or state.address != key.address.data:
                 raise IdentityError("The ledger answered another question.")
             return state
@@ -179,7 +68,7 @@ class LedgerClient:
         async def ask(now_ms: int) -> pb.ChannelState:
             signed, digest = self._query(key, channel_id, now_ms)
             response = await self._call(self._stub.GetChannel, pb.GetChannelRequest(query=signed))
-            state = self._open(response.channel, "ChannelState", pb.ChannelState())
+            state = await self._opened(response.channel, "ChannelState", pb.ChannelState())
             if state.query_digest != digest or state.channel_id != channel_id:
                 raise IdentityError("The ledger answered another question.")
             if ChannelCommit.decode(state.commit).channel_id(self.ledger_id) != channel_id:
@@ -228,7 +117,7 @@ class LedgerClient:
             )
             signed = self._signed(key, message)
             response = await self._call(self._stub.Transfer, pb.TransferRequest(transfer=signed))
-            return self._receipt(response.receipt, message.digest(self.ledger_id))
+            return await self._accepted(response.receipt, message.digest(self.ledger_id))
 
         if valid_until_ms is not None:
             return await move(valid_until_ms)
@@ -253,7 +142,7 @@ class LedgerClient:
             commit=self._signed(payer_key, commit), refund_signature=refund_signature
         )
         response = await self._call(self._stub.OpenChannel, request)
-        return self._receipt(response.receipt, commit.digest(self.ledger_id))
+        return await self._accepted(response.receipt, commit.digest(self.ledger_id))
 
     async def close_channel(
         self,
@@ -263,6 +152,8 @@ class LedgerClient:
         update_signature: bytes = b"",
     ) -> SignedReceipt:
         """Closes a channel for the payee, at once and finally; the same close gives the same receipt.
+
+        The ledger may hold a higher update than the one shown (`channel().best`); it counts as well.
 
         Args:
             close: What the payee takes.
@@ -277,99 +168,165 @@ class LedgerClient:
             close=self._signed(k2, close), cumulative=update_cumulative, update_signature=update_signature
         )
         response = await self._call(self._stub.CloseChannel, request)
-        return self._receipt(response.receipt, close.digest(self.ledger_id))
+        return await self._accepted(response.receipt, close.digest(self.ledger_id))
 
-    def check_receipt(self, body: bytes, signature: bytes, digest: bytes) -> SignedReceipt:
-        """Verifies a receipt that somebody else got from this ledger.
+    async def top_up(
+        self,
+        channel_id: bytes,
+        payer_key: PrivateKey,
+        amount: int,
+        request_id: bytes | None = None,
+        *,
+        valid_until_ms: int | None = None,
+    ) -> SignedReceipt:
+        """Locks more money in an open channel.
 
         Args:
-            body: The canonical Receipt.
-            signature: Of the operator, 65 bytes.
-            digest: Of the request it must be for, 32 bytes.
+            channel_id: 32 bytes.
+            payer_key: The payer's account key.
+            amount: Base units, at least 1.
+            request_id: 16 bytes that name the intent, as for `transfer`.
+            valid_until_ms: As for `transfer`.
 
         Raises:
-            IdentityError: It is not this ledger's, or for another request.
+            InsufficientFunds: The account does not have it.
+            ChannelExpired, ChannelClosing, ChannelClosed: The channel takes no more.
+            TermsRefused: The account would have more locked than the ledger allows.
         """
-        return self._receipt(pb.LedgerReceipt(body=body, signature=signature), digest)
+        name = secrets.token_bytes(16) if request_id is None else request_id
+
+        async def add(until_ms: int) -> SignedReceipt:
+            message = TopUp(channel=channel_id, amount=amount, request_id=name, valid_until_ms=until_ms)
+            signed = self._signed(payer_key, message)
+            response = await self._call(self._stub.TopUpChannel, pb.TopUpChannelRequest(top_up=signed))
+            return await self._accepted(response.receipt, message.digest(self.ledger_id))
+
+        if valid_until_ms is not None:
+            return await add(valid_until_ms)
+        return await self._timely(lambda now_ms: add(now_ms + _TRANSFER_MS))
+
+    async def submit_update(self, update: ChannelUpdate, update_signature: bytes) -> SignedReceipt:
+        """Shows an update: the ledger keeps it, and pays it out if nobody closes with a higher one.
+
+        Args:
+            update: T3.
+            update_signature: K1 over it, 65 bytes.
+
+        Raises:
+            UpdateInvalid: The ledger has a higher one, or the raise is too small.
+            ChannelClosing, ChannelClosed: It came too late.
+        """
+        request = pb.SubmitUpdateRequest(
+            channel_id=update.channel, cumulative=update.cumulative, update_signature=update_signature
+        )
+        response = await self._call(self._stub.SubmitUpdate, request)
+        return await self._accepted(response.receipt, update.digest(self.ledger_id))
+
+    async def request_close(
+        self,
+        channel_id: bytes,
+        payer_key: PrivateKey,
+        request_id: bytes | None = None,
+        *,
+        valid_until_ms: int | None = None,
+    ) -> SignedReceipt:
+        """Asks for the rest of a channel; it comes after the challenge window (`channel().deadline_ms`).
+
+        Args:
+            channel_id: 32 bytes.
+            payer_key: The payer's account key.
+            request_id: 16 bytes that name the intent, as for `transfer`.
+            valid_until_ms: As for `transfer`.
+
+        Raises:
+            ChannelLocked: The lock time has not come, and T1 allows no early close.
+            ChannelClosing, ChannelClosed: It was asked before, or is over.
+        """
+        name = secrets.token_bytes(16) if request_id is None else request_id
+
+        async def ask(until_ms: int) -> SignedReceipt:
+            message = CloseRequest(channel=channel_id, request_id=name, valid_until_ms=until_ms)
+            signed = self._signed(payer_key, message)
+            response = await self._call(self._stub.RequestClose, pb.RequestCloseRequest(request=signed))
+            return await self._accepted(response.receipt, message.digest(self.ledger_id))
+
+        if valid_until_ms is not None:
+            return await ask(valid_until_ms)
+        return await self._timely(lambda now_ms: ask(now_ms + _TRANSFER_MS))
+
+    async def finalize_channel(self, channel_id: bytes) -> SignedReceipt:
+        """Pays out a channel whose window has ended; anybody may.
+
+        Args:
+            channel_id: 32 bytes.
+
+        Raises:
+            ChannelLocked: It is not due.
+            ChannelClosed: The payee closed it.
+        """
+        request = pb.FinalizeChannelRequest(channel_id=channel_id)
+        response = await self._call(self._stub.FinalizeChannel, request)
+        digest = ChannelFinalize(channel=channel_id).digest(self.ledger_id)
+        return await self._accepted(response.receipt, digest)
+
+    async def watch(
+        self, key: PrivateKey, *, channel_id: bytes | None = None, after_seq: int = 0
+    ) -> AsyncIterator[pb.LedgerEvents]:
+        """Tells what happens, for ever; every page is verified.
+
+        Args:
+            key: Of the account, or one of the channel's keys.
+            channel_id: 32 bytes; without it, all that concerns the key: its account, and the channels
+                that it pays, is paid by, or closes.
+            after_seq: `seen_seq` of the last page already handled; 0 for all.
+
+        Yields:
+            Events in order; a page without events says that the ledger is alive.
+
+        Raises:
+            LedgerUnreachable: The connection broke; go on with the last `seen_seq`.
+        """
+        subject = bytes(12) + key.address.data if channel_id is None else channel_id
+        while True:
+            signed, digest = self._query(key, subject, self.now_ms(), valid_ms=_WATCH_MS)
+            stream = self._stub.Watch(pb.WatchRequest(query=signed, after_seq=after_seq))
+            try:
+                async for response in stream:
+                    page = await self._opened(response.events, "LedgerEvents", pb.LedgerEvents())
+                    if page.query_digest != digest or page.seen_seq < after_seq:
+                        raise IdentityError("The ledger answered another question.")
+                    after_seq = page.seen_seq
+                    yield page
+            except grpc.aio.AioRpcError as failure:
+                raise explain(failure) from None
+            finally:
+                stream.cancel()
+
+    async def entries(self, key: PrivateKey, *, after_seq: int = 0) -> AsyncIterator[pb.GetEntriesResponse]:
+        """Reads the journal to its end, page by page; check it with `btt ledger audit`.
+
+        Args:
+            key: Of the operator or an auditor.
+            after_seq: Number of the entry before the first one wanted.
+
+        Raises:
+            SignerMismatch: The key may not.
+        """
+        while True:
+
+            async def ask(now_ms: int, after: int = after_seq) -> pb.GetEntriesResponse:
+                signed, _ = self._query(key, self.ledger_id, now_ms)
+                request = pb.GetEntriesRequest(query=signed, after_seq=after)
+                return await self._call(self._stub.GetEntries, request)
+
+            page = await self._timely(ask)
+            if not page.entries:
+                return
+            if page.entries[0].seq != after_seq + 1:
+                raise IdentityError("The ledger left out entries of its journal.")
+            after_seq = page.entries[-1].seq
+            yield page
 
     async def totals(self) -> pb.GetTotalsResponse:
         """Returns the sums of the books."""
         return await self._call(self._stub.GetTotals, pb.GetTotalsRequest())
-
-    async def _call(self, method: _Method[_Request, _Answer], request: _Request) -> _Answer:
-        for attempt in range(TRIES):
-            try:
-                return await method(request, timeout=self._timeout, wait_for_ready=attempt > 0)
-            except grpc.aio.AioRpcError as failure:
-                error = _explain(failure)
-            if not error.retryable or attempt == TRIES - 1:
-                break
-            await asyncio.sleep(_PAUSES[attempt])
-        raise error
-
-    async def _timely(self, attempt: Callable[[int], Awaitable[_Answer]]) -> _Answer:
-        try:
-            return await attempt(self.now_ms())
-        except RequestExpired:
-            await self.info()  # this machine slept, or a clock was set
-            return await attempt(self.now_ms())
-
-    def _signed(self, key: PrivateKey, message: Message) -> pb.SignedBody:
-        return pb.SignedBody(
-            body=message.encode(), signature=sign(key, message, self.ledger_id), public_key=key.public.data
-        )
-
-    def _query(self, key: PrivateKey, subject: bytes, now_ms: int) -> tuple[pb.SignedBody, bytes]:
-        query = Query(subject=subject, nonce=secrets.token_bytes(16), valid_until_ms=now_ms + _QUERY_MS)
-        return self._signed(key, query), query.digest(self.ledger_id)
-
-    def _open(self, document: SignedDocument, name: str, state: _State) -> _State:
-        try:
-            state.ParseFromString(open_document(document, name, self.ledger_id, self.operator_key))
-        except (DecodeError, SignatureInvalid) as error:
-            raise IdentityError(f"The ledger's {name} is not signed by its operator.") from error
-        return state
-
-    def _receipt(self, answer: pb.LedgerReceipt, digest: bytes) -> SignedReceipt:
-        try:
-            receipt = Receipt.decode(answer.body)
-            verify(self.operator_key, receipt, self.ledger_id, answer.signature)
-        except InvalidRequest as error:
-            raise IdentityError("The ledger's receipt is not signed by its operator.") from error
-        if receipt.request_digest != digest or receipt.code != 0:
-            raise IdentityError("The ledger's receipt is for another request.")
-        if receipt.operator_key_id != self.address.operator:
-            raise IdentityError("The ledger's receipt names another operator.")
-        return SignedReceipt(receipt, answer.signature)
-
-
-_State = TypeVar("_State", pb.AccountState, pb.ChannelState)
-
-
-def _check_name(certificate: bytes, name: str) -> None:
-    """Tells a wrong ledger from a broken network, before TLS refuses it without a reason."""
-    from cryptography import x509
-
-    try:
-        extensions = x509.load_pem_x509_certificate(certificate).extensions
-        names = extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-        known = name in names.get_values_for_type(x509.DNSName)
-    except (ValueError, x509.ExtensionNotFound):
-        known = False
-    if not known:
-        raise IdentityError(f"What answers there is not the ledger {name}.")
-
-
-def _explain(failure: grpc.aio.AioRpcError) -> BttError:
-    error = to_error(failure)
-    if isinstance(error, TransportError) and failure.code() in (
-        grpc.StatusCode.UNAVAILABLE,
-        grpc.StatusCode.DEADLINE_EXCEEDED,
-        grpc.StatusCode.RESOURCE_EXHAUSTED,
-    ):
-        return LedgerUnreachable(f"The ledger does not answer: {error.message}")
-    return error
-
-
-def _wall_ms() -> int:
-    return time.time_ns() // 1_000_000

@@ -191,13 +191,36 @@ class TopUp(Message):
 
 @message
 class CloseRequest(Message):
-    """The payer asks to close early; the challenge window begins. Signed by the payer's account key."""
+    """The payer asks to close; the challenge window begins. Signed by the payer's account key.
+
+    From `expires_ms` on it is the refund T2, which K2 signed when the channel opened; before that it
+    needs EARLY_CLOSE.
+    """
 
     TAG: ClassVar[bytes] = tag("CloseRequest")
 
     channel: Bytes32
     request_id: Bytes16
     valid_until_ms: TimeMs
+
+
+@message
+class ChannelFinalize(Message):
+    """Pays out a channel whose window has ended. Nobody signs it: only the ledger's clock decides."""
+
+    TAG: ClassVar[bytes] = tag("ChannelFinalize")
+
+    channel: Bytes32
+
+
+@message
+class KeyRotation(Message):
+    """Hands the ledger to a new operator key, which begins `epoch`. Signed by the old and the new key."""
+
+    TAG: ClassVar[bytes] = tag("KeyRotation")
+
+    epoch: U32
+    next_key: PublicKey
 
 
 MESSAGES: Final[tuple[type[Message], ...]] = (
@@ -212,5 +235,7 @@ MESSAGES: Final[tuple[type[Message], ...]] = (
     Receipt,
     TopUp,
     CloseRequest,
+    ChannelFinalize,
+    KeyRotation,
 )
 """Every message type."""

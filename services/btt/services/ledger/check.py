@@ -4,38 +4,81 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterator
+from dataclasses import dataclass
 from hashlib import sha256
 from itertools import groupby
 from operator import itemgetter
 from typing import Final
 
 from btt.sdk.errors import InvariantBroken
-from btt.sdk.signing import ChannelClose
+from btt.sdk.signing import (
+    ChannelClose,
+    ChannelCommit,
+    ChannelUpdate,
+    KeyRotation,
+    TopUp,
+)
 from btt.sdk.signing.layout import preimage, tag
 from btt.services.ledger import books, genesis, journal, rows
-from btt.services.ledger.books import Phase
 from btt.services.ledger.journal import NO_HASH, Entry, Head, Kind, Posting, Side
+from btt.services.ledger.machine import Phase
 
 _NAMES: Final = {
     Kind.GENESIS: genesis.DOCUMENT,
     Kind.TRANSFER: "Transfer",
     Kind.OPEN_CHANNEL: "ChannelCommit",
     Kind.CLOSE_CHANNEL: "ChannelClose",
+    Kind.TOP_UP: "TopUp",
+    Kind.UPDATE: "ChannelUpdate",
+    Kind.REQUEST_CLOSE: "CloseRequest",
+    Kind.FINALIZE: "ChannelFinalize",
+    Kind.ROTATE_KEY: "KeyRotation",
 }
 
 
-def entries(connection: sqlite3.Connection, *, after: int = 0) -> Iterator[Entry]:
+@dataclass(slots=True)
+class _Told:
+    """What the journal says about a channel."""
+
+    opened_seq: int
+    deposit: int
+    best: int = 0
+    phase: Phase = Phase.OPEN
+    deadline_ms: int = 0
+    captured: int = 0
+    closed_seq: int | None = None
+
+    def hear(self, entry: Entry) -> None:
+        if entry.kind is Kind.TOP_UP:
+            self.deposit += TopUp.decode(entry.body).amount
+        elif entry.kind is Kind.UPDATE:
+            self.best = int(ChannelUpdate.decode(entry.body).cumulative)
+        elif entry.kind is Kind.REQUEST_CLOSE:
+            self.phase = Phase.CLOSING
+            self.deadline_ms = entry.time_ms  # its window is added where T1 is at hand
+        else:
+            if entry.kind is Kind.CLOSE_CHANNEL:
+                shown = int.from_bytes(entry.signatures[98:106], "big")
+                self.best = max(self.best, shown)
+                self.captured = int(ChannelClose.decode(entry.body).capture)
+            else:
+                self.captured = self.best
+            self.phase, self.deadline_ms, self.closed_seq = Phase.CLOSED, 0, entry.seq
+
+
+def entries(connection: sqlite3.Connection, *, after: int = 0, upto: int = 2**63 - 1) -> Iterator[Entry]:
     """Reads the journal in order.
 
     Args:
         connection: To the ledger's database.
         after: Number of the entry before the first one wanted.
+        upto: Number of the last one wanted.
     """
     found = connection.execute(
         "SELECT e.seq, time_ms, epoch, kind, request_digest, body, signatures, prev_hash, hash, "
         "a.id, p.side, p.amount FROM entries e LEFT JOIN postings p ON p.seq = e.seq "
-        "LEFT JOIN accounts a ON a.acct = p.acct WHERE e.seq > ? ORDER BY e.seq, p.leg",
-        (after,),
+        "LEFT JOIN accounts a ON a.acct = p.acct WHERE e.seq > ? AND e.seq <= ? ORDER BY e.seq, p.leg",
+        (after, upto),
     )
     for _, group in groupby(found, key=itemgetter(0)):
         legs = list(group)
@@ -61,9 +104,9 @@ def check_books(connection: sqlite3.Connection) -> None:
     if genesis.ledger_id(identity.genesis) != identity.ledger_id:
         raise InvariantBroken("The ledger's id is not the hash of its description.")
     balances: dict[bytes, int] = {}
-    opened: dict[bytes, int] = {}
-    closed: dict[bytes, tuple[int, int]] = {}
-    last = Head(0, 0, NO_HASH, 0)
+    channels: dict[bytes, _Told] = {}
+    epochs = [(1, genesis.operator_key(identity.genesis), 1)]
+    last = Head(1, 0, NO_HASH, 0)
     for entry in entries(connection):
         wrong = journal.broken(entry, last)
         if wrong:
@@ -71,11 +114,18 @@ def check_books(connection: sqlite3.Connection) -> None:
         signed = sha256(preimage(tag(_NAMES[entry.kind]), identity.ledger_id, entry.body)).digest()
         if signed != entry.request_digest:
             raise InvariantBroken(f"Entry {entry.seq}: its body is not what was signed.")
+        if entry.epoch != epochs[-1][0]:
+            raise InvariantBroken(f"Entry {entry.seq}: its epoch did not begin.")
         if entry.kind is Kind.OPEN_CHANNEL:
-            opened[entry.request_digest] = entry.seq
-        elif entry.kind is Kind.CLOSE_CHANNEL:
-            close = ChannelClose.decode(entry.body)
-            closed[close.channel] = (entry.seq, int(close.capture))
+            commit = ChannelCommit.decode(entry.body)
+            channels[entry.request_digest] = _Told(entry.seq, int(commit.amount))
+        elif entry.kind is Kind.ROTATE_KEY:
+            rotation = KeyRotation.decode(entry.body)
+            epochs.append((rotation.epoch, rotation.next_key.data, entry.seq + 1))
+        elif entry.kind not in (Kind.GENESIS, Kind.TRANSFER):
+            if (told := channels.get(entry.body[:32])) is None or told.phase is Phase.CLOSED:
+                raise InvariantBroken(f"Entry {entry.seq}: its channel is not open.")
+            told.hear(entry)
         for leg in entry.postings:
             normal = Side.DEBIT if books.is_asset(leg.account) else Side.CREDIT
             change = leg.amount if leg.side is normal else -leg.amount
@@ -83,10 +133,13 @@ def check_books(connection: sqlite3.Connection) -> None:
             if balances[leg.account] < 0:
                 raise InvariantBroken(f"Entry {entry.seq}: it takes more than the account holds.")
         last = Head(entry.epoch, entry.seq, entry.hash, entry.time_ms)
-    _check_channels(connection, identity.ledger_id, opened, closed)
-    _check_sums(connection, balances, len(opened), len(closed))
+    if epochs != rows.read_epochs(connection):
+        raise InvariantBroken("The operator keys are not those that the journal names.")
+    _check_channels(connection, identity.ledger_id, channels)
+    closed = sum(told.phase is Phase.CLOSED for told in channels.values())
+    _check_sums(connection, balances, len(channels), closed)
     head, _ = rows.read_head(connection)
-    if (head.seq, head.hash, head.time_ms) != (last.seq, last.hash, last.time_ms):
+    if (head.epoch, head.seq, head.hash, head.time_ms) != (epochs[-1][0], last.seq, last.hash, last.time_ms):
         raise InvariantBroken(f"The head is entry {head.seq}, but the journal ends with {last.seq}.")
 
 
@@ -112,33 +165,44 @@ def _check_sums(connection: sqlite3.Connection, balances: dict[bytes, int], open
 
 
 def _check_channels(
-    connection: sqlite3.Connection,
-    ledger_id: bytes,
-    opened: dict[bytes, int],
-    closed: dict[bytes, tuple[int, int]],
+    connection: sqlite3.Connection, ledger_id: bytes, journal_says: dict[bytes, _Told]
 ) -> None:
     count = 0
-    locked: dict[bytes, int] = {}
+    sums: dict[bytes, tuple[int, int]] = {}
     found = connection.execute(
-        "SELECT c.id, commitment, payer, payee, k1, k2, deposit, captured, phase, balance, a.id, "
-        "opened_seq, closed_seq "
+        "SELECT c.id, commitment, payer, payee, k1, k2, expires_ms, challenge_ms, balance, a.id, "
+        "opened_seq, deposit, best, phase, deadline_ms, captured, closed_seq "
         "FROM channels c JOIN accounts a USING (acct)"
     )
-    for channel_id, commit, payer, payee, k1, k2, deposit, captured, phase, balance, account, *seqs in found:
-        held = 0 if phase == Phase.CLOSED else deposit - captured
+    for row in found:
+        channel_id, commit, payer, payee, k1, k2, expires_ms, challenge_ms, balance, account, *state = row
+        is_now = _Told(*state)
+        closed = is_now.phase == Phase.CLOSED
+        held = 0 if closed else is_now.deposit
         if account != books.locked_in(channel_id) or balance != held:
             raise InvariantBroken(f"The account of channel {channel_id.hex()} does not hold what it says.")
         signed = sha256(preimage(tag("ChannelCommit"), ledger_id, commit)).digest()
-        if signed != channel_id or not commit.startswith(payer + payee + k1 + k2):
+        terms = ChannelCommit.decode(commit)
+        if (
+            signed != channel_id
+            or not commit.startswith(payer + payee + k1 + k2)
+            or (terms.expires_ms, terms.challenge_ms) != (expires_ms, challenge_ms)
+        ):
             raise InvariantBroken(f"Channel {channel_id.hex()} is not what its T1 says.")
-        close_seq, capture = closed.get(channel_id, (None, 0))
-        if seqs != [opened.get(channel_id), close_seq] or captured != capture:
+        told = journal_says.get(channel_id)
+        if told is not None and told.phase is Phase.CLOSING:
+            asked_ms = told.deadline_ms
+            told.deadline_ms = max(asked_ms, min(asked_ms + challenge_ms, expires_ms + 2 * challenge_ms))
+        if is_now != told:
             raise InvariantBroken(f"Channel {channel_id.hex()} is not what the journal made of it.")
-        locked[payer] = locked.get(payer, 0) + held
+        locked, channels = sums.get(payer, (0, 0))
+        sums[payer] = locked + held, channels + (not closed)
         count += 1
-    if count != len(opened):
+    if count != len(journal_says):
         raise InvariantBroken("The journal has channels that the books do not have.")
-    for payer, sum_held in locked.items():
-        row = connection.execute("SELECT locked FROM accounts WHERE id = ?", (books.user(payer),)).fetchone()
-        if row is None or row[0] != sum_held:
+    for payer, expected in sums.items():
+        found_sums = connection.execute(
+            "SELECT locked, open_channels FROM accounts WHERE id = ?", (books.user(payer),)
+        ).fetchone()
+        if found_sums != expected:
             raise InvariantBroken(f"What account {payer.hex()} has locked is not what its channels hold.")

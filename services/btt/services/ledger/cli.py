@@ -30,6 +30,15 @@ def init(
     max_challenge: Annotated[float, typer.Option(help="Longest challenge window, seconds.")] = 7 * 86400,
     min_lifetime: Annotated[float, typer.Option(help="Shortest life of a channel, seconds.")] = 3600,
     max_lifetime: Annotated[float, typer.Option(help="Longest life of a channel, seconds.")] = 366 * 86400,
+    max_locked: Annotated[str, typer.Option(help="Most that one account may lock in channels.")] = (
+        "990000000000 BTT"
+    ),
+    max_open_channels: Annotated[
+        int, typer.Option(min=1, help="Most open channels of one account.")
+    ] = 10_000,
+    min_update_delta: Annotated[
+        str, typer.Option(help="Smallest raise of an update kept for an open channel.")
+    ] = "1 base units",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Make a ledger with an issue that nothing backs."""
@@ -49,10 +58,25 @@ def init(
     if not (0 < windows[0] <= windows[1] < 2**32 and 0 < windows[2] <= windows[3] < 2**53):
         raise typer.BadParameter("challenge and lifetime need 0 < min <= max (challenge: at most 49 days)")
     try:
+        most_locked, least_raise = Amount.parse(max_locked), Amount.parse(min_update_delta)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--max-locked, --min-update-delta") from None
+    if not (most_locked > 0 and least_raise > 0):
+        raise typer.BadParameter("both are above 0", param_hint="--max-locked, --min-update-delta")
+    terms = Terms(
+        min_challenge_ms=windows[0],
+        max_challenge_ms=windows[1],
+        min_lifetime_ms=windows[2],
+        max_lifetime_ms=windows[3],
+        max_locked=int(most_locked),
+        max_open_channels=max_open_channels,
+        min_update_delta=int(least_raise),
+    )
+    try:
         receiver = Address.parse(supply_to) if supply_to else None
     except InvalidRequest as error:
         raise typer.BadParameter(error.message, param_hint="--supply-to") from None
-    made, identity = init_folder(folder, name=name, supply_to=receiver, amount=amount, terms=Terms(*windows))
+    made, identity = init_folder(folder, name=name, supply_to=receiver, amount=amount, terms=terms)
     operator = str(made.operator_key.address)
     if as_json:
         found = {"operator": operator, "ledger_id": identity.ledger_id.hex(), "folder": str(folder)}
@@ -70,10 +94,21 @@ def serve(
     listen: Annotated[str, typer.Option(help="host:port; port 0 takes a free one.")] = "127.0.0.1:0",
     advertise: Annotated[str | None, typer.Option(help="Host in the printed address.")] = None,
     stdin_lifeline: Annotated[bool, typer.Option(help="Stop when standard input ends.")] = False,
+    auditor: Annotated[
+        list[str] | None, typer.Option(help="Address that may read the journal; may be repeated.")
+    ] = None,
+    rate: Annotated[float, typer.Option(min=0.1, help="Requests per second of one key, for ever.")] = 200,
+    burst: Annotated[int, typer.Option(min=1, help="Requests of one key at once.")] = 1000,
 ) -> None:
     """Run a ledger until SIGTERM or SIGINT; prints one JSON line when it is ready."""
+    from btt.sdk.errors import InvalidRequest
+    from btt.sdk.keys import Address
     from btt.services.ledger.server import LedgerConfig
 
+    try:
+        auditors = tuple(Address.parse(text) for text in auditor or ())
+    except InvalidRequest as error:
+        raise typer.BadParameter(error.message, param_hint="--auditor") from None
     host, _, port = listen.rpartition(":")
     if not host or not port.isdigit() or int(port) > 65535:
         raise typer.BadParameter("write it like 127.0.0.1:7400", param_hint="--listen")
@@ -82,6 +117,9 @@ def serve(
         host=host.removeprefix("[").removesuffix("]"),
         port=int(port),
         advertise_host=advertise,
+        auditors=auditors,
+        rate=rate,
+        burst=burst,
     )
     asyncio.run(_serve(config, stdin_lifeline=stdin_lifeline))
 
@@ -147,3 +185,100 @@ async def _status(text: str) -> dict[str, object]:
 
 def _printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
+@app.command()
+def audit(
+    journal: Annotated[Path, typer.Argument(help="Folder of a ledger, a backup, or an exported journal.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Re-verify a whole journal offline, and name the first entry that is wrong."""
+    import time
+
+    from btt.sdk.errors import InvariantBroken
+    from btt.sdk.keys import PublicKey
+    from btt.sdk.money import Amount
+    from btt.services.ledger import audit as auditing
+    from btt.services.ledger import export
+
+    began = time.monotonic()
+    try:
+        with export.journal(journal) as (description, entries, database):
+            report, auditor = auditing.audit(description, entries)
+            if database is not None:
+                auditing.compare(auditor, database)
+    except InvariantBroken as error:
+        seq = error.seq if isinstance(error, auditing.AuditFailed) else None
+        if as_json:
+            typer.echo(json.dumps({"ok": False, "wrong_entry": seq, "why": error.message}))
+        else:
+            typer.echo(error.message, err=True)
+        raise typer.Exit(1) from None
+    seconds = time.monotonic() - began
+    if as_json:
+        found = {
+            "ok": True,
+            "ledger_id": report.ledger_id.hex(),
+            "entries": report.entries,
+            "head_hash": report.head.hash.hex(),
+            "epoch": report.head.epoch,
+            "operator": str(PublicKey(report.operator_key).address),
+            "issued": str(report.issued),
+            "accounts": report.accounts,
+            "open_channels": report.open_channels,
+            "locked": str(report.locked),
+            "seconds": round(seconds, 3),
+        }
+        typer.echo(json.dumps(found))
+        return
+    rate = report.entries / seconds if seconds else 0
+    typer.echo(f"{report.entries} entries hold, from the issue of {Amount(report.issued)} on.")
+    typer.echo(f"Head {report.head.hash.hex()}, epoch {report.head.epoch}")
+    typer.echo(
+        f"{report.accounts} accounts; {report.open_channels} open channels hold {Amount(report.locked)}"
+    )
+    typer.echo(f"Verified in {seconds:.1f} s, {rate:,.0f} entries a second.")
+
+
+@app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(help="Folder of the ledger, or a backup.")],
+    target: Annotated[Path, typer.Argument(help="New file.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Write the journal to one file, for auditors."""
+    from btt.services.ledger import export as exporting
+
+    count = exporting.export(folder, target)
+    typer.echo(json.dumps({"entries": count}) if as_json else f"Wrote {count} entries to {target}.")
+
+
+@app.command()
+def backup(
+    folder: Annotated[Path, typer.Argument(help="Folder of the ledger, which may be running.")],
+    target: Annotated[Path, typer.Argument(help="New file.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Copy the books while the ledger runs, and check the copy."""
+    from btt.services.ledger import backup as copying
+
+    head = copying.backup(folder, target)
+    if as_json:
+        typer.echo(json.dumps({"head_seq": head.seq, "head_hash": head.hash.hex()}))
+        return
+    typer.echo(f"Copied the books up to entry {head.seq} to {target}.")
+
+
+@app.command("rotate-key")
+def rotate_key(
+    folder: Annotated[Path, typer.Argument(help="Folder of a ledger that does not run.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Hand the ledger to a fresh operator key; its address stays."""
+    from btt.services.ledger.folder import rotate
+
+    operator, entry = rotate(folder)
+    if as_json:
+        typer.echo(json.dumps({"operator": str(operator), "entry": entry.seq}))
+        return
+    typer.echo(f"Entry {entry.seq} hands the ledger to {operator}; the address of the ledger stays.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -14,14 +14,16 @@ from btt.sdk.keys import Address, PrivateKey
 from btt.sdk.ledger.address import tls_name
 from btt.sdk.money import SUPPLY
 from btt.sdk.tls import make_certificate
-from btt.services.ledger import store
+from btt.services.ledger import mark, store
 from btt.services.ledger.books import Terms
 from btt.services.ledger.genesis import Identity
+from btt.services.ledger.journal import EntryRef
 
 DATABASE: Final = "ledger.sqlite3"
 OPERATOR_KEY: Final = "operator.key"
 TLS_KEY: Final = "tls.key"
 CERTIFICATE: Final = "tls.pem"
+NEXT_KEY: Final = "operator.key.next"
 
 
 def system_ms() -> int:
@@ -71,6 +73,72 @@ class LedgerFolder:
         except (OSError, ValueError, InvalidRequest) as error:
             raise ConfigError(f"The keys of the ledger in {path} cannot be read: {error}.") from error
 
+    def settled(self, operator_key: bytes) -> LedgerFolder:
+        """Returns the folder with the operator key that the books name.
+
+        A hand-over that broke off after the books had it is finished here.
+
+        Args:
+            operator_key: The ledger's current key, 33 bytes.
+
+        Raises:
+            ConfigError: The folder does not hold that key.
+            StorageError: The disk failed.
+        """
+        if self.operator_key.public.data == operator_key:
+            return self
+        try:
+            following = _read_key(self.path / NEXT_KEY)
+            if following.public.data == operator_key:
+                retired = self.path / f"operator.{self.operator_key.address}.key"
+                if not retired.exists():
+                    _write_secret(retired, self.operator_key.secret.hex().encode())
+                (self.path / NEXT_KEY).rename(self.path / OPERATOR_KEY)
+                return replace(self, operator_key=following)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise StorageError(f"The ledger's key could not be changed: {error}.") from error
+        raise ConfigError(
+            f"The folder {self.path} does not hold the ledger's current operator key.",
+            hint="Put the key that signs for the ledger into operator.key.",
+        )
+
+
+def rotate(path: Path, *, clock: Callable[[], int] = system_ms) -> tuple[Address, EntryRef]:
+    """Hands a ledger that does not run to a fresh operator key.
+
+    The ledger's address stays; clients follow the hand-over. The old key stays in the folder under
+    its address, for whoever has to prove something with it; without need, destroy it.
+
+    Args:
+        path: Of the folder.
+        clock: Unix milliseconds.
+
+    Returns:
+        The new operator's address, and the journal entry.
+
+    Raises:
+        ConfigError: There is no ledger, or it runs.
+        StorageError: The disk failed; the same call again finishes it.
+    """
+    folder = LedgerFolder.open(path)
+    with store.Store.open(folder.database) as books:
+        folder = folder.settled(books.operator_key)
+        try:
+            if not (path / NEXT_KEY).exists():
+                _write_secret(path / NEXT_KEY, PrivateKey.generate().secret.hex().encode())
+            following = _read_key(path / NEXT_KEY)
+        except OSError as error:
+            raise StorageError(f"The new key cannot be written: {error}.") from error
+        entry = books.rotate(following, folder.operator_key, clock_ms=clock())
+        folder.settled(following.public.data)
+    return following.address, entry
+
+
+def _read_key(path: Path) -> PrivateKey:
+    return PrivateKey(bytes.fromhex(path.read_text("ascii")))
+
 
 def init(
     path: Path,
@@ -99,6 +167,11 @@ def init(
     """
     if (path / DATABASE).exists():
         raise ConfigError(f"There is a ledger in {path} already.")
+    if mark.path_of(path / DATABASE).exists():
+        raise ConfigError(
+            f"There was a ledger in {path}; its database is gone.",
+            hint="Restore the database, or use another folder.",
+        )
     try:
         path.mkdir(parents=True, exist_ok=True, mode=0o700)
         if not (path / OPERATOR_KEY).exists():

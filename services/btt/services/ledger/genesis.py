@@ -69,6 +69,20 @@ def describe(name: str, *, operator_key: bytes, nonce: bytes) -> bytes:
     )
 
 
+def operator_key(description: bytes) -> bytes:
+    """Returns the first operator's key, 33 bytes, from a canonical description.
+
+    Raises:
+        ConfigError: It is no such description.
+    """
+    name = description[0] if description else 0
+    asset = description[1 + name] if len(description) > 1 + name else 0
+    start = 2 + name + asset + 9
+    if not name or len(description) != start + 33 + 32:
+        raise ConfigError("This is no description of a ledger.")
+    return description[start : start + 33]
+
+
 def ledger_id(genesis: bytes) -> bytes:
     """Returns SHA-256(0x00 || u8 len || "btt/v1/ledger" || genesis), 32 bytes."""
     return hashlib.sha256(bytes((0, len(_TAG))) + _TAG + genesis).digest()

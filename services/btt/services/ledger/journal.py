@@ -1,8 +1,8 @@
 """The hash chain: why nobody, the operator included, can rewrite what a receipt promised.
 
-Every operation that moved money is one entry. An entry's hash covers the hash before it, the
-digest of the signed request and the postings; a receipt signs the hash. Two receipts with one
-sequence number and different hashes, or a head below a receipt, prove that history changed.
+Every operation that moved money or changed a channel is one entry. An entry's hash covers the hash
+before it, the digest of the signed request and the postings; a receipt signs the hash. Two receipts
+with one sequence number and different hashes, or a head below a receipt, prove that history changed.
 """
 
 from __future__ import annotations
@@ -28,6 +28,15 @@ class Kind(IntEnum):
     TRANSFER = 2
     OPEN_CHANNEL = 3
     CLOSE_CHANNEL = 4
+    TOP_UP = 5
+    UPDATE = 6
+    REQUEST_CLOSE = 7
+    FINALIZE = 8
+    ROTATE_KEY = 9
+
+
+MOVES_NOTHING: Final = frozenset((Kind.UPDATE, Kind.REQUEST_CLOSE, Kind.ROTATE_KEY))
+"""Entries that have no postings; all others have two or more."""
 
 
 class Side(IntEnum):
@@ -82,7 +91,7 @@ class EntryRef:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One operation that moved money.
+    """One operation that moved money or changed a channel.
 
     Args:
         seq: Its number, without gaps.
@@ -92,7 +101,7 @@ class Entry:
         request_digest: The digest that was signed, 32 bytes; no two entries have the same.
         body: The canonical body that was signed.
         signatures: Keys and signatures that prove the body, in the layout of `verify`.
-        postings: The money that moved; debits equal credits.
+        postings: The money that moved, if any; debits equal credits.
         prev_hash: Hash of the entry before.
         hash: Of this entry.
     """
@@ -196,7 +205,11 @@ def broken(entry: Entry, before: Head) -> str | None:
         (entry.prev_hash == before.hash, "it does not name the hash before it"),
         (entry.time_ms >= before.time_ms, "its time runs backwards"),
         (entry.epoch >= before.epoch, "its epoch runs backwards"),
-        (len(entry.postings) >= 2 and debited == credited, "its debits and credits differ"),
+        (debited == credited, "its debits and credits differ"),
+        (
+            not entry.postings if entry.kind in MOVES_NOTHING else len(entry.postings) >= 2,
+            "its postings are not those of its kind",
+        ),
         (all(leg.amount > 0 for leg in entry.postings), "it has an empty posting"),
         (computed == entry.hash, "its hash does not match its content"),
     )

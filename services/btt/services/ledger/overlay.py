@@ -11,9 +11,10 @@ from dataclasses import replace
 from typing import Protocol
 
 from btt.sdk.errors import BttError, InternalError
-from btt.services.ledger import books, journal
-from btt.services.ledger.books import Account, Channel, Effect, Refusal, Repeat, Request, Terms, View
+from btt.services.ledger import books, journal, rules
+from btt.services.ledger.books import Account, Effect, Refusal, Repeat, Request, Terms, View
 from btt.services.ledger.journal import Entry, EntryRef, Head, Side
+from btt.services.ledger.machine import Channel, Phase
 from btt.services.ledger.verify import Operation
 
 
@@ -50,6 +51,7 @@ class Batch:
         self.accounts: dict[bytes, Account] = {}
         self.channels: dict[bytes, Channel] = {}
         self.requests: dict[tuple[bytes, bytes], Request] = {}
+        self.epochs: list[tuple[int, bytes, int]] = []
         self._refs: dict[bytes, EntryRef] = {}
         self._old_accounts: dict[bytes, Account | None] = {}
         self._old_channels: dict[bytes, Channel | None] = {}
@@ -108,7 +110,7 @@ class Batch:
         if not isinstance(operation, Operation):
             return InternalError("The ledger applies verified operations only.")
         try:
-            decision = books.decide(
+            decision = rules.decide(
                 self, operation, now_ms=self.now_ms, seq=self.head.seq + 1, terms=self._terms
             )
         except BttError as error:
@@ -160,13 +162,21 @@ class Batch:
         self.head = Head(entry.epoch, entry.seq, entry.hash, entry.time_ms)
         return entry.ref
 
+    def begin_epoch(self, operator_key: bytes) -> None:
+        """Lets the entries that follow belong to a new epoch with a new operator key (33 bytes)."""
+        self.head = replace(self.head, epoch=self.head.epoch + 1)
+        self.epochs.append((self.head.epoch, operator_key, self.head.seq + 1))
+
     def _put_channel(self, channel: Channel) -> None:
         old = self.channel(channel.id)
         self._old_channels.setdefault(channel.id, old)
         payer = books.user(channel.payer)
         account = self._touch(payer)
-        change = channel.held - (old.held if old else 0)
-        self.accounts[payer] = replace(account, locked=account.locked + change)
+        self.accounts[payer] = replace(
+            account,
+            locked=account.locked + channel.held - (old.held if old else 0),
+            open_channels=account.open_channels + _counts(channel) - _counts(old),
+        )
         self.channels[channel.id] = channel
 
     def _remember(self, request: Request) -> None:
@@ -181,3 +191,7 @@ class Batch:
             found = self.accounts[account] = Account(self._next_account, account, 0)
             self._next_account += 1
         return found
+
+
+def _counts(channel: Channel | None) -> int:
+    return 0 if channel is None or channel.phase is Phase.CLOSED else 1

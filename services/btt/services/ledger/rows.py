@@ -8,9 +8,10 @@ from typing import Final
 
 from btt.sdk.errors import InvariantBroken
 from btt.services.ledger import books
-from btt.services.ledger.books import Account, Channel, Phase, Request, Terms
+from btt.services.ledger.books import Account, Request, Terms
 from btt.services.ledger.genesis import Identity
-from btt.services.ledger.journal import EntryRef, Head, Side
+from btt.services.ledger.journal import MOVES_NOTHING, EntryRef, Head, Side
+from btt.services.ledger.machine import Channel, Phase
 from btt.services.ledger.overlay import Batch
 
 _CHANNEL_COLUMNS: Final = ", ".join(
@@ -33,7 +34,8 @@ def read_identity(connection: sqlite3.Connection) -> Identity:
     """Reads what never changes about the ledger."""
     row = connection.execute(
         "SELECT ledger_id, genesis, name, unbacked, min_challenge_ms, max_challenge_ms, "
-        "min_lifetime_ms, max_lifetime_ms, open_fee FROM ledger"
+        "min_lifetime_ms, max_lifetime_ms, open_fee, max_locked, max_open_channels, min_update_delta "
+        "FROM ledger"
     ).fetchone()
     return Identity(row[0], row[1], row[2], bool(row[3]), Terms(*row[4:]))
 
@@ -50,7 +52,7 @@ def read_head(connection: sqlite3.Connection) -> tuple[Head, Totals]:
 def read_account(connection: sqlite3.Connection, account: bytes) -> Account | None:
     """Reads an account by id."""
     row = connection.execute(
-        "SELECT acct, id, balance, locked, public_key FROM accounts WHERE id = ?", (account,)
+        "SELECT acct, id, balance, locked, public_key, open_channels FROM accounts WHERE id = ?", (account,)
     ).fetchone()
     return Account(*row) if row else None
 
@@ -86,6 +88,66 @@ def read_entry(connection: sqlite3.Connection, request_digest: bytes) -> EntryRe
     return EntryRef(*row) if row else None
 
 
+def read_epochs(connection: sqlite3.Connection) -> list[tuple[int, bytes, int]]:
+    """Reads epoch, operator key and number of the first entry of each epoch, in order."""
+    return connection.execute("SELECT epoch, operator_key, first_seq FROM epochs ORDER BY epoch").fetchall()
+
+
+def read_due(connection: sqlite3.Connection, now_ms: int, most: int) -> list[bytes]:
+    """Reads the ids of channels that anybody may pay out now, at most `most` of each phase."""
+    found = connection.execute(
+        "SELECT id FROM (SELECT id FROM channels WHERE phase = 2 AND deadline_ms <= ?1 LIMIT ?2) UNION ALL "
+        "SELECT id FROM (SELECT id FROM channels WHERE phase = 1 AND expires_ms + 2 * challenge_ms <= ?1 "
+        "LIMIT ?2)",
+        (now_ms, most),
+    )
+    return [row[0] for row in found]
+
+
+def read_events(
+    connection: sqlite3.Connection,
+    *,
+    channel: bytes | None = None,
+    address: bytes = b"",
+    k2: bytes = b"",
+    after: int,
+    most: int,
+) -> list[tuple[int, int, int, bytes, bytes, bytes]]:
+    """Reads entries that concern a channel, or an account and the channels of its key.
+
+    Args:
+        connection: To the database.
+        channel: Id of 32 bytes; None to ask for an account.
+        address: Of the account, 20 bytes.
+        k2: The account's key, 33 bytes: channels that it closes concern it too.
+        after: Number of the entry before the first one wanted.
+        most: How many at most.
+
+    Returns:
+        Number, time, kind, digest, hash and channel id (or nothing) of each, in order.
+    """
+    if channel is not None:
+        which, values = "id = :channel", {"channel": channel}
+        own = ""
+    else:
+        which = "payer = :address OR payee = :address OR k2 = :k2"
+        own = (
+            "SELECT seq FROM postings WHERE acct = (SELECT acct FROM accounts WHERE id = :user) "
+            "AND seq > :after UNION "
+        )
+        values = {"address": address, "k2": k2, "user": books.user(address)}
+    query = (
+        "SELECT seq, time_ms, kind, request_digest, hash, "  # noqa: S608 (our own words)
+        "CASE WHEN kind = 3 THEN request_digest WHEN kind BETWEEN 4 AND 8 THEN substr(body, 1, 32) "
+        f"ELSE x'' END FROM entries WHERE seq IN ({own}"
+        f"SELECT opened_seq FROM channels WHERE ({which}) AND opened_seq > :after UNION "
+        "SELECT e.seq FROM channels c JOIN entries e ON substr(e.body, 1, 32) = c.id "
+        f"AND e.kind BETWEEN 4 AND 8 WHERE ({which.replace('id =', 'c.id =')}) AND e.seq > :after "
+        "ORDER BY 1 LIMIT :most) ORDER BY seq"
+    )
+    return connection.execute(query, {**values, "after": after, "most": most}).fetchall()
+
+
 def write(connection: sqlite3.Connection, batch: Batch) -> None:
     """Writes a batch into the open transaction.
 
@@ -96,17 +158,19 @@ def write(connection: sqlite3.Connection, batch: Batch) -> None:
     new, changed = [], []
     for account in batch.accounts.values():
         old = batch.stored_account(account.id)
-        values = (account.balance, account.locked, account.public_key)
+        values = (account.balance, account.locked, account.public_key, account.open_channels)
         if old is None:
             new.append((account.number, account.id, *values))
         else:
             changed.append((*values, account.number, old.balance, old.locked))
     connection.executemany(
-        "INSERT INTO accounts (acct, id, balance, locked, public_key) VALUES (?, ?, ?, ?, ?)", new
+        "INSERT INTO accounts (acct, id, balance, locked, public_key, open_channels) "
+        "VALUES (?, ?, ?, ?, ?, ?)",
+        new,
     )
     _all_of(
         connection.executemany(
-            "UPDATE accounts SET balance = ?, locked = ?, public_key = ? "
+            "UPDATE accounts SET balance = ?, locked = ?, public_key = ?, open_channels = ? "
             "WHERE acct = ? AND balance = ? AND locked = ?",
             changed,
         ),
@@ -128,6 +192,7 @@ def write(connection: sqlite3.Connection, batch: Batch) -> None:
         ],
     )
     _write_channels(connection, batch, number)
+    connection.executemany("INSERT INTO epochs VALUES (?, ?, ?)", batch.epochs)
     connection.executemany(
         "INSERT INTO requests VALUES (?, ?, ?, ?, ?)",
         [
@@ -207,7 +272,9 @@ def add_up(connection: sqlite3.Connection, batch: Batch, before: Totals) -> Tota
         signed = amount if side == Side.CREDIT else -amount
         by_entry[seq] = by_entry.get(seq, 0) + signed
         moved[acct] = moved.get(acct, 0) + signed
-    if len(by_entry) != len(batch.entries) or any(by_entry.values()):
+    if len(by_entry) != sum(entry.kind not in MOVES_NOTHING for entry in batch.entries) or any(
+        by_entry.values()
+    ):
         raise InvariantBroken("The debits and credits of an entry differ.")
     issued = accounts = channels = locked = 0
     for account in batch.accounts.values():
@@ -266,9 +333,10 @@ def move_head(
         InvariantBroken: Another writer has moved the head.
     """
     done = connection.execute(
-        "UPDATE head SET seq = ?, hash = ?, time_ms = ?, issued = ?, accounts = ?, channels = ?, "
+        "UPDATE head SET epoch = ?, seq = ?, hash = ?, time_ms = ?, issued = ?, accounts = ?, channels = ?, "
         "open_channels = ?, closed_channels = ? WHERE writer = ? AND epoch = ? AND seq = ? AND hash = ?",
         (
+            after.epoch,
             after.seq,
             after.hash,
             after.time_ms,

@@ -1,4 +1,7 @@
-"""Tables of the ledger. Their columns are final; a change is a new schema version with a migration.
+"""Tables of the ledger. A version's tables are final; a change is a new version with a migration.
+
+A new database is made as version 1 and migrated like an old one, so that one path leads to every
+database there is.
 
 Money is int64 base units and every constraint that SQL can state is stated here, so that a defect
 above cannot store broken books. Journal rows can be neither changed nor removed.
@@ -10,7 +13,7 @@ from typing import Final
 
 from btt.sdk.money import SUPPLY
 
-VERSION: Final = 1
+VERSION: Final = 2
 """Stored as SQLite's user_version."""
 
 _MONEY: Final = f"BETWEEN 0 AND {SUPPLY}"
@@ -126,5 +129,30 @@ BEGIN SELECT RAISE(ABORT, 'the journal is append-only'); END;
 CREATE TRIGGER postings_remain BEFORE DELETE ON postings
 BEGIN SELECT RAISE(ABORT, 'the journal is append-only'); END;
 
-PRAGMA user_version = {VERSION};
+PRAGMA user_version = 1;
 """
+
+MIGRATIONS: Final[dict[int, tuple[str, ...]]] = {
+    # 2: limits per account, look-up of what concerns an account or a channel, rotation of keys.
+    1: (
+        f"ALTER TABLE ledger ADD COLUMN max_locked INTEGER NOT NULL DEFAULT {SUPPLY} CHECK (max_locked > 0)",
+        (
+            "ALTER TABLE ledger ADD COLUMN max_open_channels INTEGER NOT NULL DEFAULT 10000 "
+            "CHECK (max_open_channels > 0)"
+        ),
+        (
+            "ALTER TABLE ledger ADD COLUMN min_update_delta INTEGER NOT NULL DEFAULT 1 "
+            "CHECK (min_update_delta > 0)"
+        ),
+        "ALTER TABLE accounts ADD COLUMN open_channels INTEGER NOT NULL DEFAULT 0 CHECK (open_channels >= 0)",
+        (
+            "UPDATE accounts SET open_channels = (SELECT count(*) FROM channels c "
+            "WHERE c.phase <> 3 AND c.payer = substr(accounts.id, 2)) WHERE substr(id, 1, 1) = x'01'"
+        ),
+        "CREATE INDEX postings_by_account ON postings (acct, seq)",
+        "CREATE INDEX entries_by_channel ON entries (substr(body, 1, 32), seq) WHERE kind BETWEEN 4 AND 8",
+        "CREATE INDEX channels_by_k2 ON channels (k2)",
+        "CREATE INDEX channels_by_abandonment ON channels (expires_ms + 2 * challenge_ms) WHERE phase = 1",
+    ),
+}
+"""Statements that lead from a version to the next one; they run in one transaction."""

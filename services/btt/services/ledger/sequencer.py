@@ -9,19 +9,24 @@ answer always stands on the disk.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Final
 
 from btt.sdk.errors import BttError, Draining, InvariantBroken, RateLimited
 from btt.services.ledger.journal import EntryRef
+from btt.services.ledger.mark import INTERVAL, MarkWriter
+from btt.services.ledger.overlay import Batch
 from btt.services.ledger.store import Store
 from btt.services.ledger.verify import Operation
 
 MOST_IN_BATCH: Final = 512
 MOST_QUEUED: Final = 4096
 
+_log = logging.getLogger(__name__)
 _Outcome = EntryRef | BttError
 _Waiting = tuple[Operation, "asyncio.Future[EntryRef]"]
 
@@ -34,11 +39,20 @@ class Sequencer:
     Args:
         store: The books; the sequencer is their only user.
         clock: Unix milliseconds.
+        committed: Called in the event loop with each batch that is durable.
     """
 
-    def __init__(self, store: Store, *, clock: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        store: Store,
+        *,
+        clock: Callable[[], int],
+        committed: Callable[[Batch], None] = lambda batch: None,
+    ) -> None:
         self._store = store
         self._clock = clock
+        self._committed = committed
+        self._last: Batch | None = None
         self._queue: deque[_Waiting] = deque()
         self._wake = asyncio.Event()
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ledger-writer")
@@ -90,7 +104,7 @@ class Sequencer:
         if self._stopping or self._task is None:
             raise Draining("The ledger is stopping.")
         if len(self._queue) >= MOST_QUEUED:
-            raise RateLimited("Too many operations wait for the ledger.")
+            raise RateLimited("Too many operations wait for the ledger.", retry_after=0.5)
         future: asyncio.Future[EntryRef] = asyncio.get_running_loop().create_future()
         self._queue.append((operation, future))
         self._wake.set()
@@ -103,13 +117,15 @@ class Sequencer:
                 if self._stopping:
                     return
                 self._wake.clear()
-                await self._wake.wait()
+                await self._rest()
                 continue
             taken = [self._queue.popleft() for _ in range(min(len(self._queue), MOST_IN_BATCH))]
             # Whoever has gone cannot be told; he asks again with the same request.
             waiting = [item for item in taken if not item[1].done()]
             operations = [operation for operation, _ in waiting]
             outcomes = await loop.run_in_executor(self._writer, self._commit, operations)
+            if self._last is not None:
+                self._committed(self._last)
             for (_, future), outcome in zip(waiting, outcomes, strict=True):
                 if future.done():
                     continue
@@ -118,8 +134,25 @@ class Sequencer:
                 else:
                     future.set_result(outcome)
 
+    async def _rest(self) -> None:
+        """Waits for work; brings the mark up to date when there is none for a while."""
+        while (mark := self._store.mark) is not None and mark.dirty:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(INTERVAL):
+                    await self._wake.wait()
+                return
+            await asyncio.get_running_loop().run_in_executor(self._writer, self._flush, mark)
+        await self._wake.wait()
+
+    def _flush(self, mark: MarkWriter) -> None:
+        try:
+            mark.flush()
+        except BttError as error:
+            _log.warning("%s", error.message)
+
     def _commit(self, operations: list[Operation]) -> list[_Outcome]:
         """Runs in the writer thread; returns one outcome per operation."""
+        self._last = None
         if self.halted is not None:
             return [_again(self.halted) for _ in operations]
         self.batches += 1
@@ -128,6 +161,7 @@ class Sequencer:
             outcomes = [batch.run(operation) for operation in operations]
             if not batch.empty:
                 self._store.commit(batch)
+                self._last = batch
         except BttError as error:
             if isinstance(error, InvariantBroken):
                 self.halted = error

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -12,13 +13,20 @@ import grpc.aio
 
 from btt.proto.ledger.v1.ledger_pb2_grpc import add_LedgerServiceServicer_to_server
 from btt.sdk.errors import ConfigError
+from btt.sdk.keys import Address, PublicKey
 from btt.sdk.ledger.address import LedgerAddress
 from btt.sdk.tls import certificate_sha256, server_credentials
+from btt.services.ledger import genesis
 from btt.services.ledger.folder import LedgerFolder, system_ms
 from btt.services.ledger.genesis import Identity
+from btt.services.ledger.hub import Hub
+from btt.services.ledger.limits import RateLimiter
+from btt.services.ledger.reading import Reader
 from btt.services.ledger.sequencer import Sequencer
 from btt.services.ledger.service import LedgerService
-from btt.services.ledger.store import Reader, Store
+from btt.services.ledger.store import Store
+from btt.services.ledger.sweeper import Sweeper
+from btt.services.ledger.verify import Verifier
 
 MAX_MESSAGE: Final = 64 * 1024
 """Largest message, bytes; the largest honest one is about 500."""
@@ -44,6 +52,10 @@ class LedgerConfig:
         port: TCP port; 0 takes a free one.
         advertise_host: Host in the printed address; the one it listens on by default.
         grace: Seconds that calls may take when the ledger stops.
+        rate: Requests per second that one key may make for ever; reads are counted apart.
+        burst: Requests that one key may make at once.
+        sweep_every: Seconds between rounds that pay out what is due.
+        auditors: Addresses that may read the journal, beside the operator.
     """
 
     folder: Path
@@ -51,6 +63,10 @@ class LedgerConfig:
     port: int = 0
     advertise_host: str | None = None
     grace: float = 5.0
+    rate: float = 200.0
+    burst: int = 1000
+    sweep_every: float = 5.0
+    auditors: tuple[Address, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +77,13 @@ class RunningLedger:
         address: Where, and who it is.
         identity: What it is.
         sequencer: Its order of operations.
+        sweeper: Pays out what is due.
     """
 
     address: LedgerAddress
     identity: Identity
     sequencer: Sequencer
+    sweeper: Sweeper
 
 
 @asynccontextmanager
@@ -86,7 +104,9 @@ async def serve(
     folder = LedgerFolder.open(config.folder)
     store = Store.open(folder.database)
     async with AsyncExitStack() as stack:
-        sequencer = await stack.enter_async_context(Sequencer(store, clock=clock))
+        hub = Hub()
+        sequencer = await stack.enter_async_context(Sequencer(store, clock=clock, committed=hub.publish))
+        folder = folder.settled(store.operator_key)
         service = LedgerService(
             sequencer=sequencer,
             reader=Reader(folder.database),
@@ -94,6 +114,9 @@ async def serve(
             operator_key=folder.operator_key,
             certificates=[certificate_sha256(folder.certificate)],
             clock=clock,
+            hub=hub,
+            limiter=RateLimiter(rate=config.rate, burst=config.burst),
+            auditors=config.auditors,
         )
         stack.callback(service.close)
         server = grpc.aio.server(options=_OPTIONS, maximum_concurrent_rpcs=MAX_CALLS)
@@ -102,13 +125,24 @@ async def serve(
         await server.start()
         # Calls end first, then the reader, then the sequencer with what it still holds.
         stack.push_async_callback(server.stop, config.grace)
+        stack.callback(hub.close)
+        sweeper = Sweeper(due=service.due, sequencer=sequencer, verifier=Verifier(store.identity.ledger_id))
+        sweeping = asyncio.create_task(sweeper.run(config.sweep_every), name="ledger-sweeper")
+        stack.push_async_callback(_cancel, sweeping)
         address = LedgerAddress(
-            folder.operator_key.address,
+            # The address names the first operator for ever; clients follow the hand-overs from there.
+            PublicKey(genesis.operator_key(store.identity.genesis)).address,
             config.advertise_host or config.host,
             port,
             store.identity.ledger_id,
         )
-        yield RunningLedger(address, store.identity, sequencer)
+        yield RunningLedger(address, store.identity, sequencer, sweeper)
+
+
+async def _cancel(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    with suppress(asyncio.CancelledError):
+        await task
 
 
 def _listen(server: grpc.aio.Server, config: LedgerConfig, folder: LedgerFolder) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, TypeVar
 
@@ -18,24 +18,40 @@ from btt.proto.ledger.v1 import ledger_pb2 as pb
 from btt.proto.ledger.v1.ledger_pb2_grpc import LedgerServiceServicer
 from btt.sdk.errors import (
     BttError,
-    ChannelUnknown,
     InternalError,
     InvariantBroken,
     RequestExpired,
     SignerMismatch,
 )
-from btt.sdk.keys import PrivateKey
+from btt.sdk.keys import Address, PrivateKey, PublicKey
 from btt.sdk.rpc import abort
-from btt.sdk.signing import ChannelClose, Query, Receipt, sign, sign_document
-from btt.services.ledger.books import HOUR_MS, check_close
+from btt.sdk.signing import (
+    ChannelClose,
+    ChannelFinalize,
+    ChannelUpdate,
+    Query,
+    Receipt,
+    sign,
+    sign_document,
+)
+from btt.services.ledger import watching
+from btt.services.ledger.books import HOUR_MS
 from btt.services.ledger.genesis import Identity
-from btt.services.ledger.journal import EntryRef
+from btt.services.ledger.hub import Hub
+from btt.services.ledger.journal import Entry, EntryRef
+from btt.services.ledger.limits import RateLimiter
+from btt.services.ledger.machine import Channel
+from btt.services.ledger.reading import Reader
+from btt.services.ledger.rules import check_close, check_update, known
 from btt.services.ledger.sequencer import Sequencer
-from btt.services.ledger.store import Reader
 from btt.services.ledger.verify import Operation, Verifier, public_key
 
 LONGEST_QUERY_MS: Final = HOUR_MS
 """A query may not be valid for longer than this from now."""
+
+_HEARTBEAT: Final = 30.0
+_QUERY: Final = b"query "
+"""Reads have a bucket of their own: a key that asks a lot can still close its channels."""
 
 _log = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
@@ -52,6 +68,9 @@ class LedgerService(LedgerServiceServicer):
         operator_key: Signs receipts and documents.
         certificates: SHA-256 of the DER certificates: current, then next.
         clock: Unix milliseconds.
+        hub: Wakes watchers.
+        limiter: Bounds what one key may ask.
+        auditors: Who may read the journal, beside the operator.
     """
 
     def __init__(
@@ -63,7 +82,13 @@ class LedgerService(LedgerServiceServicer):
         operator_key: PrivateKey,
         certificates: Sequence[bytes],
         clock: Callable[[], int],
+        hub: Hub,
+        limiter: RateLimiter,
+        auditors: Iterable[Address] = (),
     ) -> None:
+        self._hub = hub
+        self._limiter = limiter
+        self._auditors = frozenset((operator_key.address, *auditors))
         self._sequencer = sequencer
         self._reader = reader
         self._identity = identity
@@ -72,6 +97,7 @@ class LedgerService(LedgerServiceServicer):
         self._clock = clock
         self._verifier = Verifier(identity.ledger_id)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ledger-reader")
+        self._rotations = [_rotation(entry) for entry in reader.rotations()]
 
     def close(self) -> None:
         """Ends the reader's thread and closes its connection."""
@@ -129,6 +155,82 @@ class LedgerService(LedgerServiceServicer):
         """Closes a channel for the payee."""
         return await self._answer(context, self._close(request))
 
+    async def TopUpChannel(  # noqa: N802
+        self, request: pb.TopUpChannelRequest, context: _Context
+    ) -> pb.TopUpChannelResponse:
+        """Locks more money in a channel."""
+
+        async def top_up() -> pb.TopUpChannelResponse:
+            signed = request.top_up
+            operation = self._verifier.top_up(
+                signed.body, signer=signed.public_key, signature=signed.signature
+            )
+            return pb.TopUpChannelResponse(receipt=await self._submit(operation))
+
+        return await self._answer(context, top_up())
+
+    async def SubmitUpdate(  # noqa: N802
+        self, request: pb.SubmitUpdateRequest, context: _Context
+    ) -> pb.SubmitUpdateResponse:
+        """Keeps the highest update of a channel."""
+        return await self._answer(context, self._update(request))
+
+    async def RequestClose(  # noqa: N802
+        self, request: pb.RequestCloseRequest, context: _Context
+    ) -> pb.RequestCloseResponse:
+        """Starts the challenge window, for the payer."""
+
+        async def request_close() -> pb.RequestCloseResponse:
+            signed = request.request
+            operation = self._verifier.request_close(
+                signed.body, signer=signed.public_key, signature=signed.signature
+            )
+            return pb.RequestCloseResponse(receipt=await self._submit(operation))
+
+        return await self._answer(context, request_close())
+
+    async def FinalizeChannel(  # noqa: N802
+        self, request: pb.FinalizeChannelRequest, context: _Context
+    ) -> pb.FinalizeChannelResponse:
+        """Pays out a channel that is due."""
+
+        async def finalize() -> pb.FinalizeChannelResponse:
+            operation = self._verifier.finalize(ChannelFinalize(channel=request.channel_id).encode())
+            known(await self._read(self._reader.channel, operation.channel_id))
+            return pb.FinalizeChannelResponse(receipt=await self._submit(operation))
+
+        return await self._answer(context, finalize())
+
+    async def Watch(  # noqa: N802
+        self, request: pb.WatchRequest, context: _Context
+    ) -> AsyncIterator[pb.WatchResponse]:
+        """Tells what happens to an account or a channel."""
+        pages = self._watch(request)
+        try:
+            while (page := await self._answer(context, anext(pages, None))) is not None:
+                yield page
+        finally:
+            await pages.aclose()
+
+    async def GetEntries(  # noqa: N802
+        self, request: pb.GetEntriesRequest, context: _Context
+    ) -> pb.GetEntriesResponse:
+        """Reads a page of the journal, for the operator and its auditors."""
+
+        async def entries() -> pb.GetEntriesResponse:
+            query, _, _ = await self._query(request.query)
+            if query.subject != self._identity.ledger_id:
+                raise SignerMismatch("The journal is asked for by the ledger's id.")
+            if public_key(request.query.public_key).address not in self._auditors:
+                raise SignerMismatch("The journal is read by the operator and the auditors it names.")
+            after = min(request.after_seq, 2**62)
+            found = await self._read(self._reader.entries, after, watching.MOST_ENTRIES)
+            return pb.GetEntriesResponse(
+                entries=map(watching.journal_entry, found), genesis=self._identity.genesis
+            )
+
+        return await self._answer(context, entries())
+
     async def GetTotals(self, request: pb.GetTotalsRequest, context: _Context) -> pb.GetTotalsResponse:  # noqa: N802
         """Reads the sums of the books."""
 
@@ -166,6 +268,7 @@ class LedgerService(LedgerServiceServicer):
         return max(self._clock(), head.time_ms)
 
     async def _submit(self, operation: Operation) -> pb.LedgerReceipt:
+        self._limiter.charge(operation.signer or operation.digest)
         return self._receipt(await self._sequencer.submit(operation))
 
     def _receipt(self, entry: EntryRef) -> pb.LedgerReceipt:
@@ -199,6 +302,11 @@ class LedgerService(LedgerServiceServicer):
             time_ms=max(self._clock(), head.time_ms),
             head_seq=head.seq,
             head_hash=head.hash,
+            rotations=self._rotations,
+            open_fee=terms.open_fee,
+            max_locked=terms.max_locked,
+            max_open_channels=terms.max_open_channels,
+            min_update_delta=terms.min_update_delta,
         )
         return pb.GetInfoResponse(info=self._document("LedgerInfo", info.SerializeToString()))
 
@@ -209,6 +317,7 @@ class LedgerService(LedgerServiceServicer):
         query, digest = self._verifier.query(
             signed.body, signer=signed.public_key, signature=signed.signature
         )
+        self._limiter.charge(_QUERY + signed.public_key)
         now_ms = await self._now_ms()
         if not now_ms < query.valid_until_ms <= now_ms + LONGEST_QUERY_MS:
             raise RequestExpired(f"The query's valid_until is not within an hour after {now_ms}.")
@@ -229,14 +338,15 @@ class LedgerService(LedgerServiceServicer):
         )
         return pb.GetAccountResponse(account=self._document("AccountState", state.SerializeToString()))
 
-    async def _channel(self, signed: pb.SignedBody) -> pb.GetChannelResponse:
-        query, digest, now_ms = await self._query(signed)
-        channel = await self._read(self._reader.channel, query.subject)
-        if channel is None:
-            raise ChannelUnknown("There is no such channel.")
-        key = public_key(signed.public_key)
+    async def _own_channel(self, channel_id: bytes, key: PublicKey) -> Channel:
+        channel = known(await self._read(self._reader.channel, channel_id))
         if key.data not in (channel.k1, channel.k2) and key.address.data != channel.payer:
             raise SignerMismatch("A channel is read with the payer's account key, K1 or K2.")
+        return channel
+
+    async def _channel(self, signed: pb.SignedBody) -> pb.GetChannelResponse:
+        query, digest, now_ms = await self._query(signed)
+        channel = await self._own_channel(query.subject, public_key(signed.public_key))
         state = pb.ChannelState(
             query_digest=digest,
             channel_id=channel.id,
@@ -247,6 +357,7 @@ class LedgerService(LedgerServiceServicer):
             captured=channel.captured,
             deadline_ms=channel.deadline_ms,
             time_ms=now_ms,
+            best_signature=channel.best_signature,
         )
         return pb.GetChannelResponse(channel=self._document("ChannelState", state.SerializeToString()))
 
@@ -268,3 +379,55 @@ class LedgerService(LedgerServiceServicer):
             k1=channel.k1,
         )
         return pb.CloseChannelResponse(receipt=await self._submit(operation))
+
+    async def _update(self, request: pb.SubmitUpdateRequest) -> pb.SubmitUpdateResponse:
+        channel = check_update(
+            await self._read(self._reader.channel, request.channel_id), cumulative=request.cumulative
+        )
+        message = ChannelUpdate(channel=channel.id, cumulative=request.cumulative)
+        operation = self._verifier.update(message.encode(), k1=channel.k1, signature=request.update_signature)
+        return pb.SubmitUpdateResponse(receipt=await self._submit(operation))
+
+    async def _watch(self, request: pb.WatchRequest) -> AsyncGenerator[pb.WatchResponse, None]:
+        query, digest, now_ms = await self._query(request.query)
+        key = public_key(request.query.public_key)
+        channel = None
+        if query.subject != bytes(12) + key.address.data:
+            channel = (await self._own_channel(query.subject, key)).id
+        found = watching.pages(
+            self._hub,
+            self._events,
+            channel=channel,
+            key=key,
+            after=min(request.after_seq, 2**62),
+            seconds=(query.valid_until_ms - now_ms) / 1000,
+            heartbeat=_HEARTBEAT,
+        )
+        async for events, seen_seq in found:
+            page = pb.LedgerEvents(
+                query_digest=digest, events=events, seen_seq=seen_seq, time_ms=await self._now_ms()
+            )
+            yield pb.WatchResponse(events=self._document("LedgerEvents", page.SerializeToString()))
+
+    async def _events(
+        self, channel: bytes | None, key: PublicKey, after: int
+    ) -> tuple[list[tuple[int, int, int, bytes, bytes, bytes]], int]:
+        def read() -> tuple[list[tuple[int, int, int, bytes, bytes, bytes]], int]:
+            return self._reader.events(channel=channel, key=key, after=after, most=watching.MOST_EVENTS)
+
+        return await self._read(read)
+
+    async def due(self, most: int) -> list[bytes]:
+        """Returns ids of at most `most` channels (of each phase) that anybody may pay out now."""
+        return await self._read(self._reader.due, await self._now_ms(), most)
+
+
+def _rotation(entry: Entry) -> pb.OperatorRotation:
+    proof = entry.signatures
+    return pb.OperatorRotation(
+        body=entry.body,
+        old_key=proof[:33],
+        old_signature=proof[33:98],
+        new_signature=proof[98:],
+        seq=entry.seq,
+    )

@@ -9,47 +9,39 @@ out by a lock file, and a writer that lost its lease cannot commit.
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import secrets
 import sqlite3
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import closing, suppress
 from dataclasses import astuple
 from pathlib import Path
 from typing import Final
 
-from btt.sdk.errors import BttError, ConfigError, InvariantBroken, StorageError
+from btt.sdk.errors import (
+    ConfigError,
+    LedgerRolledBack,
+    SignerMismatch,
+    StorageError,
+)
 from btt.sdk.keys import Address, PrivateKey
 from btt.sdk.money import SUPPLY
-from btt.sdk.signing import document_digest
-from btt.services.ledger import books, genesis, rows, schema
-from btt.services.ledger.books import Account, Channel, Request, Terms
+from btt.sdk.signing import KeyRotation, document_digest
+from btt.services.ledger import genesis, mark, rows, schema
+from btt.services.ledger.books import Account, Effect, Request, Terms
 from btt.services.ledger.check import check_books
 from btt.services.ledger.genesis import Identity
-from btt.services.ledger.journal import NO_HASH, EntryRef, Head
+from btt.services.ledger.journal import NO_HASH, EntryRef, Head, Kind
+from btt.services.ledger.machine import Channel
+from btt.services.ledger.mark import MarkWriter
 from btt.services.ledger.overlay import Batch
-from btt.services.ledger.rows import Totals
+from btt.services.ledger.reading import connect, storage
 
+_log = logging.getLogger(__name__)
 _MOST_CACHED: Final = 100_000
 _PURGE_EVERY_MS: Final = 60_000
 _MOST_PURGED: Final = 1_000
-_PRAGMAS: Final = (
-    "PRAGMA synchronous = FULL",
-    "PRAGMA foreign_keys = ON",
-    "PRAGMA busy_timeout = 5000",
-    "PRAGMA trusted_schema = OFF",
-)
-
-
-def _connect(path: Path, *, read_only: bool = False) -> sqlite3.Connection:
-    uri = f"{path.absolute().as_uri()}?mode={'ro' if read_only else 'rw'}"
-    try:
-        connection = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False)
-        for pragma in _PRAGMAS:
-            connection.execute(pragma)
-    except sqlite3.Error as error:
-        raise StorageError(f"The ledger's database {path} cannot be opened: {error}.") from error
-    return connection
 
 
 def create(
@@ -91,12 +83,13 @@ def create(
         leftover.unlink(missing_ok=True)
     try:
         os.close(os.open(unfinished, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
-        with closing(_connect(unfinished)) as connection:
+        with closing(connect(unfinished)) as connection:
             connection.execute("PRAGMA journal_mode = WAL")
             connection.executescript(schema.TABLES)
+            _migrate(connection)
             connection.execute("BEGIN IMMEDIATE")
             connection.execute(
-                "INSERT INTO ledger VALUES (1, ?, ?, ?, 1, ?, ?, ?, ?, ?)",
+                "INSERT INTO ledger VALUES (1, ?, ?, ?, 1, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (identity.ledger_id, description, name, *astuple(terms)),
             )
             connection.execute("INSERT INTO epochs VALUES (1, ?, 1)", (operator_key.public.data,))
@@ -136,6 +129,7 @@ class Store:
 
     def __init__(self, path: Path, connection: sqlite3.Connection, lock: int) -> None:
         self.path = path
+        self._mark: MarkWriter | None = None
         self._connection = connection
         self._lock = lock
         self._next_account = 1
@@ -163,13 +157,18 @@ class Store:
         lock = _take_lock(path)
         connection = None
         try:
-            connection = _connect(path)
-            with _storage():
-                _check_version(connection)
+            connection = connect(path)
+            with storage():
+                connection.execute("PRAGMA journal_mode = WAL")  # a restored backup is not in it
+                _migrate(connection)
                 check_books(connection)
                 store = cls(path, connection, lock)
+                _check_mark(connection, path)
                 connection.execute("UPDATE head SET writer = ?", (store._writer,))
                 store.reload()
+            if store.head.seq:
+                store._mark = MarkWriter(mark.path_of(path))
+                store._mark.note(store.head)
         except BaseException:
             if connection is not None:
                 connection.close()
@@ -178,9 +177,22 @@ class Store:
         return store
 
     def close(self) -> None:
-        """Closes the books and gives up the lock."""
-        self._connection.close()
-        os.close(self._lock)
+        """Closes the books and gives up the lock.
+
+        Raises:
+            StorageError: The mark could not be written.
+        """
+        try:
+            if self._mark is not None:
+                self._mark.close()
+        finally:
+            self._connection.close()
+            os.close(self._lock)
+
+    @property
+    def mark(self) -> MarkWriter | None:
+        """The high-water mark; None while the ledger is being made."""
+        return self._mark
 
     def __enter__(self) -> Store:
         return self
@@ -206,7 +218,7 @@ class Store:
         """
         self._accounts.clear()
         self._channels.clear()
-        with _storage():
+        with storage():
             if self._connection.in_transaction:
                 self._connection.execute("ROLLBACK")
             self._head, self._totals = rows.read_head(self._connection)
@@ -219,7 +231,7 @@ class Store:
         """Returns a committed account."""
         found = self._accounts.get(account)
         if found is None:
-            with _storage():
+            with storage():
                 found = rows.read_account(self._connection, account)
             if found is not None:
                 self._accounts[account] = found
@@ -229,7 +241,7 @@ class Store:
         """Returns a committed channel."""
         found = self._channels.get(channel_id)
         if found is None:
-            with _storage():
+            with storage():
                 found = rows.read_channel(self._connection, channel_id)
             if found is not None:
                 self._channels[channel_id] = found
@@ -238,12 +250,12 @@ class Store:
     def request(self, account: bytes, request_id: bytes) -> Request | None:
         """Returns what became of a request id."""
         owner = self.account(account)
-        with _storage():
+        with storage():
             return rows.read_request(self._connection, owner, request_id) if owner else None
 
     def entry(self, request_digest: bytes) -> EntryRef | None:
         """Returns the entry that a request made."""
-        with _storage():
+        with storage():
             return rows.read_entry(self._connection, request_digest)
 
     def begin(self, clock_ms: int) -> Batch:
@@ -272,7 +284,7 @@ class Store:
         connection = self._connection
         self._stale = True
         try:
-            with _storage():
+            with storage():
                 connection.execute("BEGIN IMMEDIATE")
                 rows.write(connection, batch)
                 totals = rows.add_up(connection, batch, self._totals)
@@ -292,6 +304,50 @@ class Store:
         self._head, self._totals = batch.head, totals
         self._next_account = batch.next_account
         self._stale = False
+        if self._mark is not None:
+            try:
+                self._mark.note(self._head)
+            except StorageError as error:
+                # The batch is durable, so it is no failure of it; the next commit tries again.
+                _log.warning("%s", error.message)
+
+    def rotate(self, next_key: PrivateKey, operator_key: PrivateKey, *, clock_ms: int) -> EntryRef:
+        """Hands the ledger to a new operator key; what follows belongs to a new epoch.
+
+        Args:
+            next_key: Signs from now on.
+            operator_key: The current one.
+            clock_ms: What the clock says.
+
+        Returns:
+            The entry that says so, the last one of the old key.
+
+        Raises:
+            SignerMismatch: `operator_key` is not the ledger's current key.
+            StorageError: The disk failed.
+        """
+        batch = self.begin(clock_ms)
+        if operator_key.public.data != self.operator_key:
+            raise SignerMismatch("A ledger is handed over by its current operator key.")
+        message = KeyRotation(epoch=self.head.epoch + 1, next_key=next_key.public)
+        digest = message.digest(self.identity.ledger_id)
+        entry = batch.absorb(
+            Effect(Kind.ROTATE_KEY, ()),
+            digest=digest,
+            body=message.encode(),
+            signatures=operator_key.public.data + operator_key.sign(digest) + next_key.sign(digest),
+        )
+        batch.begin_epoch(next_key.public.data)
+        self.commit(batch)
+        if self._mark is not None:
+            self._mark.flush()
+        return entry
+
+    @property
+    def operator_key(self) -> bytes:
+        """The key that signs for the ledger now, 33 bytes."""
+        with storage():
+            return rows.read_epochs(self._connection)[-1][1]
 
     def _purge(self, now_ms: int) -> None:
         if now_ms < self._next_purge_ms:
@@ -301,52 +357,40 @@ class Store:
             self._next_purge_ms = now_ms + _PURGE_EVERY_MS
 
 
-class Reader:
-    """Reads the committed books beside the writer. Not thread-safe.
-
-    Args:
-        path: Of the database.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._connection = _connect(path, read_only=True)
-
-    def close(self) -> None:
-        """Closes the connection."""
-        self._connection.close()
-
-    def head(self) -> tuple[Head, Totals]:
-        """Returns the end of the journal and the sums of the books at that moment."""
-        with _storage():
-            return rows.read_head(self._connection)
-
-    def account(self, address: bytes) -> Account | None:
-        """Returns the account of an address (20 bytes)."""
-        with _storage():
-            return rows.read_account(self._connection, books.user(address))
-
-    def channel(self, channel_id: bytes) -> Channel | None:
-        """Returns a channel (id of 32 bytes)."""
-        with _storage():
-            return rows.read_channel(self._connection, channel_id)
+def _check_mark(connection: sqlite3.Connection, path: Path) -> None:
+    """Refuses books that are older than what the mark remembers, or another history than its."""
+    noted = mark.read(mark.path_of(path))
+    if noted is None:
+        return
+    found = connection.execute("SELECT hash FROM entries WHERE seq = ?", (noted.seq,)).fetchone()
+    if found is not None and found[0] == noted.hash:
+        return
+    head, _ = rows.read_head(connection)
+    raise LedgerRolledBack(
+        f"The database at {path} ends with entry {head.seq}, but this ledger had come to entry {noted.seq}."
+        if head.seq < noted.seq
+        else f"The database at {path} tells another history than the one that came to entry {noted.seq}."
+    )
 
 
-@contextmanager
-def _storage() -> Iterator[None]:
-    try:
-        yield
-    except BttError:
-        raise
-    except sqlite3.IntegrityError as error:
-        raise InvariantBroken(f"The books would be inconsistent: {error}.") from error
-    except (sqlite3.Error, OSError) as error:
-        raise StorageError(f"The ledger's database failed: {error}.") from error
-
-
-def _check_version(connection: sqlite3.Connection) -> None:
-    version = connection.execute("PRAGMA user_version").fetchone()[0]
-    if version != schema.VERSION:
-        raise ConfigError(f"The ledger's database has schema {version}; this program knows {schema.VERSION}.")
+def _migrate(connection: sqlite3.Connection) -> None:
+    """Brings the tables to this program's version, or leaves them as they are."""
+    while (version := connection.execute("PRAGMA user_version").fetchone()[0]) != schema.VERSION:
+        if version not in schema.MIGRATIONS:
+            raise ConfigError(
+                f"The ledger's database has schema {version}; this program knows {schema.VERSION}.",
+                hint="Use the program that wrote it, or a newer one.",
+            )
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            for statement in schema.MIGRATIONS[version]:
+                connection.execute(statement)
+            connection.execute(f"PRAGMA user_version = {version + 1}")
+            connection.execute("COMMIT")
+        except BaseException:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            raise
 
 
 def _take_lock(path: Path) -> int:

@@ -16,10 +16,13 @@ from btt.sdk.keys import PublicKey
 from btt.sdk.signing import (
     ChannelClose,
     ChannelCommit,
+    ChannelFinalize,
     ChannelRefund,
     ChannelUpdate,
+    CloseRequest,
     Message,
     Query,
+    TopUp,
     Transfer,
 )
 
@@ -88,6 +91,46 @@ class CloseOperation(Operation):
     cumulative: int
     update_signature: bytes
     k1: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TopUpOperation(Operation):
+    """A top-up. Signatures: signer33, signature65. `owner` is the address of the signer."""
+
+    owner: bytes
+    channel_id: bytes
+    amount: int
+    request_id: bytes
+    valid_until_ms: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpdateOperation(Operation):
+    """A T3 shown to the ledger by anyone who holds it. Signatures: k1 33, signature65.
+
+    The books compare `signer` with the channel's K1.
+    """
+
+    channel_id: bytes
+    cumulative: int
+    signature: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestCloseOperation(Operation):
+    """The payer's wish to close. Signatures: signer33, signature65. `owner` is the signer's address."""
+
+    owner: bytes
+    channel_id: bytes
+    request_id: bytes
+    valid_until_ms: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinalizeOperation(Operation):
+    """Pays out what is due; nobody signs it, and there are no signatures."""
+
+    channel_id: bytes
 
 
 @lru_cache(maxsize=8192)
@@ -236,6 +279,104 @@ class Verifier:
             cumulative=cumulative,
             update_signature=update_signature,
             k1=k1,
+            seal=_SEAL,
+        )
+
+    def top_up(self, body: bytes, *, signer: bytes, signature: bytes) -> TopUpOperation:
+        """Verifies a top-up; whose channel it is, the books know.
+
+        Args:
+            body: Canonical TopUp.
+            signer: Public key of the payer's account, 33 bytes.
+            signature: 65 bytes.
+
+        Raises:
+            InvalidRequest: Malformed, or nothing is added.
+            SignatureInvalid: The key did not sign this.
+        """
+        message = TopUp.decode(body)
+        if message.amount < 1:
+            raise InvalidRequest("A top up adds at least one base unit.")
+        return TopUpOperation(
+            digest=self._check(signer, message, signature),
+            body=body,
+            signatures=signer + signature,
+            signer=signer,
+            owner=public_key(signer).address.data,
+            channel_id=message.channel,
+            amount=int(message.amount),
+            request_id=message.request_id,
+            valid_until_ms=message.valid_until_ms,
+            seal=_SEAL,
+        )
+
+    def update(self, body: bytes, *, k1: bytes, signature: bytes) -> UpdateOperation:
+        """Verifies a T3; anyone may show it.
+
+        Args:
+            body: Canonical ChannelUpdate.
+            k1: The channel's K1, 33 bytes.
+            signature: K1 over it, 65 bytes.
+
+        Raises:
+            InvalidRequest: Malformed, or it pays nothing.
+            SignatureInvalid: K1 did not sign this.
+        """
+        message = ChannelUpdate.decode(body)
+        if message.cumulative < 1:
+            raise InvalidRequest("An update pays at least one base unit.")
+        return UpdateOperation(
+            digest=self._check(k1, message, signature),
+            body=body,
+            signatures=k1 + signature,
+            signer=k1,
+            channel_id=message.channel,
+            cumulative=int(message.cumulative),
+            signature=signature,
+            seal=_SEAL,
+        )
+
+    def request_close(self, body: bytes, *, signer: bytes, signature: bytes) -> RequestCloseOperation:
+        """Verifies a payer's wish to close; whose channel it is, the books know.
+
+        Args:
+            body: Canonical CloseRequest.
+            signer: Public key of the payer's account, 33 bytes.
+            signature: 65 bytes.
+
+        Raises:
+            InvalidRequest: Malformed.
+            SignatureInvalid: The key did not sign this.
+        """
+        message = CloseRequest.decode(body)
+        return RequestCloseOperation(
+            digest=self._check(signer, message, signature),
+            body=body,
+            signatures=signer + signature,
+            signer=signer,
+            owner=public_key(signer).address.data,
+            channel_id=message.channel,
+            request_id=message.request_id,
+            valid_until_ms=message.valid_until_ms,
+            seal=_SEAL,
+        )
+
+    def finalize(self, body: bytes) -> FinalizeOperation:
+        """Reads a finalize, which nobody signs.
+
+        Args:
+            body: Canonical ChannelFinalize.
+
+        Raises:
+            InvalidRequest: Malformed.
+        """
+        message = ChannelFinalize.decode(body)
+        return FinalizeOperation(
+            digest=message.digest(self.ledger_id),
+            body=body,
+            signatures=b"",
+            signer=b"",
+            channel_id=message.channel,
             seal=_SEAL,
         )
 

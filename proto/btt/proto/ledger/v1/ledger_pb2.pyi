@@ -51,6 +51,58 @@ CHANNEL_PHASE_CLOSED: ChannelPhase.ValueType  # 3
 """Paid out."""
 Global___ChannelPhase: _TypeAlias = ChannelPhase  # noqa: Y015
 
+class _EntryKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _EntryKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EntryKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ENTRY_KIND_UNSPECIFIED: _EntryKind.ValueType  # 0
+    """Not set."""
+    ENTRY_KIND_GENESIS: _EntryKind.ValueType  # 1
+    """The issue that started the books."""
+    ENTRY_KIND_TRANSFER: _EntryKind.ValueType  # 2
+    """A transfer."""
+    ENTRY_KIND_OPEN_CHANNEL: _EntryKind.ValueType  # 3
+    """A channel was opened."""
+    ENTRY_KIND_CLOSE_CHANNEL: _EntryKind.ValueType  # 4
+    """The payee closed a channel."""
+    ENTRY_KIND_TOP_UP: _EntryKind.ValueType  # 5
+    """A channel was topped up."""
+    ENTRY_KIND_UPDATE: _EntryKind.ValueType  # 6
+    """A higher update was shown."""
+    ENTRY_KIND_REQUEST_CLOSE: _EntryKind.ValueType  # 7
+    """The payer asked to close a channel."""
+    ENTRY_KIND_FINALIZE: _EntryKind.ValueType  # 8
+    """A channel was paid out after its window."""
+    ENTRY_KIND_ROTATE_KEY: _EntryKind.ValueType  # 9
+    """The operator's key was changed."""
+
+class EntryKind(_EntryKind, metaclass=_EntryKindEnumTypeWrapper):
+    """What a journal entry records."""
+
+ENTRY_KIND_UNSPECIFIED: EntryKind.ValueType  # 0
+"""Not set."""
+ENTRY_KIND_GENESIS: EntryKind.ValueType  # 1
+"""The issue that started the books."""
+ENTRY_KIND_TRANSFER: EntryKind.ValueType  # 2
+"""A transfer."""
+ENTRY_KIND_OPEN_CHANNEL: EntryKind.ValueType  # 3
+"""A channel was opened."""
+ENTRY_KIND_CLOSE_CHANNEL: EntryKind.ValueType  # 4
+"""The payee closed a channel."""
+ENTRY_KIND_TOP_UP: EntryKind.ValueType  # 5
+"""A channel was topped up."""
+ENTRY_KIND_UPDATE: EntryKind.ValueType  # 6
+"""A higher update was shown."""
+ENTRY_KIND_REQUEST_CLOSE: EntryKind.ValueType  # 7
+"""The payer asked to close a channel."""
+ENTRY_KIND_FINALIZE: EntryKind.ValueType  # 8
+"""A channel was paid out after its window."""
+ENTRY_KIND_ROTATE_KEY: EntryKind.ValueType  # 9
+"""The operator's key was changed."""
+Global___EntryKind: _TypeAlias = EntryKind  # noqa: Y015
+
 @_typing.final
 class SignedBody(_message.Message):
     """A canonical body with the signature of one key."""
@@ -108,6 +160,44 @@ class LedgerReceipt(_message.Message):
 Global___LedgerReceipt: _TypeAlias = LedgerReceipt  # noqa: Y015
 
 @_typing.final
+class OperatorRotation(_message.Message):
+    """One hand-over of the operator's key."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BODY_FIELD_NUMBER: _builtins.int
+    OLD_KEY_FIELD_NUMBER: _builtins.int
+    OLD_SIGNATURE_FIELD_NUMBER: _builtins.int
+    NEW_SIGNATURE_FIELD_NUMBER: _builtins.int
+    SEQ_FIELD_NUMBER: _builtins.int
+    body: _builtins.bytes
+    """A canonical KeyRotation."""
+    old_key: _builtins.bytes
+    """Compressed public key that handed over, 33 bytes."""
+    old_signature: _builtins.bytes
+    """Signature of the old key, 65 bytes."""
+    new_signature: _builtins.bytes
+    """Signature of the new key, 65 bytes."""
+    seq: _builtins.int
+    """Number of the journal entry; the old key signs nothing after it."""
+    def __init__(
+        self,
+        *,
+        body: _builtins.bytes = ...,
+        old_key: _builtins.bytes = ...,
+        old_signature: _builtins.bytes = ...,
+        new_signature: _builtins.bytes = ...,
+        seq: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "new_signature", b"new_signature", "old_key", b"old_key", "old_signature", b"old_signature", "seq", b"seq"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OperatorRotation: _TypeAlias = OperatorRotation  # noqa: Y015
+
+@_typing.final
 class LedgerInfo(_message.Message):
     """What a ledger is; the payload of a SignedDocument with tag "btt/v1/secp256k1/LedgerInfo"."""
 
@@ -126,6 +216,11 @@ class LedgerInfo(_message.Message):
     TIME_MS_FIELD_NUMBER: _builtins.int
     HEAD_SEQ_FIELD_NUMBER: _builtins.int
     HEAD_HASH_FIELD_NUMBER: _builtins.int
+    ROTATIONS_FIELD_NUMBER: _builtins.int
+    OPEN_FEE_FIELD_NUMBER: _builtins.int
+    MAX_LOCKED_FIELD_NUMBER: _builtins.int
+    MAX_OPEN_CHANNELS_FIELD_NUMBER: _builtins.int
+    MIN_UPDATE_DELTA_FIELD_NUMBER: _builtins.int
     ledger_id: _builtins.bytes
     """32 bytes."""
     name: _builtins.str
@@ -150,9 +245,21 @@ class LedgerInfo(_message.Message):
     """Sequence number of the last journal entry."""
     head_hash: _builtins.bytes
     """Hash of the last journal entry, 32 bytes."""
+    open_fee: _builtins.int
+    """What an opening costs, base units."""
+    max_locked: _builtins.int
+    """Most that an account may have locked in channels, base units."""
+    max_open_channels: _builtins.int
+    """Most channels that an account may have open."""
+    min_update_delta: _builtins.int
+    """Smallest raise of a stored update while a channel is open, base units."""
     @_builtins.property
     def certificate_sha256(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
         """SHA-256 of the DER certificates the ledger answers with: current, then next."""
+
+    @_builtins.property
+    def rotations(self) -> _containers.RepeatedCompositeFieldContainer[Global___OperatorRotation]:
+        """How the operator's key came from the first one to `operator_key`, in order."""
 
     def __init__(
         self,
@@ -170,10 +277,15 @@ class LedgerInfo(_message.Message):
         time_ms: _builtins.int = ...,
         head_seq: _builtins.int = ...,
         head_hash: _builtins.bytes = ...,
+        rotations: _abc.Iterable[Global___OperatorRotation] | None = ...,
+        open_fee: _builtins.int = ...,
+        max_locked: _builtins.int = ...,
+        max_open_channels: _builtins.int = ...,
+        min_update_delta: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["certificate_sha256", b"certificate_sha256", "epoch", b"epoch", "head_hash", b"head_hash", "head_seq", b"head_seq", "ledger_id", b"ledger_id", "max_challenge_ms", b"max_challenge_ms", "max_lifetime_ms", b"max_lifetime_ms", "min_challenge_ms", b"min_challenge_ms", "min_lifetime_ms", b"min_lifetime_ms", "name", b"name", "operator_key", b"operator_key", "time_ms", b"time_ms", "unbacked", b"unbacked"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["certificate_sha256", b"certificate_sha256", "epoch", b"epoch", "head_hash", b"head_hash", "head_seq", b"head_seq", "ledger_id", b"ledger_id", "max_challenge_ms", b"max_challenge_ms", "max_lifetime_ms", b"max_lifetime_ms", "max_locked", b"max_locked", "max_open_channels", b"max_open_channels", "min_challenge_ms", b"min_challenge_ms", "min_lifetime_ms", b"min_lifetime_ms", "min_update_delta", b"min_update_delta", "name", b"name", "open_fee", b"open_fee", "operator_key", b"operator_key", "rotations", b"rotations", "time_ms", b"time_ms", "unbacked", b"unbacked"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -325,6 +437,7 @@ class ChannelState(_message.Message):
     CAPTURED_FIELD_NUMBER: _builtins.int
     DEADLINE_MS_FIELD_NUMBER: _builtins.int
     TIME_MS_FIELD_NUMBER: _builtins.int
+    BEST_SIGNATURE_FIELD_NUMBER: _builtins.int
     query_digest: _builtins.bytes
     """Digest of the query this answers, 32 bytes."""
     channel_id: _builtins.bytes
@@ -343,6 +456,8 @@ class ChannelState(_message.Message):
     """End of the challenge window, Unix milliseconds; 0 unless CLOSING."""
     time_ms: _builtins.int
     """Ledger time, Unix milliseconds."""
+    best_signature: _builtins.bytes
+    """Signature of K1 over the ChannelUpdate of `best`, 65 bytes; empty when best is 0."""
     def __init__(
         self,
         *,
@@ -355,10 +470,11 @@ class ChannelState(_message.Message):
         captured: _builtins.int = ...,
         deadline_ms: _builtins.int = ...,
         time_ms: _builtins.int = ...,
+        best_signature: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["best", b"best", "captured", b"captured", "channel_id", b"channel_id", "commit", b"commit", "deadline_ms", b"deadline_ms", "deposit", b"deposit", "phase", b"phase", "query_digest", b"query_digest", "time_ms", b"time_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["best", b"best", "best_signature", b"best_signature", "captured", b"captured", "channel_id", b"channel_id", "commit", b"commit", "deadline_ms", b"deadline_ms", "deposit", b"deposit", "phase", b"phase", "query_digest", b"query_digest", "time_ms", b"time_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -569,6 +685,487 @@ class CloseChannelResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CloseChannelResponse: _TypeAlias = CloseChannelResponse  # noqa: Y015
+
+@_typing.final
+class TopUpChannelRequest(_message.Message):
+    """Locks more money in an open channel."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOP_UP_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def top_up(self) -> Global___SignedBody:
+        """A canonical TopUp, signed by the payer's account key."""
+
+    def __init__(
+        self,
+        *,
+        top_up: Global___SignedBody | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["top_up", b"top_up"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["top_up", b"top_up"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TopUpChannelRequest: _TypeAlias = TopUpChannelRequest  # noqa: Y015
+
+@_typing.final
+class TopUpChannelResponse(_message.Message):
+    """The proof of the top-up."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RECEIPT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def receipt(self) -> Global___LedgerReceipt:
+        """The receipt."""
+
+    def __init__(
+        self,
+        *,
+        receipt: Global___LedgerReceipt | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["receipt", b"receipt"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["receipt", b"receipt"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TopUpChannelResponse: _TypeAlias = TopUpChannelResponse  # noqa: Y015
+
+@_typing.final
+class SubmitUpdateRequest(_message.Message):
+    """Shows an update (white paper: T3). The ledger keeps the highest one: a watchtower while the
+    channel is open, a challenge while it is closing. Anyone who holds it may show it.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHANNEL_ID_FIELD_NUMBER: _builtins.int
+    CUMULATIVE_FIELD_NUMBER: _builtins.int
+    UPDATE_SIGNATURE_FIELD_NUMBER: _builtins.int
+    channel_id: _builtins.bytes
+    """32 bytes."""
+    cumulative: _builtins.int
+    """Cumulative payment, base units."""
+    update_signature: _builtins.bytes
+    """Signature of K1 over the canonical ChannelUpdate, 65 bytes."""
+    def __init__(
+        self,
+        *,
+        channel_id: _builtins.bytes = ...,
+        cumulative: _builtins.int = ...,
+        update_signature: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["channel_id", b"channel_id", "cumulative", b"cumulative", "update_signature", b"update_signature"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SubmitUpdateRequest: _TypeAlias = SubmitUpdateRequest  # noqa: Y015
+
+@_typing.final
+class SubmitUpdateResponse(_message.Message):
+    """The proof that the ledger has it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RECEIPT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def receipt(self) -> Global___LedgerReceipt:
+        """The receipt."""
+
+    def __init__(
+        self,
+        *,
+        receipt: Global___LedgerReceipt | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["receipt", b"receipt"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["receipt", b"receipt"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SubmitUpdateResponse: _TypeAlias = SubmitUpdateResponse  # noqa: Y015
+
+@_typing.final
+class RequestCloseRequest(_message.Message):
+    """Asks for the rest of a channel: the refund (white paper: T2) from the lock time on, before
+    that an early close where T1 allows it. The challenge window begins.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def request(self) -> Global___SignedBody:
+        """A canonical CloseRequest, signed by the payer's account key."""
+
+    def __init__(
+        self,
+        *,
+        request: Global___SignedBody | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RequestCloseRequest: _TypeAlias = RequestCloseRequest  # noqa: Y015
+
+@_typing.final
+class RequestCloseResponse(_message.Message):
+    """The proof of the request."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RECEIPT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def receipt(self) -> Global___LedgerReceipt:
+        """The receipt; its time and the channel's window give the deadline."""
+
+    def __init__(
+        self,
+        *,
+        receipt: Global___LedgerReceipt | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["receipt", b"receipt"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["receipt", b"receipt"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RequestCloseResponse: _TypeAlias = RequestCloseResponse  # noqa: Y015
+
+@_typing.final
+class FinalizeChannelRequest(_message.Message):
+    """Pays out a channel whose window has ended, or that both parties left. Anyone may ask."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHANNEL_ID_FIELD_NUMBER: _builtins.int
+    channel_id: _builtins.bytes
+    """32 bytes."""
+    def __init__(
+        self,
+        *,
+        channel_id: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["channel_id", b"channel_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FinalizeChannelRequest: _TypeAlias = FinalizeChannelRequest  # noqa: Y015
+
+@_typing.final
+class FinalizeChannelResponse(_message.Message):
+    """The proof of the payout."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RECEIPT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def receipt(self) -> Global___LedgerReceipt:
+        """The receipt."""
+
+    def __init__(
+        self,
+        *,
+        receipt: Global___LedgerReceipt | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["receipt", b"receipt"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["receipt", b"receipt"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FinalizeChannelResponse: _TypeAlias = FinalizeChannelResponse  # noqa: Y015
+
+@_typing.final
+class WatchRequest(_message.Message):
+    """Asks for what happens to an account or a channel."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    QUERY_FIELD_NUMBER: _builtins.int
+    AFTER_SEQ_FIELD_NUMBER: _builtins.int
+    after_seq: _builtins.int
+    """Number of the last journal entry already seen; 0 for all."""
+    @_builtins.property
+    def query(self) -> Global___SignedBody:
+        """A canonical Query, signed as for GetAccount or GetChannel. For an account the stream tells of
+        the account and of every channel it pays, is paid by, or closes with the signing key. The
+        stream ends when the query's time is over; ask again with the last number seen.
+        """
+
+    def __init__(
+        self,
+        *,
+        query: Global___SignedBody | None = ...,
+        after_seq: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["query", b"query"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after_seq", b"after_seq", "query", b"query"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchRequest: _TypeAlias = WatchRequest  # noqa: Y015
+
+@_typing.final
+class LedgerEvent(_message.Message):
+    """Something that happened."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEQ_FIELD_NUMBER: _builtins.int
+    TIME_MS_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    REQUEST_DIGEST_FIELD_NUMBER: _builtins.int
+    ENTRY_HASH_FIELD_NUMBER: _builtins.int
+    CHANNEL_ID_FIELD_NUMBER: _builtins.int
+    seq: _builtins.int
+    """Number of the journal entry."""
+    time_ms: _builtins.int
+    """Ledger time, Unix milliseconds."""
+    kind: Global___EntryKind.ValueType
+    """What."""
+    request_digest: _builtins.bytes
+    """Digest of the signed request, 32 bytes."""
+    entry_hash: _builtins.bytes
+    """Hash of the entry, 32 bytes."""
+    channel_id: _builtins.bytes
+    """The channel it is about, 32 bytes; empty for a transfer."""
+    def __init__(
+        self,
+        *,
+        seq: _builtins.int = ...,
+        time_ms: _builtins.int = ...,
+        kind: Global___EntryKind.ValueType = ...,
+        request_digest: _builtins.bytes = ...,
+        entry_hash: _builtins.bytes = ...,
+        channel_id: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["channel_id", b"channel_id", "entry_hash", b"entry_hash", "kind", b"kind", "request_digest", b"request_digest", "seq", b"seq", "time_ms", b"time_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LedgerEvent: _TypeAlias = LedgerEvent  # noqa: Y015
+
+@_typing.final
+class LedgerEvents(_message.Message):
+    """The next events; the payload of a SignedDocument with tag "btt/v1/secp256k1/LedgerEvents"."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    QUERY_DIGEST_FIELD_NUMBER: _builtins.int
+    EVENTS_FIELD_NUMBER: _builtins.int
+    SEEN_SEQ_FIELD_NUMBER: _builtins.int
+    TIME_MS_FIELD_NUMBER: _builtins.int
+    query_digest: _builtins.bytes
+    """Digest of the query this answers, 32 bytes."""
+    seen_seq: _builtins.int
+    """All that concerns the query up to this entry has been told."""
+    time_ms: _builtins.int
+    """Ledger time, Unix milliseconds."""
+    @_builtins.property
+    def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___LedgerEvent]:
+        """In order; none means that nothing happened, and that the ledger is alive."""
+
+    def __init__(
+        self,
+        *,
+        query_digest: _builtins.bytes = ...,
+        events: _abc.Iterable[Global___LedgerEvent] | None = ...,
+        seen_seq: _builtins.int = ...,
+        time_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events", "query_digest", b"query_digest", "seen_seq", b"seen_seq", "time_ms", b"time_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LedgerEvents: _TypeAlias = LedgerEvents  # noqa: Y015
+
+@_typing.final
+class WatchResponse(_message.Message):
+    """The next events."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EVENTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def events(self) -> _document_pb2.SignedDocument:
+        """A LedgerEvents."""
+
+    def __init__(
+        self,
+        *,
+        events: _document_pb2.SignedDocument | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["events", b"events"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchResponse: _TypeAlias = WatchResponse  # noqa: Y015
+
+@_typing.final
+class GetEntriesRequest(_message.Message):
+    """Asks for a page of the journal. Balances of strangers can be read from it, so only the operator
+    and the auditors it names may.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    QUERY_FIELD_NUMBER: _builtins.int
+    AFTER_SEQ_FIELD_NUMBER: _builtins.int
+    after_seq: _builtins.int
+    """Number of the entry before the first one wanted."""
+    @_builtins.property
+    def query(self) -> Global___SignedBody:
+        """A canonical Query whose subject is the ledger id, signed by the operator or an auditor."""
+
+    def __init__(
+        self,
+        *,
+        query: Global___SignedBody | None = ...,
+        after_seq: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["query", b"query"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after_seq", b"after_seq", "query", b"query"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetEntriesRequest: _TypeAlias = GetEntriesRequest  # noqa: Y015
+
+@_typing.final
+class GetEntriesResponse(_message.Message):
+    """A page of the journal."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENTRIES_FIELD_NUMBER: _builtins.int
+    GENESIS_FIELD_NUMBER: _builtins.int
+    genesis: _builtins.bytes
+    """The canonical description whose hash is the ledger id."""
+    @_builtins.property
+    def entries(self) -> _containers.RepeatedCompositeFieldContainer[Global___JournalEntry]:
+        """In order; none at the end of the journal."""
+
+    def __init__(
+        self,
+        *,
+        entries: _abc.Iterable[Global___JournalEntry] | None = ...,
+        genesis: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["entries", b"entries", "genesis", b"genesis"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetEntriesResponse: _TypeAlias = GetEntriesResponse  # noqa: Y015
+
+@_typing.final
+class JournalEntry(_message.Message):
+    """One journal entry."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEQ_FIELD_NUMBER: _builtins.int
+    TIME_MS_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    REQUEST_DIGEST_FIELD_NUMBER: _builtins.int
+    BODY_FIELD_NUMBER: _builtins.int
+    SIGNATURES_FIELD_NUMBER: _builtins.int
+    POSTINGS_FIELD_NUMBER: _builtins.int
+    PREV_HASH_FIELD_NUMBER: _builtins.int
+    HASH_FIELD_NUMBER: _builtins.int
+    seq: _builtins.int
+    """Its number."""
+    time_ms: _builtins.int
+    """Ledger time, Unix milliseconds."""
+    epoch: _builtins.int
+    """Of the ledger."""
+    kind: Global___EntryKind.ValueType
+    """What it records."""
+    request_digest: _builtins.bytes
+    """The digest that was signed, 32 bytes."""
+    body: _builtins.bytes
+    """The canonical body that was signed."""
+    signatures: _builtins.bytes
+    """Keys and signatures that prove the body."""
+    prev_hash: _builtins.bytes
+    """Hash of the entry before, 32 bytes."""
+    hash: _builtins.bytes
+    """Its hash, 32 bytes."""
+    @_builtins.property
+    def postings(self) -> _containers.RepeatedCompositeFieldContainer[Global___JournalPosting]:
+        """The money that moved."""
+
+    def __init__(
+        self,
+        *,
+        seq: _builtins.int = ...,
+        time_ms: _builtins.int = ...,
+        epoch: _builtins.int = ...,
+        kind: Global___EntryKind.ValueType = ...,
+        request_digest: _builtins.bytes = ...,
+        body: _builtins.bytes = ...,
+        signatures: _builtins.bytes = ...,
+        postings: _abc.Iterable[Global___JournalPosting] | None = ...,
+        prev_hash: _builtins.bytes = ...,
+        hash: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "epoch", b"epoch", "hash", b"hash", "kind", b"kind", "postings", b"postings", "prev_hash", b"prev_hash", "request_digest", b"request_digest", "seq", b"seq", "signatures", b"signatures", "time_ms", b"time_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___JournalEntry: _TypeAlias = JournalEntry  # noqa: Y015
+
+@_typing.final
+class JournalPosting(_message.Message):
+    """One leg of an entry."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ACCOUNT_FIELD_NUMBER: _builtins.int
+    CREDIT_FIELD_NUMBER: _builtins.int
+    AMOUNT_FIELD_NUMBER: _builtins.int
+    account: _builtins.bytes
+    """Id of the account: one byte of code, then its owner."""
+    credit: _builtins.bool
+    """True for a credit."""
+    amount: _builtins.int
+    """Base units."""
+    def __init__(
+        self,
+        *,
+        account: _builtins.bytes = ...,
+        credit: _builtins.bool = ...,
+        amount: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "amount", b"amount", "credit", b"credit"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___JournalPosting: _TypeAlias = JournalPosting  # noqa: Y015
 
 @_typing.final
 class GetTotalsRequest(_message.Message):

@@ -65,6 +65,36 @@ class LedgerServiceStub:
                 request_serializer=btt_dot_proto_dot_ledger_dot_v1_dot_ledger__pb2.CloseChannelRequest.SerializeToString,
                 response_deserializer=btt_dot_proto_dot_ledger_dot_v1_dot_ledger__pb2.CloseChannelResponse.FromString,
                 _registered_method=True)
+        self.TopUpChannel = channel.unary_unary(
+                '/btt.proto.ledger.v1.LedgerService/TopUpChannel',
+                request_serializer=btt_dot_proto_dot_ledger_dot_v1_dot_ledger__pb2.TopUpChannelRequest.SerializeToString,
+                response_deserializer=btt_dot_proto_dot_ledger_dot_v1_dot_ledger__pb2.TopUpChannelResponse.FromString,
+                _registered_method=True)
+        self.SubmitUpdate = channel.unary_unary(
+                '/btt.proto.ledger.v1.LedgerService/SubmitUpdate',
+                request_serializer=btt_dot_proto_dot_ledger_dot_v1_dot_ledger__pb2.SubmitUpdateRequest.SerializeToString,
+                response_deserializer=btt_dot_proto_dot_ledger_dot_v1_dot_ledger__pb2.SubmitUpdateResponse.FromString,
+                _registered_method=True)
+        self.RequestClose = channel.unary_unary(
+                '/btt.proto.ledger.v1.LedgerService/RequestClose',
+                request_serializer=btt_dot_proto_dot_ledger_dot_v1_dot_ledger__pb2.RequestCloseRequest.SerializeToString,
+                response_deserializer=btt_dot_proto_dot_ledger_dot_v1_dot_ledger__pb2.RequestCloseResponse.FromString,
+                _registered_method=True)
+        self.FinalizeChannel = channel.unary_unary(
+                '/btt.proto.ledger.v1.LedgerService/FinalizeChannel',
+                request_serializer=btt_dot_proto_dot_ledger_dot_v1_dot_ledger__pb2.FinalizeChannelRequest.SerializeToString,
+                response_deserializer=btt_dot_proto_dot_ledger_dot_v1_dot_ledger__pb2.FinalizeChannelResponse.FromString,
+                _registered_method=True)
+        self.Watch = channel.unary_stream(
+                '/btt.proto.ledger.v1.LedgerService/Watch',
+                request_serializer=btt_dot_proto_dot_ledger_dot_v1_dot_ledger__pb2.WatchRequest.SerializeToString,
+                response_deserializer=btt_dot_proto_dot_ledger_dot_v1_dot_ledger__pb2.WatchResponse.FromString,
+                _registered_method=True)
+        self.GetEntries = channel.unary_unary(
+                '/btt.proto.ledger.v1.LedgerService/GetEntries',
+                request_serializer=btt_dot_proto_dot_ledger_dot_v1_dot_ledger__pb2.GetEntriesRequest.SerializeToString,
+                response_deserializer=btt_dot_proto_dot_ledger_dot_v1_dot_ledger__pb2.GetEntriesResponse.FromString,
+                _registered_method=True)
         self.GetTotals = channel.unary_unary(
                 '/btt.proto.ledger.v1.LedgerService/GetTotals',
                 request_serializer=btt_dot_proto_dot_ledger_dot_v1_dot_ledger__pb2.GetTotalsRequest.SerializeToString,
@@ -118,6 +148,48 @@ class LedgerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def TopUpChannel(self, request, context):
+        """Locks more money in an open channel.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SubmitUpdate(self, request, context):
+        """Shows an update.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RequestClose(self, request, context):
+        """Asks for the rest of a channel, for the payer.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def FinalizeChannel(self, request, context):
+        """Pays out a channel whose window has ended.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Watch(self, request, context):
+        """Tells what happens to an account or a channel, from any point on.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetEntries(self, request, context):
+        """Reads the journal, for auditors.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetTotals(self, request, context):
         """Reads the sums of the books.
         """
@@ -157,6 +229,36 @@ def add_LedgerServiceServicer_to_server(servicer, server):
                     servicer.CloseChannel,
                     request_deserializer=btt_dot_proto_dot_ledger_dot_v1_dot_ledger__pb2.CloseChannelRequest.FromString,
                     response_serializer=btt_dot_proto_dot_ledger_dot_v1_dot_ledger__pb2.CloseChannelResponse.SerializeToString,
+            ),
+            'TopUpChannel': grpc.unary_unary_rpc_method_handler(
+                    servicer.TopUpChannel,
+                    request_deserializer=btt_dot_proto_dot_ledger_dot_v1_dot_ledger__pb2.TopUpChannelRequest.FromString,
+                    response_serializer=btt_dot_proto_dot_ledger_dot_v1_dot_ledger__pb2.TopUpChannelResponse.SerializeToString,
+            ),
+            'SubmitUpdate': grpc.unary_unary_rpc_method_handler(
+                    servicer.SubmitUpdate,
+                    request_deserializer=btt_dot_proto_dot_ledger_dot_v1_dot_ledger__pb2.SubmitUpdateRequest.FromString,
+                    response_serializer=btt_dot_proto_dot_ledger_dot_v1_dot_ledger__pb2.SubmitUpdateResponse.SerializeToString,
+            ),
+            'RequestClose': grpc.unary_unary_rpc_method_handler(
+                    servicer.RequestClose,
+                    request_deserializer=btt_dot_proto_dot_ledger_dot_v1_dot_ledger__pb2.RequestCloseRequest.FromString,
+                    response_serializer=btt_dot_proto_dot_ledger_dot_v1_dot_ledger__pb2.RequestCloseResponse.SerializeToString,
+            ),
+            'FinalizeChannel': grpc.unary_unary_rpc_method_handler(
+                    servicer.FinalizeChannel,
+                    request_deserializer=btt_dot_proto_dot_ledger_dot_v1_dot_ledger__pb2.FinalizeChannelRequest.FromString,
+                    response_serializer=btt_dot_proto_dot_ledger_dot_v1_dot_ledger__pb2.FinalizeChannelResponse.SerializeToString,
+            ),
+            'Watch': grpc.unary_stream_rpc_method_handler(
+                    servicer.Watch,
+                    request_deserializer=btt_dot_proto_dot_ledger_dot_v1_dot_ledger__pb2.WatchRequest.FromString,
+                    response_serializer=btt_dot_proto_dot_ledger_dot_v1_dot_ledger__pb2.WatchResponse.SerializeToString,
+            ),
+            'GetEntries': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetEntries,
+                    request_deserializer=btt_dot_proto_dot_ledger_dot_v1_dot_ledger__pb2.GetEntriesRequest.FromString,
+                    response_serializer=btt_dot_proto_dot_ledger_dot_v1_dot_ledger__pb2.GetEntriesResponse.SerializeToString,
             ),
             'GetTotals': grpc.unary_unary_rpc_method_handler(
                     servicer.GetTotals,
@@ -327,6 +429,168 @@ class LedgerService:
             '/btt.proto.ledger.v1.LedgerService/CloseChannel',
             btt_dot_proto_dot_ledger_dot_v1_dot_ledger__pb2.CloseChannelRequest.SerializeToString,
             btt_dot_proto_dot_ledger_dot_v1_dot_ledger__pb2.CloseChannelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def TopUpChannel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/btt.proto.ledger.v1.LedgerService/TopUpChannel',
+            btt_dot_proto_dot_ledger_dot_v1_dot_ledger__pb2.TopUpChannelRequest.SerializeToString,
+            btt_dot_proto_dot_ledger_dot_v1_dot_ledger__pb2.TopUpChannelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SubmitUpdate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/btt.proto.ledger.v1.LedgerService/SubmitUpdate',
+            btt_dot_proto_dot_ledger_dot_v1_dot_ledger__pb2.SubmitUpdateRequest.SerializeToString,
+            btt_dot_proto_dot_ledger_dot_v1_dot_ledger__pb2.SubmitUpdateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RequestClose(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/btt.proto.ledger.v1.LedgerService/RequestClose',
+            btt_dot_proto_dot_ledger_dot_v1_dot_ledger__pb2.RequestCloseRequest.SerializeToString,
+            btt_dot_proto_dot_ledger_dot_v1_dot_ledger__pb2.RequestCloseResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FinalizeChannel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/btt.proto.ledger.v1.LedgerService/FinalizeChannel',
+            btt_dot_proto_dot_ledger_dot_v1_dot_ledger__pb2.FinalizeChannelRequest.SerializeToString,
+            btt_dot_proto_dot_ledger_dot_v1_dot_ledger__pb2.FinalizeChannelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Watch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/btt.proto.ledger.v1.LedgerService/Watch',
+            btt_dot_proto_dot_ledger_dot_v1_dot_ledger__pb2.WatchRequest.SerializeToString,
+            btt_dot_proto_dot_ledger_dot_v1_dot_ledger__pb2.WatchResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetEntries(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/btt.proto.ledger.v1.LedgerService/GetEntries',
+            btt_dot_proto_dot_ledger_dot_v1_dot_ledger__pb2.GetEntriesRequest.SerializeToString,
+            btt_dot_proto_dot_ledger_dot_v1_dot_ledger__pb2.GetEntriesResponse.FromString,
             options,
             channel_credentials,
             insecure,

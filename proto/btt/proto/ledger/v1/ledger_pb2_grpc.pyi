@@ -48,6 +48,18 @@ class LedgerServiceStub:
     """Opens a channel."""
     CloseChannel: _grpc.UnaryUnaryMultiCallable[_ledger_pb2.CloseChannelRequest, _ledger_pb2.CloseChannelResponse]
     """Closes a channel for the payee."""
+    TopUpChannel: _grpc.UnaryUnaryMultiCallable[_ledger_pb2.TopUpChannelRequest, _ledger_pb2.TopUpChannelResponse]
+    """Locks more money in an open channel."""
+    SubmitUpdate: _grpc.UnaryUnaryMultiCallable[_ledger_pb2.SubmitUpdateRequest, _ledger_pb2.SubmitUpdateResponse]
+    """Shows an update."""
+    RequestClose: _grpc.UnaryUnaryMultiCallable[_ledger_pb2.RequestCloseRequest, _ledger_pb2.RequestCloseResponse]
+    """Asks for the rest of a channel, for the payer."""
+    FinalizeChannel: _grpc.UnaryUnaryMultiCallable[_ledger_pb2.FinalizeChannelRequest, _ledger_pb2.FinalizeChannelResponse]
+    """Pays out a channel whose window has ended."""
+    Watch: _grpc.UnaryStreamMultiCallable[_ledger_pb2.WatchRequest, _ledger_pb2.WatchResponse]
+    """Tells what happens to an account or a channel, from any point on."""
+    GetEntries: _grpc.UnaryUnaryMultiCallable[_ledger_pb2.GetEntriesRequest, _ledger_pb2.GetEntriesResponse]
+    """Reads the journal, for auditors."""
     GetTotals: _grpc.UnaryUnaryMultiCallable[_ledger_pb2.GetTotalsRequest, _ledger_pb2.GetTotalsResponse]
     """Reads the sums of the books."""
 
@@ -68,6 +80,18 @@ class LedgerServiceAsyncStub(LedgerServiceStub):
     """Opens a channel."""
     CloseChannel: _aio.UnaryUnaryMultiCallable[_ledger_pb2.CloseChannelRequest, _ledger_pb2.CloseChannelResponse]  # type: ignore[assignment]
     """Closes a channel for the payee."""
+    TopUpChannel: _aio.UnaryUnaryMultiCallable[_ledger_pb2.TopUpChannelRequest, _ledger_pb2.TopUpChannelResponse]  # type: ignore[assignment]
+    """Locks more money in an open channel."""
+    SubmitUpdate: _aio.UnaryUnaryMultiCallable[_ledger_pb2.SubmitUpdateRequest, _ledger_pb2.SubmitUpdateResponse]  # type: ignore[assignment]
+    """Shows an update."""
+    RequestClose: _aio.UnaryUnaryMultiCallable[_ledger_pb2.RequestCloseRequest, _ledger_pb2.RequestCloseResponse]  # type: ignore[assignment]
+    """Asks for the rest of a channel, for the payer."""
+    FinalizeChannel: _aio.UnaryUnaryMultiCallable[_ledger_pb2.FinalizeChannelRequest, _ledger_pb2.FinalizeChannelResponse]  # type: ignore[assignment]
+    """Pays out a channel whose window has ended."""
+    Watch: _aio.UnaryStreamMultiCallable[_ledger_pb2.WatchRequest, _ledger_pb2.WatchResponse]  # type: ignore[assignment]
+    """Tells what happens to an account or a channel, from any point on."""
+    GetEntries: _aio.UnaryUnaryMultiCallable[_ledger_pb2.GetEntriesRequest, _ledger_pb2.GetEntriesResponse]  # type: ignore[assignment]
+    """Reads the journal, for auditors."""
     GetTotals: _aio.UnaryUnaryMultiCallable[_ledger_pb2.GetTotalsRequest, _ledger_pb2.GetTotalsResponse]  # type: ignore[assignment]
     """Reads the sums of the books."""
 
@@ -121,6 +145,54 @@ class LedgerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_ledger_pb2.CloseChannelResponse, _abc.Awaitable[_ledger_pb2.CloseChannelResponse]]:
         """Closes a channel for the payee."""
+
+    @_abc_1.abstractmethod
+    def TopUpChannel(
+        self,
+        request: _ledger_pb2.TopUpChannelRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_ledger_pb2.TopUpChannelResponse, _abc.Awaitable[_ledger_pb2.TopUpChannelResponse]]:
+        """Locks more money in an open channel."""
+
+    @_abc_1.abstractmethod
+    def SubmitUpdate(
+        self,
+        request: _ledger_pb2.SubmitUpdateRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_ledger_pb2.SubmitUpdateResponse, _abc.Awaitable[_ledger_pb2.SubmitUpdateResponse]]:
+        """Shows an update."""
+
+    @_abc_1.abstractmethod
+    def RequestClose(
+        self,
+        request: _ledger_pb2.RequestCloseRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_ledger_pb2.RequestCloseResponse, _abc.Awaitable[_ledger_pb2.RequestCloseResponse]]:
+        """Asks for the rest of a channel, for the payer."""
+
+    @_abc_1.abstractmethod
+    def FinalizeChannel(
+        self,
+        request: _ledger_pb2.FinalizeChannelRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_ledger_pb2.FinalizeChannelResponse, _abc.Awaitable[_ledger_pb2.FinalizeChannelResponse]]:
+        """Pays out a channel whose window has ended."""
+
+    @_abc_1.abstractmethod
+    def Watch(
+        self,
+        request: _ledger_pb2.WatchRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_ledger_pb2.WatchResponse], _abc.AsyncIterator[_ledger_pb2.WatchResponse]]:
+        """Tells what happens to an account or a channel, from any point on."""
+
+    @_abc_1.abstractmethod
+    def GetEntries(
+        self,
+        request: _ledger_pb2.GetEntriesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_ledger_pb2.GetEntriesResponse, _abc.Awaitable[_ledger_pb2.GetEntriesResponse]]:
+        """Reads the journal, for auditors."""
 
     @_abc_1.abstractmethod
     def GetTotals(

@@ -1,0 +1,224 @@
+"""`btt channel`: the payment channels of a wallet, as the ledger has them."""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+import json
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+
+from btt.sdk.cli.commands import Commands
+from btt.sdk.cli.options import AsJson, LedgerOption, WalletFolder, Yes, open_wallet, parsed, wallet_folder
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from btt.proto.ledger.v1.ledger_pb2 import ChannelState
+    from btt.sdk.keys import PrivateKey
+    from btt.sdk.ledger import LedgerClient
+
+app = typer.Typer(cls=Commands, no_args_is_help=True, help="Money that waits in payment channels.")
+
+_PHASES = {1: "open", 2: "closing", 3: "closed"}
+_Found = TypeVar("_Found")
+ChannelId = Annotated[str, typer.Argument(help="Channel id, 64 hex digits or enough of its beginning.")]
+
+
+def _with_ledger(
+    ledger: str, wallet: Path | None, ask: Callable[[LedgerClient, PrivateKey], Awaitable[_Found]]
+) -> _Found:
+    from btt.sdk.ledger import LedgerAddress, LedgerClient
+
+    where = parsed(LedgerAddress.parse, ledger, "--ledger")
+    key = open_wallet(wallet_folder(wallet)).key()
+
+    async def run() -> _Found:
+        async with LedgerClient.connect(where) as client:
+            return await ask(client, key)
+
+    return asyncio.run(run())
+
+
+async def _ids(client: LedgerClient, key: PrivateKey) -> list[bytes]:
+    """The channels that the wallet opened, oldest first."""
+    from btt.proto.ledger.v1 import ledger_pb2 as pb
+
+    head = (await client.info()).head_seq
+    found: list[bytes] = []
+    async for page in client.watch(key):
+        found += [event.channel_id for event in page.events if event.kind == pb.ENTRY_KIND_OPEN_CHANNEL]
+        if page.seen_seq >= head:
+            break
+    return found
+
+
+async def _states(client: LedgerClient, key: PrivateKey) -> list[ChannelState]:
+    from btt.sdk.errors import SignerMismatch
+
+    found = []
+    for channel_id in await _ids(client, key):
+        try:
+            found.append(await client.channel(channel_id, key))
+        except SignerMismatch:
+            continue  # it pays this wallet; its node has the key
+    return found
+
+
+async def _one(client: LedgerClient, key: PrivateKey, text: str) -> ChannelState:
+    from btt.sdk.errors import ChannelUnknown
+
+    text = text.lower()
+    if len(text) == 64:
+        return await client.channel(parsed(bytes.fromhex, text, "CHANNEL"), key)
+    found = [one for one in await _ids(client, key) if text and one.hex().startswith(text)]
+    if len(found) != 1:
+        raise ChannelUnknown(f"{len(found)} channels of this wallet begin with {text!r}.")
+    return await client.channel(found[0], key)
+
+
+def _as_dict(state: ChannelState) -> dict[str, Any]:
+    from btt.sdk.keys import Address
+    from btt.sdk.signing import ChannelCommit
+
+    terms = ChannelCommit.decode(state.commit)
+    return {
+        "channel": state.channel_id.hex(),
+        "phase": _PHASES.get(state.phase, str(state.phase)),
+        "payee": str(terms.payee),
+        "node": str(Address(terms.service_ref[12:])),
+        "deposit": str(state.deposit),
+        "best": str(state.best),
+        "captured": str(state.captured),
+        "expires_ms": terms.expires_ms,
+        "challenge_ms": terms.challenge_ms,
+        "deadline_ms": state.deadline_ms,
+        "early_close": bool(terms.flags & 1),
+        "time_ms": state.time_ms,
+    }
+
+
+def _when(ms: int) -> str:
+    try:
+        moment = datetime.datetime.fromtimestamp(ms / 1000, datetime.UTC)
+    except (OverflowError, ValueError, OSError):
+        return f"{ms} ms"
+    return f"{moment:%Y-%m-%d %H:%M:%S} UTC"
+
+
+@app.command("list")
+def list_channels(
+    ledger: LedgerOption,
+    wallet: WalletFolder = None,
+    closed: Annotated[bool, typer.Option("--all", help="Show closed ones too.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """List the channels that this wallet opened."""
+    from btt.sdk.money import Amount
+
+    found = [_as_dict(state) for state in _with_ledger(ledger, wallet, _states)]
+    found = [one for one in found if closed or one["phase"] != "closed"]
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    if not found:
+        typer.echo("No channels.")
+    for one in found:
+        typer.echo(
+            f"{one['channel'][:16]}  {one['phase']:7}  {Amount(int(one['deposit']))} to {one['payee']}, "
+            f"until {_when(one['expires_ms'])}"
+        )
+
+
+@app.command()
+def show(
+    channel: ChannelId, ledger: LedgerOption, wallet: WalletFolder = None, as_json: AsJson = False
+) -> None:
+    """Show one channel."""
+    from btt.sdk.money import Amount
+
+    found = _as_dict(_with_ledger(ledger, wallet, lambda client, key: _one(client, key, channel)))
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    for name, value in found.items():
+        if name in ("deposit", "best", "captured"):
+            text = str(Amount(int(value)))
+        elif name.endswith("_ms") and name != "challenge_ms" and value:
+            text = _when(value)
+        else:
+            text = str(value)
+        typer.echo(f"{name.removesuffix('_ms').replace('_', ' '):12} {text}")
+
+
+@app.command()
+def topup(
+    channel: ChannelId,
+    amount: Annotated[str, typer.Argument(help='How much more, such as "0.5 BTT".')],
+    ledger: LedgerOption,
+    wallet: WalletFolder = None,
+    yes: Yes = False,
+    as_json: AsJson = False,
+) -> None:
+    """Lock more money in a channel."""
+    from btt.sdk.money import Amount
+
+    more = parsed(Amount.parse, amount, "AMOUNT")
+    if not yes:
+        typer.confirm(f"Lock {more} more in {channel[:16]}?", abort=True, err=True)
+
+    async def add(client: LedgerClient, key: PrivateKey) -> dict[str, Any]:
+        state = await _one(client, key, channel)
+        await client.top_up(state.channel_id, key, int(more))
+        return _as_dict(await client.channel(state.channel_id, key))
+
+    found = _with_ledger(ledger, wallet, add)
+    typer.echo(json.dumps(found) if as_json else f"The channel holds {Amount(int(found['deposit']))} now.")
+
+
+@app.command()
+def close(
+    channel: ChannelId, ledger: LedgerOption, wallet: WalletFolder = None, as_json: AsJson = False
+) -> None:
+    """Ask for the rest of a channel; it comes back after the challenge window."""
+
+    async def ask(client: LedgerClient, key: PrivateKey) -> dict[str, Any]:
+        state = await _one(client, key, channel)
+        await client.request_close(state.channel_id, key)
+        return _as_dict(await client.channel(state.channel_id, key))
+
+    found = _with_ledger(ledger, wallet, ask)
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    typer.echo(f"The node may show its last payment until {_when(found['deadline_ms'])};")
+    typer.echo("after that the rest comes back by itself.")
+
+
+@app.command()
+def refund(ledger: LedgerOption, wallet: WalletFolder = None, as_json: AsJson = False) -> None:
+    """Take back what is due: of channels past their lock time, and past their window."""
+
+    async def collect(client: LedgerClient, key: PrivateKey) -> list[dict[str, Any]]:
+        touched = []
+        for state in await _states(client, key):
+            told = _as_dict(state)
+            if told["phase"] == "closing" and state.time_ms >= state.deadline_ms:
+                await client.finalize_channel(state.channel_id)
+            elif told["phase"] == "open" and state.time_ms >= told["expires_ms"]:
+                await client.request_close(state.channel_id, key)
+            else:
+                continue
+            touched.append(_as_dict(await client.channel(state.channel_id, key)))
+        return touched
+
+    found = _with_ledger(ledger, wallet, collect)
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    if not found:
+        typer.echo("Nothing is due.")
+    for one in found:
+        typer.echo(f"{one['channel'][:16]}  {one['phase']}")

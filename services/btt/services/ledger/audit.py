@@ -1,0 +1,354 @@
+"""The offline audit: a journal is believed when its signed requests alone lead to every posting.
+
+From the genesis on, each entry's request is verified again (signatures, layout), run through the
+rules (`rules`, `machine`) on the state that the entries before it left, and must give exactly the
+postings and the hash that stand there. Nothing is taken from the ledger's tables. Memory holds
+accounts and open channels, not entries: digests, which must never repeat, go to files and are
+compared at the end, one part at a time.
+
+What it cannot see: limits that the operator sets (caps, windows) may change and are not judged,
+and requests that the ledger refused or never took are not in a journal.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import struct
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Final, Self
+
+from btt.sdk.errors import BttError, InvalidRequest, InvariantBroken
+from btt.sdk.keys import PublicKey
+from btt.sdk.money import SUPPLY
+from btt.sdk.signing import KeyRotation, document_digest, verify
+from btt.services.ledger import books, genesis, journal, rows, rules
+from btt.services.ledger.books import Account, Effect, Request, Terms
+from btt.services.ledger.journal import NO_HASH, Entry, EntryRef, Head, Kind, Side
+from btt.services.ledger.machine import Channel, Phase
+from btt.services.ledger.verify import OpenOperation, Operation, Verifier
+
+_ANY: Final = Terms(
+    min_challenge_ms=0,
+    max_challenge_ms=2**32,
+    min_lifetime_ms=0,
+    max_lifetime_ms=2**63,
+    max_locked=SUPPLY,
+    max_open_channels=2**62,
+)
+_PARTS: Final = 256
+_DIGEST: Final = struct.Struct(">32sQ")
+
+
+class AuditFailed(InvariantBroken):
+    """The journal does not hold.
+
+    Args:
+        seq: Number of the first entry that is wrong.
+        why: What is wrong with it.
+    """
+
+    hint = ""
+
+    def __init__(self, seq: int, why: str) -> None:
+        super().__init__(f"Entry {seq} is wrong: {why}")
+        self.seq = seq
+        self.why = why
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a journal that holds comes to.
+
+    Args:
+        ledger_id: 32 bytes.
+        entries: How many.
+        head: The last one.
+        operator_key: That signs for the ledger now, 33 bytes.
+        issued: Base units in being.
+        accounts: Accounts that hold something.
+        open_channels: Channels that are not closed.
+        locked: Base units in them.
+    """
+
+    ledger_id: bytes
+    entries: int
+    head: Head
+    operator_key: bytes
+    issued: int
+    accounts: int
+    open_channels: int
+    locked: int
+
+
+class _Digests:
+    """Finds digests that occur twice, in flat memory."""
+
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="btt-audit-")
+        self._parts: list[IO[bytes]] = [
+            (Path(self._folder.name) / str(n)).open("w+b", buffering=4096) for n in range(_PARTS)
+        ]
+
+    def add(self, digest: bytes, seq: int) -> None:
+        self._parts[digest[0]].write(_DIGEST.pack(digest, seq))
+
+    def first_repeat(self) -> int | None:
+        """Returns the number of the first entry whose digest was there before."""
+        first: int | None = None
+        for part in self._parts:
+            part.seek(0)
+            seen: set[bytes] = set()
+            for digest, seq in _DIGEST.iter_unpack(part.read()):
+                if digest in seen:
+                    first = seq if first is None else min(first, seq)
+                    break
+                seen.add(digest)
+        return first
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for part in self._parts:
+            part.close()
+        self._folder.cleanup()
+
+
+class Auditor:
+    """Replays a journal. It is the `books.View` that the rules look at.
+
+    Args:
+        description: The canonical description of the ledger, whose hash is its id.
+
+    Raises:
+        ConfigError: It is no such description.
+    """
+
+    def __init__(self, description: bytes) -> None:
+        self.ledger_id = genesis.ledger_id(description)
+        self.operator_key = genesis.operator_key(description)
+        self.head = Head(1, 0, NO_HASH, 0)
+        self.balances: dict[bytes, int] = {}
+        self.channels: dict[bytes, Channel] = {}
+        self._locked: dict[bytes, tuple[int, int]] = {}
+        self._epoch = 1
+        self._verifier = Verifier(self.ledger_id)
+
+    def account(self, account: bytes) -> Account | None:
+        """Returns an account as the entries so far leave it."""
+        balance = self.balances.get(account)
+        if balance is None:
+            return None
+        locked, count = self._locked.get(account, (0, 0))
+        return Account(0, account, balance, locked, None, count)
+
+    def channel(self, channel_id: bytes) -> Channel | None:
+        """Returns a channel that is not closed."""
+        return self.channels.get(channel_id)
+
+    def request(self, account: bytes, request_id: bytes) -> Request | None:
+        """Returns nothing: that no digest repeats is checked apart."""
+        return None
+
+    def entry(self, request_digest: bytes) -> EntryRef | None:
+        """Returns nothing: that no digest repeats is checked apart."""
+        return None
+
+    def take(self, entry: Entry) -> None:
+        """Checks the next entry and what it does.
+
+        Raises:
+            AuditFailed: It is wrong.
+        """
+        wrong = journal.broken(entry, self.head)
+        if wrong is not None:
+            raise AuditFailed(entry.seq, wrong.partition(": ")[2])
+        if entry.epoch != self._epoch:
+            raise AuditFailed(entry.seq, "its epoch did not begin.")
+        try:
+            effect = self._effect(entry)
+        except BttError as error:
+            raise AuditFailed(entry.seq, error.message) from error
+        if (effect.kind, effect.postings) != (entry.kind, entry.postings):
+            raise AuditFailed(entry.seq, "its postings are not what its request leads to.")
+        for leg in entry.postings:
+            normal = Side.DEBIT if books.is_asset(leg.account) else Side.CREDIT
+            after = self.balances.get(leg.account, 0) + (leg.amount if leg.side is normal else -leg.amount)
+            if not 0 <= after <= SUPPLY:
+                raise AuditFailed(entry.seq, "an account would hold less than nothing, or too much.")
+            if after or not books.is_channel(leg.account):
+                self.balances[leg.account] = after
+            else:
+                del self.balances[leg.account]
+        if effect.channel is not None:
+            self._keep(effect.channel)
+        self.head = Head(entry.epoch, entry.seq, entry.hash, entry.time_ms)
+
+    def _keep(self, channel: Channel) -> None:
+        old = self.channels.get(channel.id)
+        payer = books.user(channel.payer)
+        locked, count = self._locked.get(payer, (0, 0))
+        closed = channel.phase is Phase.CLOSED
+        locked += channel.held - (old.held if old else 0)
+        count += (not closed) - (old is not None)
+        if count:
+            self._locked[payer] = locked, count
+        else:
+            self._locked.pop(payer, None)
+        if closed:
+            self.channels.pop(channel.id, None)
+        else:
+            self.channels[channel.id] = channel
+
+    def _effect(self, entry: Entry) -> Effect:
+        if entry.kind is Kind.GENESIS:
+            return self._issue(entry)
+        if entry.kind is Kind.ROTATE_KEY:
+            return self._rotate(entry)
+        operation = self._operation(entry)
+        if operation.digest != entry.request_digest:
+            raise InvalidRequest("its digest is not that of its request.")
+        if operation.signatures != entry.signatures:
+            raise InvalidRequest("its signatures are not in their layout.")
+        terms = replace(_ANY, open_fee=operation.fee) if isinstance(operation, OpenOperation) else _ANY
+        decision = rules.decide(self, operation, now_ms=entry.time_ms, seq=entry.seq, terms=terms)
+        if isinstance(decision, Effect):
+            return decision
+        raise InvalidRequest("its request should have been refused.")
+
+    def _operation(self, entry: Entry) -> Operation:
+        body, proof = entry.body, entry.signatures
+        signer, signature = proof[:33], proof[33:98]
+        if entry.kind is Kind.TRANSFER:
+            return self._verifier.transfer(body, signer=signer, signature=signature)
+        if entry.kind is Kind.OPEN_CHANNEL:
+            return self._verifier.open_channel(
+                body, signer=signer, signature=signature, refund_signature=proof[98:]
+            )
+        if entry.kind is Kind.TOP_UP:
+            return self._verifier.top_up(body, signer=signer, signature=signature)
+        if entry.kind is Kind.UPDATE:
+            return self._verifier.update(body, k1=signer, signature=signature)
+        if entry.kind is Kind.REQUEST_CLOSE:
+            return self._verifier.request_close(body, signer=signer, signature=signature)
+        if entry.kind is Kind.FINALIZE:
+            return self._verifier.finalize(body)
+        return self._verifier.close_channel(
+            body,
+            signer=signer,
+            signature=signature,
+            cumulative=int.from_bytes(proof[98:106], "big"),
+            update_signature=proof[106:],
+            k1=rules.known(self.channels.get(body[:32])).k1,
+        )
+
+    def _issue(self, entry: Entry) -> Effect:
+        if entry.seq != 1 or len(entry.body) != 28:
+            raise InvalidRequest("an issue is the first entry, and only that.")
+        digest = document_digest(genesis.DOCUMENT, self.ledger_id, entry.body)
+        if digest != entry.request_digest or entry.signatures[:33] != self.operator_key:
+            raise InvalidRequest("it is not the issue of this ledger's operator.")
+        if not PublicKey(self.operator_key).verify(digest, entry.signatures[33:]):
+            raise InvalidRequest("the issue is not signed by the ledger's operator.")
+        _, effect = genesis.issue(entry.body[:20], int.from_bytes(entry.body[20:], "big"))
+        return effect
+
+    def _rotate(self, entry: Entry) -> Effect:
+        message = KeyRotation.decode(entry.body)
+        if message.epoch != self._epoch + 1 or message.digest(self.ledger_id) != entry.request_digest:
+            raise InvalidRequest("it does not begin the next epoch.")
+        if entry.signatures[:33] != self.operator_key:
+            raise InvalidRequest("the ledger is handed over by a key that is not its operator's.")
+        verify(PublicKey(self.operator_key), message, self.ledger_id, entry.signatures[33:98])
+        verify(message.next_key, message, self.ledger_id, entry.signatures[98:])
+        self._epoch, self.operator_key = message.epoch, message.next_key.data
+        return Effect(Kind.ROTATE_KEY, ())
+
+    def report(self) -> Report:
+        """Returns what the journal so far comes to."""
+        return Report(
+            self.ledger_id,
+            self.head.seq,
+            self.head,
+            self.operator_key,
+            self.balances.get(books.GENESIS, 0),
+            sum(1 for owner, held in self.balances.items() if held and owner[:1] == b"\1"),
+            len(self.channels),
+            sum(channel.held for channel in self.channels.values()),
+        )
+
+
+def audit(description: bytes, entries: Iterable[Entry]) -> tuple[Report, Auditor]:
+    """Re-verifies a whole journal.
+
+    Args:
+        description: The canonical description of the ledger.
+        entries: All of them, in order.
+
+    Raises:
+        AuditFailed: An entry is wrong; the first such.
+        ConfigError: The description is none.
+    """
+    auditor = Auditor(description)
+    with _Digests() as digests:
+        try:
+            for entry in _counted(entries):
+                auditor.take(entry)
+                digests.add(entry.request_digest, entry.seq)
+        except AuditFailed as failed:
+            if (repeat := digests.first_repeat()) is not None and repeat < failed.seq:
+                raise _repeated(repeat) from failed
+            raise
+        if (repeat := digests.first_repeat()) is not None:
+            raise _repeated(repeat)
+    if auditor.head.seq == 0:
+        raise AuditFailed(1, "there is none.")
+    return auditor.report(), auditor
+
+
+def compare(auditor: Auditor, connection: sqlite3.Connection) -> None:
+    """Compares the tables of a database with what its journal leads to.
+
+    Raises:
+        InvariantBroken: They say something else.
+    """
+    head, _ = rows.read_head(connection)
+    if (head.seq, head.hash) != (auditor.head.seq, auditor.head.hash):
+        raise InvariantBroken(f"The head is entry {head.seq}, the journal ends with {auditor.head.seq}.")
+    count = 0
+    for owner, balance in connection.execute("SELECT id, balance FROM accounts"):
+        count += 1
+        if auditor.balances.get(owner, 0) != balance:
+            raise InvariantBroken(f"The balance of account {owner.hex()} is not what the journal leads to.")
+    if count < len(auditor.balances):
+        raise InvariantBroken("The journal leads to accounts that the books do not have.")
+    found = connection.execute("SELECT id, deposit, best, phase, deadline_ms FROM channels WHERE phase <> 3")
+    stored = {row[0]: row[1:] for row in found}
+    said = {c.id: (c.deposit, c.best, c.phase, c.deadline_ms) for c in auditor.channels.values()}
+    if stored != said:
+        raise InvariantBroken("The open channels are not those that the journal leads to.")
+
+
+def _repeated(seq: int) -> AuditFailed:
+    return AuditFailed(seq, "its request was carried out before.")
+
+
+def _counted(entries: Iterable[Entry]) -> Iterator[Entry]:
+    """Turns an entry that cannot even be read into a named one."""
+    seq = 0
+    iterator = iter(entries)
+    while True:
+        try:
+            entry = next(iterator)
+        except StopIteration:
+            return
+        except (ValueError, BttError) as error:
+            raise AuditFailed(seq + 1, f"it cannot be read: {error}") from error
+        seq = entry.seq
+        yield entry

@@ -1,0 +1,81 @@
+"""Wakes the watchers that a commit concerns; what happened they read from the journal themselves.
+
+A watcher holds one event, whatever happens while it is slow, so it costs the same whether it
+sleeps or floods, and it can miss nothing: the journal is its queue.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Final
+
+from btt.sdk.errors import RateLimited
+from btt.services.ledger.books import user
+from btt.services.ledger.overlay import Batch
+
+MOST_WATCHERS: Final = 512
+MOST_PER_KEY: Final = 8
+
+
+class Hub:
+    """The watchers of a running ledger."""
+
+    def __init__(self) -> None:
+        self._watchers: dict[bytes, set[asyncio.Event]] = {}
+        self._events: set[asyncio.Event] = set()
+        self._per_key: Counter[bytes] = Counter()
+        self.closed = False
+
+    @contextmanager
+    def watch(self, key: bytes, subjects: Iterable[bytes]) -> Iterator[asyncio.Event]:
+        """Registers a watcher.
+
+        Args:
+            key: Who watches, for the bound per key.
+            subjects: Account ids, keys and channel ids that concern it.
+
+        Yields:
+            An event that is set after a commit that concerns one of the subjects, and at the end.
+
+        Raises:
+            RateLimited: There are too many.
+        """
+        if len(self._events) >= MOST_WATCHERS or self._per_key[key] >= MOST_PER_KEY:
+            raise RateLimited("Too many watch the ledger.", retry_after=30)
+        event = asyncio.Event()
+        wanted = frozenset(subjects)
+        self._per_key[key] += 1
+        self._events.add(event)
+        for subject in wanted:
+            self._watchers.setdefault(subject, set()).add(event)
+        try:
+            yield event
+        finally:
+            self._events.discard(event)
+            self._per_key[key] -= 1
+            if not self._per_key[key]:
+                del self._per_key[key]
+            for subject in wanted:
+                self._watchers[subject].discard(event)
+                if not self._watchers[subject]:
+                    del self._watchers[subject]
+
+    def publish(self, batch: Batch) -> None:
+        """Wakes whom a committed batch concerns."""
+        if not self._watchers:
+            return
+        touched = set(batch.accounts)
+        for channel in batch.channels.values():
+            touched |= {channel.id, channel.k2, user(channel.payer), user(channel.payee)}
+        for subject in touched & self._watchers.keys():
+            for event in self._watchers[subject]:
+                event.set()
+
+    def close(self) -> None:
+        """Ends all watching."""
+        self.closed = True
+        for event in self._events:
+            event.set()

@@ -1,0 +1,109 @@
+"""`btt channel` and `btt wallet transfer` against a ledger that listens."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from btt.sdk.keys import PrivateKey
+from btt.sdk.ledger import LedgerClient
+from btt.sdk.signing import ChannelCommit, ChannelRefund, sign
+from btt.sdk.wallet import Keystore
+from btt.services.ledger import folder, server
+from btt.services.ledger.books import Terms
+
+START, HOUR, WINDOW = 1_800_000_000_000, 3_600_000, 5000
+K1, K2, BOB = (PrivateKey(n.to_bytes(32, "big")) for n in (21, 22, 12))
+
+
+class World:
+    """A ledger with a clock that the test sets, and a wallet with two channels."""
+
+    def __init__(self, running: server.RunningLedger, wallet: Path) -> None:
+        self.running, self.wallet = running, wallet
+        self.now_ms = START
+        self.channels: list[str] = []
+
+    async def run(self, *words: str, fails: int = 0) -> Any:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "btt.sdk.cli",
+            *words,
+            "--ledger",
+            str(self.running.address),
+            "--wallet",
+            str(self.wallet),
+            "--json",
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        out, err = await process.communicate()
+        assert process.returncode == fails, err.decode()
+        return json.loads(out or err) if not fails else None
+
+
+@pytest.fixture
+async def world(tmp_path: Path) -> AsyncIterator[World]:
+    wallet = tmp_path / "wallet"
+    key = Keystore.create(wallet / "wallet.json", "").key()
+    folder.init(
+        tmp_path / "ledger",
+        name="test",
+        supply_to=key.address,
+        amount=10_000,
+        terms=Terms(min_challenge_ms=1000, min_lifetime_ms=1000),
+        clock=lambda: START,
+    )
+    config = server.LedgerConfig(folder=tmp_path / "ledger", sweep_every=3600.0)
+    async with server.serve(config, clock=lambda: made.now_ms) as running:
+        made = World(running, wallet)
+        async with LedgerClient.connect(running.address) as ledger:
+            for name, flags in ((1, 1), (2, 0)):
+                t1 = ChannelCommit(
+                    payer=key.address,
+                    payee=BOB.address,
+                    k1=K1.public,
+                    k2=K2.public,
+                    amount=100,
+                    expires_ms=START + HOUR,
+                    challenge_ms=WINDOW,
+                    flags=flags,
+                    fee=0,
+                    nonce=name.to_bytes(16, "big"),
+                    service_ref=bytes(32),
+                )
+                channel = t1.channel_id(ledger.ledger_id)
+                t2 = ChannelRefund(channel=channel, not_before_ms=t1.expires_ms)
+                await ledger.open_channel(t1, key, sign(K2, t2, ledger.ledger_id))
+                made.channels.append(channel.hex())
+        yield made
+
+
+async def test_the_life_of_channels(world: World) -> None:
+    first, second = world.channels
+    sent = await world.run("wallet", "transfer", str(BOB.address), "50 base units", "--yes")
+    assert (sent["amount"], sent["to"]) == ("50", str(BOB.address))
+    listed = await world.run("channel", "list")
+    assert [(one["channel"], one["phase"]) for one in listed] == [(first, "open"), (second, "open")]
+    assert (await world.run("channel", "topup", first[:12], "30 base units", "--yes"))["deposit"] == "130"
+    assert (await world.run("channel", "show", first))["early_close"] is True
+    await world.run("channel", "close", second, fails=1)  # its lock time has not come
+    closing = await world.run("channel", "close", first)
+    assert (closing["phase"], closing["deadline_ms"]) == ("closing", START + WINDOW)
+    assert await world.run("channel", "refund") == []
+    world.now_ms = START + HOUR
+    due = await world.run("channel", "refund")
+    assert [(one["channel"], one["phase"]) for one in due] == [(first, "closed"), (second, "closing")]
+    world.now_ms += WINDOW
+    assert [one["phase"] for one in await world.run("channel", "refund")] == ["closed"]
+    assert await world.run("channel", "list") == []
+    assert len(await world.run("channel", "list", "--all")) == 2
+    assert (await world.run("wallet", "balance"))["balance"] == "9950"
