@@ -42,6 +42,7 @@ GRACE_S: Final = 10.0
 _LAST_CALLS_S: Final = 1.0  # for what is left once no paid call runs
 _LAST_SWEEP_S: Final = 5.0
 _SWEEP_EVERY_S: Final = 30.0
+_WATCH_EVERY_S: Final = 300.0
 _OFFER_EVERY_S: Final = 60.0
 _ANYWHERE: Final = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - what is printed instead
 
@@ -146,7 +147,9 @@ class Node:
         port = self._listen(server)
         await server.start()
         stack.push_async_callback(self._stop, server)
-        self._watch(self.closer.run(_SWEEP_EVERY_S))
+        # Four questions fit into the shortest window that a payer may close in.
+        watch_s = min(_WATCH_EVERY_S, config.payments.terms.min_challenge_ms / 4000)
+        self._watch(self.closer.run(_SWEEP_EVERY_S, watch_s))
         self._watch(self.offers.run(_OFFER_EVERY_S))
         self._watch(self._greet_ledger())
         await self._tell(running, port, services)
@@ -297,8 +300,11 @@ class Node:
     async def _sweep_last(self) -> None:
         # What was begun is finished if the ledger is there; the rest waits for the next start.
         with suppress(BttError):
-            if any(record.state == "closing" for record, _ in await self.store.channels()):
+            records = [record for record, _ in await self.store.channels()]
+            if any(record.state == "closing" for record in records):
                 await self.closer.sweep()
+            if records:
+                await self.closer.watch()
 
 
 def _platform_names() -> tuple[str, ...]:

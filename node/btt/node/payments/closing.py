@@ -1,4 +1,8 @@
-"""Closes channels on the ledger for the payee: when asked, and always before their lock time.
+"""Guards a node's channels on the ledger: closes them in time, and keeps the ledger informed.
+
+A channel is closed when asked, before its lock time, and as soon as its payer asks the ledger to
+close it. The best update is shown to the ledger every few minutes and when the node stops, so
+that it is paid even if the node never comes back (paper: the seeder publishes the last T3).
 
 What will be captured is fixed on disk before the ledger is asked, so that asking again
 after a lost answer or a crash is the same request.
@@ -7,6 +11,8 @@ after a lost answer or a crash is the same request.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import math
 from collections.abc import Callable
 
 import structlog
@@ -14,9 +20,10 @@ import structlog
 from btt.node.payments.ledger import PayeeLedger
 from btt.node.payments.sessions import Sessions
 from btt.node.payments.store import CLOSED, OPEN, ChannelRecord, PayeeStore
-from btt.sdk.errors import BttError, ChannelClosed, ChannelUnknown, SessionEnded
+from btt.proto.ledger.v1 import ledger_pb2
+from btt.sdk.errors import BttError, ChannelClosed, ChannelUnknown, SessionEnded, UpdateInvalid
 from btt.sdk.keys import PrivateKey
-from btt.sdk.signing import ChannelClose
+from btt.sdk.signing import ChannelClose, ChannelUpdate
 
 log = structlog.get_logger(__name__)
 
@@ -122,11 +129,51 @@ class Closer:
     def _is_due(self, record: ChannelRecord) -> bool:
         return record.expires_ms - self._margin_ms <= self._clock()
 
-    async def run(self, interval_s: float) -> None:
-        """Sweeps for ever."""
+    async def watch(self) -> int:
+        """Asks the ledger about every open channel: closes those that are closing, shows the rest.
+
+        Returns:
+            How many are being closed by their payer, and were closed here first.
+        """
+        closed = 0
+        for record, _ in await self._store.channels():
+            if record.state != OPEN:
+                continue
+            try:
+                closed += await self._look_after(record)
+            except BttError as error:
+                log.warning("channel.watch_failed", channel=record.channel_id.hex(), error=str(error))
+        return closed
+
+    async def _look_after(self, record: ChannelRecord) -> bool:
+        state = await self._ledger.channel(record.channel_id, self._key)
+        if state.phase == ledger_pb2.CHANNEL_PHASE_CLOSING:
+            log.info("channel.payer_closes", channel=record.channel_id.hex(), deadline_ms=state.deadline_ms)
+            async with self._sessions.lock(record.channel_id):
+                await self.close(record.channel_id)
+            return True
+        best = record.best
+        if state.phase == ledger_pb2.CHANNEL_PHASE_OPEN and best is not None and best.cumulative > state.best:
+            update = ChannelUpdate(channel=record.channel_id, cumulative=best.cumulative)
+            with contextlib.suppress(UpdateInvalid):  # a raise below the ledger's minimum waits
+                await self._ledger.submit_update(update, best.signature)
+        return False
+
+    async def run(self, interval_s: float, watch_s: float) -> None:
+        """Sweeps and watches for ever.
+
+        Args:
+            interval_s: Seconds between sweeps.
+            watch_s: Seconds between questions to the ledger; several fit into a challenge window.
+        """
+        watched = -math.inf
         while True:
             try:
                 await self.sweep()
+                now = asyncio.get_running_loop().time()
+                if now - watched >= watch_s:
+                    watched = now
+                    await self.watch()
             except BttError as error:
                 log.warning("channel.sweep_failed", error=str(error))
-            await asyncio.sleep(interval_s)
+            await asyncio.sleep(min(interval_s, watch_s))

@@ -16,7 +16,7 @@ from btt.proto.ledger.v1.ledger_pb2 import ChannelState
 from btt.sdk.errors import BttError, LedgerUnreachable
 from btt.sdk.keys import PrivateKey
 from btt.sdk.ledger import LedgerAddress, LedgerClient, SignedReceipt
-from btt.sdk.signing import ChannelClose
+from btt.sdk.signing import ChannelClose, ChannelUpdate
 
 log = structlog.get_logger(__name__)
 
@@ -35,6 +35,9 @@ class PayeeLedger(Protocol):
         update_signature: bytes = b"",
     ) -> SignedReceipt:
         """Closes a channel."""
+
+    async def submit_update(self, update: ChannelUpdate, update_signature: bytes) -> SignedReceipt:
+        """Shows the ledger an update, which it keeps for the payee."""
 
 
 class LedgerOnDemand:
@@ -97,6 +100,10 @@ class LedgerOnDemand:
     ) -> SignedReceipt:
         """Closes a channel; as `LedgerClient.close_channel`."""
         return await (await self.connect()).close_channel(close, k2, update_cumulative, update_signature)
+
+    async def submit_update(self, update: ChannelUpdate, update_signature: bytes) -> SignedReceipt:
+        """Shows an update; as `LedgerClient.submit_update`."""
+        return await (await self.connect()).submit_update(update, update_signature)
 
     async def close(self) -> None:
         """Ends the connection."""

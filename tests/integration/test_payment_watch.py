@@ -1,0 +1,58 @@
+"""A node that looks after its channels on the ledger, while payers try to leave with what they owe."""
+
+from __future__ import annotations
+
+import pytest
+
+from btt.proto.ledger.v1 import ledger_pb2
+from btt.sdk.errors import BttError
+from kit.economy import RUN
+from kit.probe import BYTES, PRICES, Probe, pb, rpc
+
+UNIT = PRICES[BYTES].rate.owed(RUN)
+
+
+@pytest.fixture
+async def paid(economy):
+    """A node, and a payer that has paid for three units and left its channel open."""
+    node = await economy.node(
+        lambda r: rpc.add_ProbeServiceServicer_to_server(Probe(), r), {BYTES: PRICES[BYTES]}
+    )
+    node.wallet = await economy.wallet()
+    async with economy.client(node, node.wallet, keep_channels=True) as btt:
+        session = await btt.session(100 * UNIT)
+        node.channel_id = session.payer.channel_id
+        async for _ in rpc.ProbeServiceStub(session.channel).Many(pb.Ask(messages=3, size=RUN)):
+            pass
+    node.owed = btt.receipts[0].owed
+    assert node.owed == PRICES[BYTES].rate.owed(3 * RUN)
+    return node
+
+
+async def test_the_best_update_is_shown_to_the_ledger(paid, economy):
+    assert (await economy.ledger.channel(paid.channel_id, paid.payee_key)).best == 0
+    assert await paid.closer.watch() == 0
+    state = await economy.ledger.channel(paid.channel_id, paid.payee_key)
+    assert state.phase == ledger_pb2.CHANNEL_PHASE_OPEN
+    assert state.best == paid.owed
+    assert await paid.closer.watch() == 0, "the same update is not shown again"
+
+
+async def test_a_payer_that_closes_early_does_not_leave_with_what_it_owes(paid, economy):
+    await economy.ledger.request_close(paid.channel_id, paid.wallet.account)
+    assert await paid.closer.watch() == 1
+    state = await economy.ledger.channel(paid.channel_id, paid.payee_key)
+    assert state.phase == ledger_pb2.CHANNEL_PHASE_CLOSED
+    assert state.captured == paid.owed
+    assert (await economy.ledger.account(paid.payee_key)).available == paid.owed
+    assert (await paid.store.earnings()).captured == paid.owed
+
+
+async def test_a_closing_channel_gets_no_session(paid, economy):
+    await economy.ledger.request_close(paid.channel_id, paid.wallet.account)
+    async with economy.client(paid, paid.wallet) as btt:
+        try:
+            session = await btt.session(UNIT)
+        except BttError:
+            return
+        assert session.payer.channel_id != paid.channel_id
