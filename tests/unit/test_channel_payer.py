@@ -223,11 +223,12 @@ class TestSigning:
         payer = make_payer(deposit=100)
         payer.begin(A)
         assert payer.due(credit=40, demand=0, flush=True) is None
-        take(payer, A, 29)
+        take(payer, A, 19)
         assert payer.due(credit=40, demand=0, flush=False) is None
-        assert payer.due(credit=40, demand=0, flush=True) == 29
+        assert payer.due(credit=40, demand=0, flush=True) == 19
         take(payer, A, 1)
-        assert payer.due(credit=40, demand=0, flush=False) == 30
+        assert payer.due(credit=40, demand=0, flush=False) == 20  # half the credit
+        take(payer, A, 10)
         assert payer.due(credit=1000, demand=1, flush=False) == 30  # all that is owed, once asked
         assert payer.due(credit=1000, demand=35, flush=False) == 35
         assert payer.due(credit=1000, demand=10**9, flush=False) == 40  # one unit ahead
