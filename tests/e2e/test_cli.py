@@ -305,8 +305,6 @@ async def test_a_devnet_needs_to_run() -> None:
     with pytest.raises(ConfigError):
         _ = net.folder
     with pytest.raises(ConfigError):
-        Devnet(nodes=2)
-    with pytest.raises(ConfigError):
         Devnet(content_price="much")
 
 

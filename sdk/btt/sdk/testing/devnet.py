@@ -66,15 +66,12 @@ class Devnet:
 
     Args:
         content_price: What the node asks for content.
-        nodes: How many nodes; only one for now.
 
     Raises:
-        ConfigError: An argument does not do.
+        ConfigError: The price does not do.
     """
 
-    def __init__(self, *, content_price: str = DEFAULT_PRICE, nodes: int = 1) -> None:
-        if nodes != 1:
-            raise ConfigError("A devnet has one node for now.")
+    def __init__(self, *, content_price: str = DEFAULT_PRICE) -> None:
         try:
             self.content_rate = Rate.parse(content_price)
         except ValueError as error:
