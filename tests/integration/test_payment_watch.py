@@ -6,6 +6,7 @@ import pytest
 
 from btt.proto.ledger.v1 import ledger_pb2
 from btt.sdk.errors import BttError
+from btt.sdk.signing import ChannelClose
 from kit.economy import RUN
 from kit.probe import BYTES, PRICES, Probe, pb, rpc
 
@@ -56,3 +57,18 @@ async def test_a_closing_channel_gets_no_session(paid, economy):
         except BttError:
             return
         assert session.payer.channel_id != paid.channel_id
+
+
+async def test_a_channel_that_the_ledger_closed_without_us_counts_what_was_paid(paid, economy):
+    # Somebody else with K2, as another copy of this node would have, took less than was owed.
+    record, _ = await paid.store.channel(paid.channel_id)
+    await economy.ledger.close_channel(
+        ChannelClose(channel=paid.channel_id, capture=UNIT),
+        paid.payee_key,
+        record.best.cumulative,
+        record.best.signature,
+    )
+    assert await paid.closer.watch() == 0
+    earnings = await paid.store.earnings()
+    assert earnings.captured == UNIT == (await economy.ledger.account(paid.payee_key)).available
+    assert (earnings.open_channels, earnings.closed_channels) == (0, 1)

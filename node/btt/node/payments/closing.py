@@ -120,8 +120,7 @@ class Closer:
                     await self.close(record.channel_id)
                     closed += 1
                 except ChannelClosed:
-                    log.warning("channel.closed_by_other", channel=record.channel_id.hex())
-                    await self._store.end_close(record.channel_id, b"", b"")
+                    await self._closed_elsewhere(record)
                 except BttError as error:
                     log.warning("channel.close_failed", channel=record.channel_id.hex(), error=str(error))
         return closed
@@ -152,12 +151,26 @@ class Closer:
             async with self._sessions.lock(record.channel_id):
                 await self.close(record.channel_id)
             return True
+        if state.phase == ledger_pb2.CHANNEL_PHASE_CLOSED:
+            async with self._sessions.lock(record.channel_id):
+                await self._closed_elsewhere(record)
+            return False
         best = record.best
         if state.phase == ledger_pb2.CHANNEL_PHASE_OPEN and best is not None and best.cumulative > state.best:
             update = ChannelUpdate(channel=record.channel_id, cumulative=best.cumulative)
             with contextlib.suppress(UpdateInvalid):  # a raise below the ledger's minimum waits
                 await self._ledger.submit_update(update, best.signature)
         return False
+
+    async def _closed_elsewhere(self, record: ChannelRecord) -> None:
+        """The ledger closed a channel while this node was away: its books say what was paid."""
+        state = await self._ledger.channel(record.channel_id, self._key)
+        session = self._sessions.live(record.channel_id)
+        if session is not None:
+            self._sessions.end(session, SessionEnded("The channel was closed on the ledger."))
+        self._sessions.forget(record.payer, record.channel_id)
+        await self._store.closed_elsewhere(record.channel_id, state.captured)
+        log.warning("channel.closed_elsewhere", channel=record.channel_id.hex(), captured=state.captured)
 
     async def run(self, interval_s: float, watch_s: float) -> None:
         """Sweeps and watches for ever.

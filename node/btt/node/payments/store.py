@@ -327,6 +327,15 @@ class PayeeStore:
             )
         )
 
+    async def closed_elsewhere(self, channel_id: bytes, captured: int) -> None:
+        """Takes note that the ledger closed a channel without us, and what it paid us, base units."""
+        await self.run(
+            lambda db: db.execute(
+                "UPDATE channels SET state = 'closed', capture = min(?, best) WHERE channel_id = ?",
+                (captured, channel_id),
+            )
+        )
+
     async def earnings(self) -> Earnings:
         """Returns what the node has served and earned."""
         return await self.run(read_earnings)  # type: ignore[no-any-return]
