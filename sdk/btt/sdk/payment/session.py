@@ -82,6 +82,7 @@ class PaymentSession:
         self.token = b""
         self.error: BttError | None = None
         self._credit = 0
+        self._most_credit = 0
         self._demand = 0
         self._stated = 0
         self._stalled = False
@@ -183,7 +184,7 @@ class PaymentSession:
         self.payer.reconcile(best=best, settled=read_counts(reply.settled))
         self._purse.store.save_books(self.payer.channel_id, self.payer.signed, self.payer.tally)
         self.token = reply.token
-        self._credit = reply.credit
+        self._credit = self._most_credit = reply.credit
         self._paid = self.payer.signed
         stream = self._stub.Pay()
         call_id = secrets.token_bytes(16)
@@ -285,7 +286,10 @@ class PaymentSession:
         raise SessionEnded("The node ended the payment stream.")
 
     def _take_statement(self, statement: payment_pb2.Statement) -> None:
-        tolerance = statement.credit + self.offer.sheet.unit_charge
+        # What is under way left on the credit of its time, which a write-off may have ended since;
+        # the exact check comes with each settlement.
+        self._most_credit = max(self._most_credit, statement.credit)
+        tolerance = 2 * self._most_credit + self.offer.sheet.unit_charge
         if statement.owed > self.payer.tally.owed + tolerance:
             raise CountsDiffer(
                 f"The node says {statement.owed} base units are owed; we count {self.payer.tally.owed}."
