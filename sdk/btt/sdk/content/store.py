@@ -18,6 +18,7 @@ from pathlib import Path
 from types import TracebackType
 
 from btt.sdk.content import files, paths
+from btt.sdk.content.direct import DirectWriter
 from btt.sdk.content.torrent import RUN, Torrent
 from btt.sdk.errors import BttError, ConfigError, StorageError
 
@@ -33,6 +34,7 @@ class _Part:
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
+        self.direct = DirectWriter(fd)
         self.writers = 0
 
 
@@ -172,13 +174,12 @@ class Destination:
             raise ValueError("scan comes before writing")
         if have[run]:
             return
-        with self._writing(file) as fd, files.on_disk(self.file_path(file)):
-            if fd is None:
+        with self._writing(file) as part, files.on_disk(self.file_path(file)):
+            if part is None:
                 return
-            rest, at = memoryview(data), run * RUN
-            while rest:
-                written = os.pwrite(fd, rest, at)
-                rest, at = rest[written:], at + written
+            done = part.direct.write(data, run * RUN)
+            while done < len(data):
+                done += os.pwrite(part.fd, memoryview(data)[done:], run * RUN + done)
         have[run] = 1
 
     def finish(self, file: int) -> Path:
@@ -197,12 +198,12 @@ class Destination:
         if have is None or 0 in have:
             raise ValueError(f"file {file} has missing runs")
         with self._finishing:
-            with self._writing(file) as fd, self._folder(file) as (folder, name, part), files.on_disk(target):
-                if fd is None:
+            with self._writing(file) as part, self._folder(file) as (folder, *names), files.on_disk(target):
+                if part is None:
                     return target
-                os.ftruncate(fd, self._torrent.files[file].length)
-                os.fsync(fd)
-                files.give_name(part, name, folder=folder, target=target)
+                os.ftruncate(part.fd, self._torrent.files[file].length)
+                os.fsync(part.fd)
+                files.give_name(part=names[1], name=names[0], folder=folder, target=target)
                 os.fsync(folder)
             with self._changed:
                 self._final[file] = True
@@ -321,14 +322,14 @@ class Destination:
             os.close(fd)
 
     @contextlib.contextmanager
-    def _writing(self, file: int) -> Iterator[int | None]:
+    def _writing(self, file: int) -> Iterator[_Part | None]:
         """Keeps a part open while a thread works on it; None if the file is finished already."""
         part = self._part(file, create=True, writing=True)
         if part is None:
             yield None
             return
         try:
-            yield part.fd
+            yield part
         finally:
             with self._changed:
                 part.writers -= 1
@@ -387,6 +388,7 @@ class Destination:
                 with contextlib.suppress(OSError, BttError), self._folder(file) as (folder, _, name):
                     os.unlink(name, dir_fd=folder)
         finally:
+            part.direct.close()
             os.close(part.fd)
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
-import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -42,6 +41,8 @@ STREAMS = 4
 """Calls that run at a time, for content of many files."""
 AHEAD = 6
 """Runs of one call that are being verified and written at a time."""
+THREADS = 3
+"""Threads that verify and write: one waits for the disk while two compute."""
 TRIES = 12
 """Attempts without any progress before the transfer gives up."""
 
@@ -111,9 +112,7 @@ class Transfer:
         self._rate = rate
         self._open_session = open_session
         self._destination = Destination(root, torrent)
-        self._threads = ThreadPoolExecutor(2, thread_name_prefix="verify")
-        # Two threads that write to one file would spin on its lock in the kernel.
-        self._writing = threading.Lock()
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="verify")
         self._phase = "checking"
         self._checked = 0
         self._done = 0
@@ -314,8 +313,7 @@ class Transfer:
         """Verifies a run and writes it; returns its length, or 0 if it does not verify."""
         if not self.torrent.verify_run(file, message.run, message.data):
             return 0
-        with self._writing:
-            self._destination.write_run(file, message.run, message.data)
+        self._destination.write_run(file, message.run, message.data)
         return len(message.data)
 
 
