@@ -173,6 +173,30 @@ class PaymentsSection(_Section):
         )
 
 
+class BansSection(_Section):
+    """What follows when a payer fails again and again.
+
+    Attributes:
+        after: Failures that lead to a ban.
+        first: How long the first ban lasts; each further one is twice as long.
+        longest: Length that no ban exceeds, and the time in which one doubling is forgotten.
+        forget: Time in which one failure is forgotten.
+    """
+
+    after: int = Field(default=3, ge=1, le=1000)
+    first: Milliseconds = 600_000
+    longest: Milliseconds = 86_400_000
+    forget: Milliseconds = 3_600_000
+
+    @model_validator(mode="after")
+    def _check(self) -> BansSection:
+        if not 1000 <= self.first <= self.longest <= 365 * 86_400_000:
+            raise ValueError("first must be at least a second, and longest between it and a year")
+        if self.forget < 1000:
+            raise ValueError('forget must be at least a second; write forget = "1h"')
+        return self
+
+
 class LimitsSection(_Section):
     """What the node takes on at once.
 
@@ -209,6 +233,7 @@ class NodeConfig(BaseSettings):
         node: Where it listens.
         ledger: Where it is paid.
         payments: Credit and channel terms.
+        bans: What follows when payment fails again and again.
         limits: What it takes on at once.
         services: Each service by its name.
     """
@@ -224,6 +249,7 @@ class NodeConfig(BaseSettings):
     node: NodeSection = NodeSection()
     ledger: LedgerSection
     payments: PaymentsSection = Field(default_factory=PaymentsSection)
+    bans: BansSection = Field(default_factory=BansSection)
     limits: LimitsSection = LimitsSection()
     services: dict[str, ServiceSection] = Field(default_factory=dict)
 

@@ -31,6 +31,7 @@ from btt.node.payments.sessions import CreditPolicy, Sessions
 from btt.node.payments.store import PayeeStore
 from btt.proto.offer.v1 import offer_pb2, offer_pb2_grpc
 from btt.proto.payment.v1 import payment_pb2, payment_pb2_grpc
+from btt.sdk.channel import BanPolicy
 from btt.sdk.errors import BttError, ConfigError, Draining
 from btt.sdk.identity import NodeAddress
 from btt.sdk.tls import TRANSPORT_OPTIONS, certificate_sha256, server_credentials
@@ -51,10 +52,17 @@ _OPTIONS: Final = (
     ("grpc.max_metadata_size", 16 * 1024),
     # Two nodes on one port would share its connections.
     ("grpc.so_reuseport", 0),
-    # A payer that vanished must not hold its session for ever.
-    ("grpc.keepalive_time_ms", 60_000),
-    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.http2.max_pings_without_data", 0),
 )
+
+
+def _keepalive(grace_ms: int) -> list[tuple[str, int]]:
+    """A payer that vanished does not hold its session, and is not taken for one that does not pay.
+
+    Within the grace time its connection is found to be dead, and the session ends without a
+    word against it. Who answers pings all that time, and pays nothing, does so on purpose.
+    """
+    return [("grpc.keepalive_time_ms", grace_ms // 3), ("grpc.keepalive_timeout_ms", grace_ms // 3)]
 
 
 class Node:
@@ -142,7 +150,9 @@ class Node:
         )
         metering = PaymentInterceptor(sessions=self.sessions, charges=registrar.charges, clock=self._clock)
         server = grpc.aio.server(
-            handlers=collector.handlers, interceptors=[self.admission, metering], options=_OPTIONS
+            handlers=collector.handlers,
+            interceptors=[self.admission, metering],
+            options=[*_OPTIONS, *_keepalive(config.payments.grace)],
         )
         port = self._listen(server)
         await server.start()
@@ -151,6 +161,7 @@ class Node:
         watch_s = min(_WATCH_EVERY_S, config.payments.terms.min_challenge_ms / 4000)
         self._watch(self.closer.run(_SWEEP_EVERY_S, watch_s))
         self._watch(self.offers.run(_OFFER_EVERY_S))
+        self._watch(self.sessions.bans.run(self.sessions.peers, self.sessions.disconnect))
         self._watch(self._greet_ledger())
         await self._tell(running, port, services)
 
@@ -173,7 +184,7 @@ class Node:
         return offers
 
     def _make_payments(self) -> None:
-        folder, payments = self.folder, self.folder.config.payments
+        folder, payments, bans = self.folder, self.folder.config.payments, self.folder.config.bans
         ledger_id = folder.config.ledger.address.ledger_id
         self.sessions = Sessions(
             ledger_id=ledger_id,
@@ -185,6 +196,13 @@ class Node:
                 strangers_per_hour=int(payments.strangers_per_hour),
                 strangers_per_network=int(payments.strangers_per_network),
                 grace_s=payments.grace / 1000,
+                bans=BanPolicy(
+                    after=bans.after,
+                    first_ms=bans.first,
+                    longest_ms=bans.longest,
+                    forget_ms=bans.forget,
+                    apart_ms=payments.grace // 2,
+                ),
             ),
             clock=self._clock,
         )

@@ -9,6 +9,7 @@ is given its size when it is opened, and is written over from then on.
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
@@ -25,19 +26,23 @@ IN_PLACE_S: Final = 0.002
 it to a thread and back takes longer, and payment waits for it."""
 
 
-def open_books(path: Path, *, schema: str, version: int) -> sqlite3.Connection:
+def open_books(
+    path: Path, *, schema: str, version: int, migrations: Mapping[int, str] | None = None
+) -> sqlite3.Connection:
     """Opens books for reading and writing; makes them if they are missing.
 
     Args:
         path: The SQLite file.
         schema: Statements that make the tables.
         version: Of the schema.
+        migrations: Statements that turn books of one version into those of the next, by the
+            version they start from.
 
     Returns:
         A connection without implicit transactions, usable from any thread under a lock.
 
     Raises:
-        ConfigError: The books are of another version.
+        ConfigError: The books are of a version that cannot be read or brought up to date.
         StorageError: They cannot be opened.
     """
     try:
@@ -45,29 +50,39 @@ def open_books(path: Path, *, schema: str, version: int) -> sqlite3.Connection:
         db.execute("PRAGMA journal_mode=WAL")
         db.execute("PRAGMA synchronous=FULL")
         db.execute("PRAGMA foreign_keys=ON")
-        found = db.execute("PRAGMA user_version").fetchone()[0]
-        if found == 0:
-            _make(db, schema, version)
-        elif found != version:
-            raise ConfigError(f"The books in {path} are of version {found}; update this program.")
+        found = _version(db)
+        if found != version:
+            steps = {0: f"{schema}{_LOG_ROOM}"} if found == 0 else dict(migrations or {})
+            if not 0 <= found < version or found not in steps:
+                raise ConfigError(f"The books in {path} are of version {found}; update this program.")
+            _bring_up(db, steps, version)
         _grow_log(db, path)
     except sqlite3.Error as error:
         raise StorageError(f"The books in {path} cannot be opened ({error}).") from error
     return db
 
 
-def _make(db: sqlite3.Connection, schema: str, version: int) -> None:
+def _version(db: sqlite3.Connection) -> int:
+    return int(db.execute("PRAGMA user_version").fetchone()[0])
+
+
+def _bring_up(db: sqlite3.Connection, steps: Mapping[int, str], version: int) -> None:
+    """Makes or migrates books, whole or not at all."""
     db.execute("BEGIN IMMEDIATE")
-    # Another process may have made them while we waited for the lock.
-    if db.execute("PRAGMA user_version").fetchone()[0] == 0:
-        statement = ""
-        for line in f"{schema}{_LOG_ROOM}".splitlines(keepends=True):
-            statement += line
-            if sqlite3.complete_statement(statement):
-                db.execute(statement)
-                statement = ""
-        db.execute(f"PRAGMA user_version={version}")
-    db.execute("COMMIT")
+    try:
+        # Another process may have done it while we waited for the lock.
+        while (found := _version(db)) != version:
+            statement = ""
+            for line in steps[found].splitlines(keepends=True):
+                statement += line
+                if sqlite3.complete_statement(statement):
+                    db.execute(statement)
+                    statement = ""
+            db.execute(f"PRAGMA user_version={version if found == 0 else found + 1}")
+        db.execute("COMMIT")
+    except BaseException:
+        db.execute("ROLLBACK")
+        raise
 
 
 def _grow_log(db: sqlite3.Connection, path: Path) -> None:

@@ -27,6 +27,7 @@ BttError
  |    +-- ContentUnknown, ContentUnavailable
  |    +-- ContentMismatch     data did not verify; it was not paid
  |    +-- NoProviders         no node could serve this; says why for each
+ |        +-- NodeBanned      the wallet leaves the only node alone for a while
  +-- StorageError             a disk or database failed; nothing was lost
  +-- LedgerUnreachable        the node cannot see the ledger and gives no credit
  +-- InternalError            a defect
@@ -275,9 +276,20 @@ class AppRefused(ServiceError):
 
 
 class Banned(ServiceError):
-    """The caller is banned for a while."""
+    """The node serves this payer no more for a while; the message says why and until when.
+
+    Args:
+        message: What happened, for a person.
+        hint: What to do next.
+        retry_after: Seconds after which the ban is over; 0 when nobody knows.
+    """
 
     reason = "BANNED"
+    hint = "Use another node, or wait; asking again before then changes nothing."
+
+    def __init__(self, message: str, *, hint: str | None = None, retry_after: float = 0.0) -> None:
+        super().__init__(message, hint=hint)
+        self.retry_after = retry_after
 
 
 class RateLimited(ServiceError):
@@ -331,6 +343,23 @@ class NoProviders(ServiceError):
     """No node could serve this."""
 
     reason = "NO_PROVIDERS"
+
+
+class NodeBanned(NoProviders):
+    """This wallet does not use the only node that is left, for a while; nobody was dialled.
+
+    Args:
+        message: What the node did, and until when it is left alone, for a person.
+        hint: What to do next.
+        until_ms: End of the ban, Unix milliseconds.
+    """
+
+    reason = ""  # it never travels
+    hint = "Use another node; `btt wallet forgive` ends it early."
+
+    def __init__(self, message: str, *, hint: str | None = None, until_ms: int = 0) -> None:
+        super().__init__(message, hint=hint)
+        self.until_ms = until_ms
 
 
 class StorageError(BttError):

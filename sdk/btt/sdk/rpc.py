@@ -11,6 +11,7 @@ from grpc_status import rpc_status
 
 from btt.sdk.errors import (
     BY_REASON,
+    Banned,
     BttError,
     ConnectError,
     InternalError,
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     import grpc.aio
 
 DOMAIN = "btt"
+MAX_WAIT_S = 60.0
+"""Longest that a stranger can make us wait before we ask again, seconds."""
 
 _CODES: tuple[tuple[type[BttError], int], ...] = (
     (SignatureInvalid, code_pb2.UNAUTHENTICATED),
@@ -49,7 +52,7 @@ def _status(error: BttError) -> status_pb2.Status:
     detail = any_pb2.Any()
     detail.Pack(error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN))
     details = [detail]
-    if isinstance(error, RateLimited) and error.retry_after > 0:
+    if isinstance(error, Banned | RateLimited) and error.retry_after > 0:
         retry = error_details_pb2.RetryInfo()
         retry.retry_delay.FromNanoseconds(int(error.retry_after * 1e9))
         packed = any_pb2.Any()
@@ -96,7 +99,10 @@ def to_error(failure: grpc.aio.AioRpcError) -> BttError:
                 if detail.Is(info.DESCRIPTOR) and detail.Unpack(info) and info.domain == DOMAIN:
                     cls = BY_REASON.get(info.reason)
                     if cls is RateLimited:
-                        return RateLimited(_printable(status.message), retry_after=_retry_after(status))
+                        wait = min(MAX_WAIT_S, _retry_after(status))
+                        return RateLimited(_printable(status.message), retry_after=wait)
+                    if cls is Banned:
+                        return Banned(_printable(status.message), retry_after=_retry_after(status))
                     if cls is not None:
                         return cls(_printable(status.message))
     details = _printable(failure.details() or "")
@@ -106,12 +112,12 @@ def to_error(failure: grpc.aio.AioRpcError) -> BttError:
 
 
 def _retry_after(status: status_pb2.Status) -> float:
-    """Seconds, from a stranger: at most a minute."""
+    """Seconds, as a stranger says."""
     for detail in status.details:
         retry = error_details_pb2.RetryInfo()
         if detail.Is(retry.DESCRIPTOR) and detail.Unpack(retry):
             delay = retry.retry_delay
-            return float(min(60.0, max(0.0, delay.seconds + delay.nanos / 1e9)))
+            return float(max(0.0, delay.seconds + delay.nanos / 1e9))
     return 0.0
 
 

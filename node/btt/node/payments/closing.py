@@ -92,8 +92,9 @@ class Closer:
             self._sessions.end(session, SessionEnded("The channel is being closed."))
         best = record.best.cumulative if record.best else 0
         # What was prepaid and not used goes back to the payer with the rest.
-        capture = await self._store.begin_close(channel_id, min(best, tally.owed), max(0, tally.owed - best))
-        self._sessions.forget(record.payer, channel_id)
+        arrears = max(0, tally.owed - best) if record.state == OPEN else 0
+        capture = await self._store.begin_close(channel_id, min(best, tally.owed), arrears)
+        await self._sessions.forget(record.payer, channel_id, arrears)
         receipt = await self._ledger.close_channel(
             ChannelClose(channel=channel_id, capture=capture),
             self._key,
@@ -165,11 +166,18 @@ class Closer:
     async def _closed_elsewhere(self, record: ChannelRecord) -> None:
         """The ledger closed a channel while this node was away: its books say what was paid."""
         state = await self._ledger.channel(record.channel_id, self._key)
+        found = await self._store.channel(record.channel_id)
+        if found is None or found[0].state == CLOSED:
+            return
+        record, tally = found
         session = self._sessions.live(record.channel_id)
         if session is not None:
+            tally = session.payee.meter.tally
             self._sessions.end(session, SessionEnded("The channel was closed on the ledger."))
-        self._sessions.forget(record.payer, record.channel_id)
-        await self._store.closed_elsewhere(record.channel_id, state.captured)
+        best = record.best.cumulative if record.best else 0
+        arrears = max(0, tally.owed - best) if record.state == OPEN else 0
+        await self._store.closed_elsewhere(record.channel_id, state.captured, arrears)
+        await self._sessions.forget(record.payer, record.channel_id, arrears)
         log.warning("channel.closed_elsewhere", channel=record.channel_id.hex(), captured=state.captured)
 
     async def run(self, interval_s: float, watch_s: float) -> None:

@@ -18,7 +18,7 @@ from btt.node.payments.network import network_of
 from btt.node.payments.session import Session
 from btt.node.payments.sessions import Sessions
 from btt.sdk.channel import Line, Segment
-from btt.sdk.errors import BttError, ConfigError, InternalError, RateLimited, SessionEnded
+from btt.sdk.errors import BttError, ConfigError, InternalError, RateLimited, SessionEnded, SignatureInvalid
 from btt.sdk.payment.calls import CALL_KEY, PROOF_KEY, TOKEN_KEY
 from btt.sdk.payment.charges import MethodCharge, method_charge
 from btt.sdk.rpc import abort
@@ -169,6 +169,8 @@ class PaymentInterceptor(grpc.aio.ServerInterceptor):
             except BttError as error:
                 if isinstance(error, InternalError) and session is not None:
                     session.void(call)
+                if isinstance(error, SignatureInvalid) and session is None:
+                    await self._sessions.bans.network_failed(network_of(context.peer()))
                 await abort(context, error)
 
         return metered
@@ -180,6 +182,7 @@ class PaymentInterceptor(grpc.aio.ServerInterceptor):
         ticket: tuple[str | bytes, ...],
     ) -> Callable[[Any, Any], Awaitable[Any]]:
         async def metered(request: Any, context: Any) -> Any:
+            session: Session | None = None
             try:
                 session, call = self._begin(ticket)
                 if call in session.answers:
@@ -195,6 +198,8 @@ class PaymentInterceptor(grpc.aio.ServerInterceptor):
                 if len(session.answers) > STORED_ANSWERS:
                     del session.answers[next(iter(session.answers))]
             except BttError as error:
+                if isinstance(error, SignatureInvalid) and session is None:
+                    await self._sessions.bans.network_failed(network_of(context.peer()))
                 await abort(context, error)
             return message
 

@@ -11,6 +11,7 @@ from typing import TypeAlias
 import grpc.aio
 import structlog
 
+from btt.node.payments.bans import Failure
 from btt.node.payments.closing import Closer
 from btt.node.payments.ledger import PayeeLedger
 from btt.node.payments.network import network_of
@@ -33,8 +34,11 @@ from btt.sdk.errors import (
     PriceChanged,
     RequestExpired,
     SessionEnded,
+    SignatureInvalid,
     SignerMismatch,
+    StorageError,
     TermsRefused,
+    UpdateInvalid,
 )
 from btt.sdk.identity import Offer
 from btt.sdk.keys import PrivateKey
@@ -123,6 +127,8 @@ class PaymentServicer(payment_pb2_grpc.PaymentServiceServicer):
         try:
             commit = ChannelCommit.decode(request.commit)
             self._check_terms(commit)
+            # Nobody shall lock money in a channel that will be refused.
+            await self._sessions.bans.check(commit.payer, network_of(context.peer()))
             refund = ChannelRefund(
                 channel=commit.channel_id(self._ledger_id), not_before_ms=commit.expires_ms
             )
@@ -166,6 +172,9 @@ class PaymentServicer(payment_pb2_grpc.PaymentServiceServicer):
             known = await self._store.channel(body.channel)
             if known is not None and known[0].state in (CLOSING, CLOSED):
                 raise ChannelClosed("The channel is closed.")
+            if known is not None:  # a banned payer gets no work out of the ledger
+                commit = ChannelCommit.decode(known[0].commit)
+                await self._admit(commit, body, request.signature, network)
             # An old receipt proves nothing: the live state decides before any credit.
             state = await self._ledger.channel(body.channel, self._payee_key)
             if state.phase == ledger_pb2.CHANNEL_PHASE_CLOSED:
@@ -173,9 +182,9 @@ class PaymentServicer(payment_pb2_grpc.PaymentServiceServicer):
             if state.phase != ledger_pb2.CHANNEL_PHASE_OPEN:
                 raise ChannelClosing("The channel is closing on the ledger.")
             commit = ChannelCommit.decode(state.commit)
-            verify(commit.k1, body, self._ledger_id, request.signature)
             self._check_channel(commit, offer)
             if known is None:
+                await self._admit(commit, body, request.signature, network)
                 await self._store.add_channel(
                     ChannelRecord(
                         channel_id=body.channel,
@@ -192,14 +201,20 @@ class PaymentServicer(payment_pb2_grpc.PaymentServiceServicer):
                     )
                 )
             best = _update(request.best) if request.HasField("best") else None
-            session, settled = await self._sessions.open(
-                channel_id=body.channel,
-                commit=commit,
-                offer=offer,
-                network=network,
-                best=best,
-                accepted=read_counts(request.accepted),
-            )
+            try:
+                session, settled = await self._sessions.open(
+                    channel_id=body.channel,
+                    commit=commit,
+                    offer=offer,
+                    network=network,
+                    best=best,
+                    accepted=read_counts(request.accepted),
+                )
+            except BttError as error:
+                failure = _failure(error, best, commit.amount)
+                if failure is not None:
+                    await self._sessions.failed(commit.payer, network, failure)
+                raise
         log.info("session.open", channel=body.channel.hex(), payer=str(commit.payer), epoch=session.epoch)
         return payment_pb2.OpenResponse(
             token=session.token,
@@ -208,6 +223,15 @@ class PaymentServicer(payment_pb2_grpc.PaymentServiceServicer):
             settled=counts_of(settled),
             credit=session.payee.standing.credit,
         )
+
+    async def _admit(self, commit: ChannelCommit, body: SessionOpen, signature: bytes, network: str) -> None:
+        """Checks that the channel's payer asks, and that it is not banned."""
+        try:
+            verify(commit.k1, body, self._ledger_id, signature)
+        except SignatureInvalid:
+            await self._sessions.bans.network_failed(network)
+            raise
+        await self._sessions.bans.check(commit.payer, network)
 
     def _check_open(self, body: SessionOpen) -> Offer:
         now = self._clock()
@@ -242,7 +266,7 @@ class PaymentServicer(payment_pb2_grpc.PaymentServiceServicer):
         session: Session | None = None
         reader: asyncio.Task[None] | None = None
         try:
-            session = await self._attach(request_iterator)
+            session = await self._attach(request_iterator, network_of(context.peer()))
             reader = asyncio.create_task(self._hear(session, request_iterator))
             while True:
                 settled, stale = await session.news()
@@ -266,7 +290,7 @@ class PaymentServicer(payment_pb2_grpc.PaymentServiceServicer):
                 with contextlib.suppress(asyncio.CancelledError):
                     await reader
 
-    async def _attach(self, requests: AsyncIterator[payment_pb2.PayRequest]) -> Session:
+    async def _attach(self, requests: AsyncIterator[payment_pb2.PayRequest], network: str) -> Session:
         try:
             async with asyncio.timeout(ATTACH_S):
                 first = await anext(requests, None)
@@ -275,18 +299,26 @@ class PaymentServicer(payment_pb2_grpc.PaymentServiceServicer):
         if first is None or not first.HasField("attach"):
             raise InvalidRequest("The payment stream does not begin with a token.")
         attach = first.attach
-        session = self._sessions.find(attach.token, attach.call_id, attach.signature)
+        session = await self._find(attach, network)
         if session.attached:
             raise SessionEnded("The session has a payment stream already.")
         session.attached = True
         return session
 
+    async def _find(self, proof: payment_pb2.Attach | payment_pb2.CloseRequest, network: str) -> Session:
+        try:
+            return self._sessions.find(proof.token, proof.call_id, proof.signature)
+        except SignatureInvalid:
+            await self._sessions.bans.network_failed(network)
+            raise
+
     async def _hear(self, session: Session, requests: AsyncIterator[payment_pb2.PayRequest]) -> None:
+        update = None
         try:
             async for request in requests:
-                session.heard()
                 if request.HasField("update"):
-                    await session.pay(_update(request.update), self._store)
+                    update = _update(request.update)
+                    await session.pay(update, self._store)
                     self._sessions.paid(session)
                 elif request.HasField("report"):
                     report = request.report
@@ -298,6 +330,10 @@ class PaymentServicer(payment_pb2_grpc.PaymentServiceServicer):
                     raise InvalidRequest("The payment stream carries an unknown message.")
             self._sessions.end(session, SessionEnded("The payer ended the payment stream."))
         except BttError as error:
+            failure = _failure(error, update, session.payee.meter.deposit)
+            with contextlib.suppress(StorageError):
+                if failure is not None:
+                    await self._sessions.failed(session.payer, session.network, failure)
             self._sessions.end(session, error)
         except grpc.aio.AbortError:
             return  # the stream's other half has ended the session already
@@ -310,7 +346,7 @@ class PaymentServicer(payment_pb2_grpc.PaymentServiceServicer):
     ) -> payment_pb2.CloseResponse:
         """Ends a session with a signed statement, and closes its channel if asked."""
         try:
-            session = self._sessions.find(request.token, request.call_id, request.signature)
+            session = await self._find(request, network_of(context.peer()))
             channel_id = session.payee.channel_id
             async with self._sessions.lock(channel_id):
                 if session.payee.open_calls:
@@ -347,6 +383,18 @@ def _statement(session: Session) -> payment_pb2.Statement:
     return payment_pb2.Statement(
         owed=meter.owed, paid=meter.paid, credit=session.payee.standing.credit, demand=session.demand
     )
+
+
+def _failure(error: BttError, update: SignedUpdate | None, deposit: int) -> Failure | None:
+    """Names what counts against the payer: what no honest program sends.
+
+    An update above a deposit that has grown meanwhile is none of that.
+    """
+    if isinstance(error, CountsDiffer):
+        return Failure.LIED
+    if isinstance(error, UpdateInvalid) and update is not None and update.cumulative <= deposit:
+        return Failure.FORGED
+    return None
 
 
 def _update(proto: payment_pb2.Update) -> SignedUpdate:

@@ -9,7 +9,7 @@ import asyncio
 import hashlib
 import secrets
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 
 from btt.node.payments.store import PayeeStore
@@ -45,9 +45,19 @@ class Session:
     """One live session; made by `Sessions.open`."""
 
     def __init__(
-        self, *, payer: Address, book: PayerBook, payee: Payee, offer: Offer, epoch: int, grace_s: float
+        self,
+        *,
+        payer: Address,
+        network: str,
+        book: PayerBook,
+        payee: Payee,
+        offer: Offer,
+        epoch: int,
+        grace_s: float,
+        unpaid: Callable[[Session], Awaitable[None]],
     ) -> None:
         self.payer = payer
+        self.network = network
         self.token = secrets.token_bytes(32)
         self.payee = payee
         self.offer = offer
@@ -58,6 +68,7 @@ class Session:
         """Answers of unary calls by call id, for a caller that lost one."""
         self._book = book
         self._grace_s = grace_s
+        self._unpaid = unpaid
         self._waiting: deque[_Waiting] = deque()
         self._heard = 0
         self._settlements: list[tuple[bytes, dict[Segment, int]]] = []
@@ -111,11 +122,13 @@ class Session:
         try:
             while not waiting.ready.done():
                 heard = self._heard
-                # The clock starts again whenever the payer is heard: a slow line is no default.
+                # The clock starts again whenever the payer gets on: a slow line is no default.
                 done, _ = await asyncio.wait([waiting.ready], timeout=self._grace_s)
                 if not done and heard == self._heard:
-                    raise PaymentRequired(f"No payment came within {self._grace_s:g} seconds.")
-            waiting.ready.result()
+                    break
+            else:
+                waiting.ready.result()
+                return
         finally:
             if tell is not None:
                 tell.cancel()
@@ -123,6 +136,18 @@ class Session:
             if waiting in self._waiting:
                 self._waiting.remove(waiting)
                 self.advance()
+        if not self.is_in_order:
+            await self._unpaid(self)
+        self._alive()
+        raise PaymentRequired(f"No payment came within {self._grace_s:g} seconds.")
+
+    @property
+    def is_in_order(self) -> bool:
+        """True if the payer has paid for what it had, so that not going on is no failure."""
+        standing = self.payee.standing
+        return (
+            self.payee.meter.excess <= 0 and standing.paid > standing.written_off and not standing.in_default
+        )
 
     async def reserve(self, segment: Segment, units: int) -> None:
         """Returns once units could leave, before the work for them is done; counts nothing.
@@ -182,10 +207,6 @@ class Session:
 
     # Hearing from the payer
 
-    def heard(self) -> None:
-        """The payer is alive."""
-        self._heard += 1
-
     async def pay(self, update: SignedUpdate, store: PayeeStore) -> None:
         """Checks an update, saves it, and only then counts it.
 
@@ -199,6 +220,7 @@ class Session:
         meter = self.payee.meter
         saved = await store.save(checked, meter.tally, meter.written_off)
         self.payee.accept(saved)
+        self._heard += 1
 
     def settle(self, call_id: bytes, accepted: Mapping[Segment, int]) -> None:
         """Settles an ended call, and tells the payer.
@@ -206,6 +228,8 @@ class Session:
         Raises:
             CountsDiffer: The report names more than was sent.
         """
+        if call_id in self.payee.open_calls:
+            self._heard += 1
         self._settlements.append((call_id, self.payee.settle(call_id, accepted)))
         for waiting in [w for w in self._waiting if w.call_id == call_id]:
             if not waiting.ready.done():

@@ -9,19 +9,16 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
+from btt.node.payments.bans import Bans, Failure
 from btt.node.payments.session import PayerBook, Session
-from btt.node.payments.store import PayeeStore
-from btt.sdk.channel import Payee, Segment, SignedUpdate, Standing, Strangers
+from btt.node.payments.store import OPEN, ChannelRecord, PayeeStore
+from btt.sdk.channel import BanPolicy, Payee, Segment, SignedUpdate, Standing, Strangers, Tally
 from btt.sdk.errors import BttError, SessionEnded
 from btt.sdk.identity import Offer
 from btt.sdk.keys import Address
 from btt.sdk.signing import ChannelCommit
-
-TELL_S = 0.05
-"""Seconds that a message waits before a payer that should sign by itself is told."""
-
 
 MAX_PAYERS = 10_000
 """Payers kept in memory before those without a session are dropped."""
@@ -37,6 +34,7 @@ class CreditPolicy:
         strangers_per_hour: What payers without a history may owe together.
         strangers_per_network: The same for each /24 or /48.
         grace_s: Seconds a call waits for payment.
+        bans: What follows when payment fails again and again.
     """
 
     unit: int
@@ -44,6 +42,7 @@ class CreditPolicy:
     strangers_per_hour: int
     strangers_per_network: int
     grace_s: float = 60.0
+    bans: BanPolicy = field(default_factory=BanPolicy)
 
 
 class Sessions:
@@ -63,6 +62,7 @@ class Sessions:
         self._store = store
         self._policy = policy
         self._clock = clock
+        self.bans = Bans(store=store, policy=policy.bans, clock=clock)
         self._strangers = Strangers(total=policy.strangers_per_hour, per_network=policy.strangers_per_network)
         self._books: dict[Address, PayerBook] = {}
         self._by_token: dict[bytes, Session] = {}
@@ -131,17 +131,22 @@ class Sessions:
         meter = payee.meter
         if checked is not None:
             payee.accept(await self._store.save(checked, meter.tally, meter.written_off))
+        was_in_default = book.standing.in_default
         settled = payee.reconcile(accepted)
         await self._store.save_books(channel_id, meter.tally, meter.written_off)
         epoch = await self._store.next_epoch(channel_id)
-        self._lend(book, network)
+        if book.standing.in_default and not was_in_default:
+            await self.failed(commit.payer, network, Failure.DEFAULT)
+        await self._lend(book, network)
         session = Session(
             payer=commit.payer,
+            network=network,
             book=book,
             payee=payee,
             offer=offer,
             epoch=epoch,
             grace_s=self._policy.grace_s,
+            unpaid=self._unpaid,
         )
         book.sessions += 1
         self._by_token[hashlib.sha256(session.token).digest()] = session
@@ -158,12 +163,9 @@ class Sessions:
         if book is None:
             if len(self._books) >= MAX_PAYERS:
                 self._forget_idle()
-            standing = Standing(unit=self._policy.unit, limit=self._policy.limit)
-            standing.paid = sum(r.best.cumulative if r.best else 0 for r, _ in records)
-            standing.written_off = sum(r.written_off + r.arrears for r, _ in records)
-            book = self._books[payer] = PayerBook(standing)
+            book = self._books[payer] = PayerBook(self._standing(records))
         for record, tally in records:
-            if record.state == "closed" or record.channel_id in book.channels:
+            if record.state != OPEN or record.channel_id in book.channels:
                 continue
             book.channels[record.channel_id] = Payee(
                 ledger_id=self._ledger_id,
@@ -177,17 +179,28 @@ class Sessions:
             )
         return book
 
+    def _standing(self, records: list[tuple[ChannelRecord, Tally]]) -> Standing:
+        return Standing(
+            unit=self._policy.unit,
+            limit=self._policy.limit,
+            paid=sum(r.best.cumulative if r.best else 0 for r, _ in records),
+            written_off=sum(r.written_off + r.arrears for r, _ in records),
+        )
+
     def _forget_idle(self) -> None:
         """Drops payers without a session from memory; their books are on disk."""
         for payer, book in list(self._books.items()):
             if not book.sessions and not any(self.lock(channel).locked() for channel in book.channels):
                 del self._books[payer]
 
-    def _lend(self, book: PayerBook, network: str) -> None:
+    async def _lend(self, book: PayerBook, network: str) -> None:
         standing = book.standing
-        if standing.is_stranger and standing.lease < standing.unit:
-            missing = standing.unit - standing.lease
-            if self._strangers.lend(network, missing, self._clock()):
+        # To whom has lost a unit already another one would give no credit.
+        if not standing.is_stranger or standing.written_off >= standing.unit:
+            return
+        if standing.lease < standing.unit and await self.bans.lends_to(network):
+            missing = standing.unit - standing.lease  # as it is now: others of this payer may have come
+            if missing > 0 and self._strangers.lend(network, missing, self._clock()):
                 standing.lease = standing.unit
                 book.lease_network = network
 
@@ -220,6 +233,35 @@ class Sessions:
             del self._by_channel[channel_id]
         self._return_lease(self._books[session.payer])
 
+    # Bans
+
+    async def failed(self, payer: Address, network: str | None, failure: Failure) -> None:
+        """Counts a failure of a payer, and disconnects it if that bans it.
+
+        Args:
+            payer: Who holds the key of the channel.
+            network: Where it came from; None if that is not known.
+            failure: What it did.
+        """
+        book = self._books.get(payer)
+        stranger = book is None or book.standing.is_stranger
+        banned = await self.bans.payer_failed(payer, failure, network=network if stranger else None)
+        if banned is not None:
+            self.disconnect(payer, None, banned)
+
+    async def _unpaid(self, session: Session) -> None:
+        await self.failed(session.payer, session.network, Failure.UNPAID)
+
+    def disconnect(self, payer: Address, network: str | None, error: BttError) -> None:
+        """Ends the sessions of a payer, of one network or of all: what it is sent ends with them."""
+        for session in self.all():
+            if session.payer == payer and network in (None, session.network):
+                self.end(session, error)
+
+    def peers(self) -> set[tuple[Address, str]]:
+        """Returns the payers that have a session, with their networks."""
+        return {(session.payer, session.network) for session in self.all()}
+
     def live(self, channel_id: bytes) -> Session | None:
         """Returns the live session of a channel."""
         return self._by_channel.get(channel_id)
@@ -228,11 +270,21 @@ class Sessions:
         """Returns every live session."""
         return list(self._by_channel.values())
 
-    def forget(self, session_payer: Address, channel_id: bytes) -> None:
-        """Drops a channel that is closing; what it left unpaid follows its payer."""
-        book = self._books.get(session_payer)
-        if book is None:
-            return
-        payee = book.channels.pop(channel_id, None)
+    async def forget(self, payer: Address, channel_id: bytes, arrears: int) -> None:
+        """Drops a channel that is closing or closed; what it left unpaid follows its payer.
+
+        Args:
+            payer: Whose channel it is.
+            channel_id: 32 bytes.
+            arrears: What it left unpaid, base units; it is in the books already.
+        """
+        book = self._books.get(payer)
+        payee = book.channels.pop(channel_id, None) if book is not None else None
         if payee is not None:
             payee.meter.leave()
+        if not arrears:
+            return
+        after = self._standing(await self._store.channels(payer=payer, closed=True))
+        before = replace(after, written_off=after.written_off - arrears)
+        if after.in_default and not before.in_default:
+            await self.failed(payer, None, Failure.DEFAULT)

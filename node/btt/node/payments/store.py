@@ -23,9 +23,10 @@ from btt.sdk.database import IN_PLACE_S, open_books
 from btt.sdk.errors import StorageError
 from btt.sdk.keys import Address
 from btt.sdk.money import Unit
+from btt.sdk.payment.bans import BANS_SCHEMA
 from btt.sdk.payment.counts import COUNTS_SCHEMA, load_tally, save_tally
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 OPEN, CLOSING, CLOSED = "open", "closing", "closed"
 _MAX_BATCH = 512
 
@@ -56,6 +57,7 @@ CREATE INDEX channels_payer ON channels(payer);
 CREATE TRIGGER best_never_falls BEFORE UPDATE OF best ON channels WHEN new.best < old.best
 BEGIN SELECT raise(ABORT, 'a best update never falls'); END;
 """
+_MIGRATIONS = {1: BANS_SCHEMA}
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +134,12 @@ class PayeeStore:
         self._closed = False
         self._commit_s = 0.0
         self._busy = threading.Lock()
-        self._db = open_books(path, schema=_SCHEMA + COUNTS_SCHEMA, version=SCHEMA_VERSION)
+        self._db = open_books(
+            path,
+            schema=_SCHEMA + COUNTS_SCHEMA + BANS_SCHEMA,
+            version=SCHEMA_VERSION,
+            migrations=_MIGRATIONS,
+        )
         self._jobs: queue.SimpleQueue[tuple[Job, asyncio.AbstractEventLoop, asyncio.Future[Any]] | None]
         self._jobs = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._write, name="payee-store", daemon=True)
@@ -327,12 +334,19 @@ class PayeeStore:
             )
         )
 
-    async def closed_elsewhere(self, channel_id: bytes, captured: int) -> None:
-        """Takes note that the ledger closed a channel without us, and what it paid us, base units."""
+    async def closed_elsewhere(self, channel_id: bytes, captured: int, arrears: int) -> None:
+        """Takes note that the ledger closed a channel without us.
+
+        Args:
+            channel_id: 32 bytes.
+            captured: What the ledger paid us, base units.
+            arrears: What stayed owed beyond the best update, unless a close fixed it before.
+        """
         await self.run(
             lambda db: db.execute(
-                "UPDATE channels SET state = 'closed', capture = min(?, best) WHERE channel_id = ?",
-                (captured, channel_id),
+                "UPDATE channels SET state = 'closed', capture = min(?, best), arrears = max(arrears, ?)"
+                " WHERE channel_id = ?",
+                (captured, arrears, channel_id),
             )
         )
 

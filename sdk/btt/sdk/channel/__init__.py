@@ -1,5 +1,6 @@
 """The payment channel without I/O: payer, payee, meter and credit (paper: steps 7 to 9)."""
 
+from btt.sdk.channel.conduct import FOREVER_MS, BanPolicy, Conduct
 from btt.sdk.channel.credit import Standing, Strangers
 from btt.sdk.channel.durable import Durable
 from btt.sdk.channel.meter import Meter
@@ -8,7 +9,10 @@ from btt.sdk.channel.payer import Intent, PaidCall, Payer, SignedUpdate
 from btt.sdk.channel.prices import Line, Price, PriceSheet, Segment, Tally
 
 __all__ = [
+    "FOREVER_MS",
+    "BanPolicy",
     "Checked",
+    "Conduct",
     "Durable",
     "Intent",
     "Line",

@@ -63,6 +63,11 @@ class Standing:
         return max(floor, self.paid * WRITE_OFF_PERCENT // 100)
 
     @property
+    def in_default(self) -> bool:
+        """True while more was written off than a crash of an honest payer explains."""
+        return self.written_off > max(self.unit, self.paid * WRITE_OFF_PERCENT // 100)
+
+    @property
     def credit(self) -> int:
         """Base units that may be owed now."""
         if self.written_off > self.allowance:

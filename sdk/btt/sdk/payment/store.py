@@ -20,14 +20,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from btt.sdk.channel import Durable, Intent, Tally
+from btt.sdk.channel import BanPolicy, Conduct, Durable, Intent, Tally
 from btt.sdk.database import IN_PLACE_S, open_books
 from btt.sdk.errors import BudgetExceeded, IdentityError, StorageError
 from btt.sdk.keys import Address
 from btt.sdk.money import Amount
+from btt.sdk.payment.bans import BANS_SCHEMA, forget_conduct, load_conduct, save_strike
 from btt.sdk.payment.counts import COUNTS_SCHEMA, load_tally, save_tally
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 OPENING, OPEN, CLOSED = "opening", "open", "closed"
 
 _SCHEMA = """
@@ -60,6 +61,7 @@ CREATE TABLE channels(
     CHECK(base <= cap AND cap <= deposit AND signed <= deposit)
 ) STRICT, WITHOUT ROWID;
 """
+_MIGRATIONS = {1: BANS_SCHEMA}
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +120,12 @@ class PayerStore:
         self._lock = threading.RLock()
         self._commit_s = 0.0
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="payer-store")
-        self._db = open_books(folder / "payer.db", schema=_SCHEMA + COUNTS_SCHEMA, version=SCHEMA_VERSION)
+        self._db = open_books(
+            folder / "payer.db",
+            schema=_SCHEMA + COUNTS_SCHEMA + BANS_SCHEMA,
+            version=SCHEMA_VERSION,
+            migrations=_MIGRATIONS,
+        )
 
     def close(self) -> None:
         """Closes the books; claims are given up with the process or by `release`."""
@@ -318,6 +325,22 @@ class PayerStore:
         """Remembers who was met at a bare `host:port` on first use."""
         with self._transaction():
             self._db.execute("INSERT OR IGNORE INTO endpoints VALUES(?, ?)", (endpoint, node.data))
+
+    def conduct(self, node: Address) -> Conduct:
+        """Returns what this wallet remembers against a node."""
+        return load_conduct(self._db, str(node))
+
+    def strike(
+        self, node: Address, reason: str, *, now_ms: int, policy: BanPolicy, weight: int = 1
+    ) -> Conduct:
+        """Remembers a failure of a node; see `Conduct.strike`."""
+        with self._transaction():
+            return save_strike(self._db, str(node), reason, now_ms=now_ms, policy=policy, weight=weight)[0]
+
+    def forgive(self, node: Address) -> bool:
+        """Forgets what is remembered against a node; says whether there was anything."""
+        with self._transaction():
+            return forget_conduct(self._db, str(node))
 
 
 class Claim:
