@@ -19,7 +19,7 @@ from btt.node.payments.store import PayeeStore
 from btt.proto.offer.v1 import offer_pb2, offer_pb2_grpc
 from btt.proto.payment.v1 import payment_pb2_grpc
 from btt.sdk.budget import Budget
-from btt.sdk.channel import Line, Price
+from btt.sdk.channel import BanPolicy, Line, Price
 from btt.sdk.client import Client, Wallet
 from btt.sdk.content.transfer import LINE
 from btt.sdk.identity import ChannelTerms, NodeAddress, Offer, sign_offer, tls_name
@@ -179,6 +179,7 @@ class Economy:
         limit_units: int = 64,
         strangers_units: int = 1000,
         grace_s: float = 60,
+        bans: BanPolicy | None = None,
         start: bool = True,
     ) -> TestNode:
         unit = max(p.rate.owed(p.verify_units) for p in prices.values())
@@ -194,6 +195,7 @@ class Economy:
                 strangers_per_hour=unit * strangers_units,
                 strangers_per_network=unit * strangers_units,
                 grace_s=grace_s,
+                bans=bans or BanPolicy(apart_ms=0),
             ),
         )
         if start:

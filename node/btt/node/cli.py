@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from btt.node.peers import app as peers
+
 if TYPE_CHECKING:
     from btt.node.folder import NodeFolder
 
 app = typer.Typer(help="Run a node, or look at one.", no_args_is_help=True)
+app.add_typer(peers, name="peers")
 
 Folder = Annotated[
     Path | None, typer.Argument(help="Folder of the node.", envvar="BTT_NODE_DIR", show_default=False)

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Final
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
+from btt.sdk.channel import BanPolicy
 from btt.sdk.errors import ConfigError, InvalidRequest
 from btt.sdk.identity import ChannelTerms
 from btt.sdk.keys import Address
@@ -252,6 +253,19 @@ class NodeConfig(BaseSettings):
     bans: BansSection = Field(default_factory=BansSection)
     limits: LimitsSection = LimitsSection()
     services: dict[str, ServiceSection] = Field(default_factory=dict)
+
+    @property
+    def bans_policy(self) -> BanPolicy:
+        """When a ban begins, and how long it lasts."""
+        return BanPolicy(
+            after=self.bans.after,
+            first_ms=self.bans.first,
+            longest_ms=self.bans.longest,
+            forget_ms=self.bans.forget,
+            # One call after another fails no faster than by the grace time; calls that wait
+            # together fail together, and once.
+            apart_ms=self.payments.grace // 2,
+        )
 
     @classmethod
     def settings_customise_sources(

@@ -31,7 +31,6 @@ from btt.node.payments.sessions import CreditPolicy, Sessions
 from btt.node.payments.store import PayeeStore
 from btt.proto.offer.v1 import offer_pb2, offer_pb2_grpc
 from btt.proto.payment.v1 import payment_pb2, payment_pb2_grpc
-from btt.sdk.channel import BanPolicy
 from btt.sdk.errors import BttError, ConfigError, Draining
 from btt.sdk.identity import NodeAddress
 from btt.sdk.tls import TRANSPORT_OPTIONS, certificate_sha256, server_credentials
@@ -62,7 +61,12 @@ def _keepalive(grace_ms: int) -> list[tuple[str, int]]:
     Within the grace time its connection is found to be dead, and the session ends without a
     word against it. Who answers pings all that time, and pays nothing, does so on purpose.
     """
-    return [("grpc.keepalive_time_ms", grace_ms // 3), ("grpc.keepalive_timeout_ms", grace_ms // 3)]
+    third = grace_ms // 3
+    return [
+        ("grpc.keepalive_time_ms", third),
+        ("grpc.keepalive_timeout_ms", third),
+        ("grpc.http2.ping_timeout_ms", third),  # a minute otherwise, whatever the one before says
+    ]
 
 
 class Node:
@@ -184,7 +188,7 @@ class Node:
         return offers
 
     def _make_payments(self) -> None:
-        folder, payments, bans = self.folder, self.folder.config.payments, self.folder.config.bans
+        folder, payments = self.folder, self.folder.config.payments
         ledger_id = folder.config.ledger.address.ledger_id
         self.sessions = Sessions(
             ledger_id=ledger_id,
@@ -196,13 +200,7 @@ class Node:
                 strangers_per_hour=int(payments.strangers_per_hour),
                 strangers_per_network=int(payments.strangers_per_network),
                 grace_s=payments.grace / 1000,
-                bans=BanPolicy(
-                    after=bans.after,
-                    first_ms=bans.first,
-                    longest_ms=bans.longest,
-                    forget_ms=bans.forget,
-                    apart_ms=payments.grace // 2,
-                ),
+                bans=folder.config.bans_policy,
             ),
             clock=self._clock,
         )

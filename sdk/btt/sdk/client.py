@@ -21,11 +21,13 @@ from types import TracebackType
 
 from btt.sdk.budget import Budget
 from btt.sdk.content.client import ContentClient
-from btt.sdk.errors import BttError, ChannelClosed, ConfigError
+from btt.sdk.errors import BttError, ChannelClosed, ConfigError, CountsDiffer
 from btt.sdk.identity import NodeAddress
-from btt.sdk.keys import PrivateKey
+from btt.sdk.keys import Address, PrivateKey
 from btt.sdk.ledger import LedgerAddress, LedgerClient
+from btt.sdk.payment.backoff import retry_after
 from btt.sdk.payment.connection import NodeConnection, connect_node
+from btt.sdk.payment.faults import NODE_BANS, check_node, fault_of
 from btt.sdk.payment.opening import Purse
 from btt.sdk.payment.session import PaymentSession, SessionReceipt
 from btt.sdk.payment.store import CLOSED, PayerStore
@@ -106,6 +108,7 @@ class Client:
         self._store: PayerStore | None = None
         self._ledger: LedgerClient | None = None
         self._node: NodeConnection | None = None
+        self._met: Address | None = None
         self._session: PaymentSession | None = None
         self._opening = asyncio.Lock()
         self.receipts: list[SessionReceipt] = []
@@ -176,7 +179,18 @@ class Client:
             await self._stack.aclose()
 
     async def node(self) -> NodeConnection:
-        """Returns the node, proven and with its current offer."""
+        """Returns the node, proven and with its current offer.
+
+        Raises:
+            NodeBanned: The wallet leaves it alone for a while; it was not dialled.
+            BttError: It could not be reached or trusted.
+        """
+        named = self._address.node or self._books.known_endpoint(f"{self._address.host}:{self._address.port}")
+        if named is not None:
+            check_node(self._books, named, self._clock())
+        return await self._connected()
+
+    async def _connected(self) -> NodeConnection:
         if self._node is None or self._node.offer.valid_until_ms < self._clock():
             self._node = await connect_node(
                 self._address,
@@ -185,6 +199,7 @@ class Client:
                 clock=self._clock,
                 trust_new=self._trust_new,
             )
+            self._met = self._node.offer.node
         return self._node
 
     async def ledger(self) -> LedgerClient:
@@ -201,13 +216,17 @@ class Client:
         """
         async with self._opening:
             if self._session is not None and self._session.error is not None:
+                self.blame(self._session.error)
                 await self._session.abandon()
                 self._session = None
                 self._node = None  # it may have restarted with a new offer
             if self._session is not None and self._is_used_up(self._session, need):
                 await self.close_session()
             if self._session is None:
+                await self.node()  # dials no banned one
                 self._session = await self._open_session(need)
+            else:
+                check_node(self._books, self._session.offer.node, self._clock())
             return self._session
 
     def _is_used_up(self, session: PaymentSession, need: int) -> bool:
@@ -217,7 +236,8 @@ class Client:
         return spare < min(need, session.offer.sheet.unit_charge) and left > 0
 
     async def _open_session(self, need: int, only: bytes | None = None) -> PaymentSession:
-        node = await self.node()
+        # Whatever a node did, what is due to it is paid, and a channel to it closed.
+        node = await self._connected()
         purse = Purse(
             account=self._wallet.account,
             store=self._books,
@@ -226,7 +246,24 @@ class Client:
             granted=self._budget.amount,
             clock=self._clock,
         )
-        return await PaymentSession.open(purse, node, need=need, only=only)
+        try:
+            return await PaymentSession.open(purse, node, need=need, only=only)
+        except BttError as error:
+            self.blame(error)
+            raise
+
+    def blame(self, error: BttError, *, at_last: bool = False) -> None:
+        """Remembers a failure of the node, if it is one; for some it is left alone for a while.
+
+        Args:
+            error: What happened.
+            at_last: Trying again was no use.
+        """
+        fault = fault_of(error, at_last=at_last)
+        if fault is not None and self._met is not None:
+            self._books.strike(
+                self._met, fault.reason, now_ms=self._clock(), policy=NODE_BANS, weight=fault.weight
+            )
 
     async def close_session(self) -> SessionReceipt | None:
         """Pays what is due, ends the session, and keeps its receipt.
@@ -246,6 +283,8 @@ class Client:
         session, self._session = self._session, None
         if session is None:
             return None
+        if session.error is not None:
+            self.blame(session.error)
         channel_id = session.payer.channel_id
         for pause in (*pauses, None):
             try:
@@ -256,11 +295,14 @@ class Client:
                 self._books.set_state(channel_id, CLOSED)
                 return None
             except BttError as error:
+                self.blame(error)
                 session, self._node = None, None
                 if pause is None or not error.retryable:
                     raise
-                await asyncio.sleep(pause)
+                await asyncio.sleep(max(pause, retry_after(error)))
             else:
+                if receipt.paid > session.payer.signed or receipt.owed > session.payer.tally.owed:
+                    self.blame(CountsDiffer("The node closed with more than was accepted."))
                 self.receipts.append(receipt)
                 return receipt
         raise AssertionError("the last try returns or raises")

@@ -47,11 +47,15 @@ class BttError(Exception):
     Args:
         message: What happened, for a person.
         hint: What to do next; the class has a default.
+
+    Attributes:
+        by: Who said it, "node" or "ledger"; empty for what this program found itself.
     """
 
     reason: ClassVar[str] = ""
     retryable: ClassVar[bool] = False
     hint: str = ""
+    by: str = ""
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         super().__init__(message)

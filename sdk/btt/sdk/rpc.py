@@ -77,16 +77,23 @@ def _trailing(metadata: Iterable[tuple[str, str | bytes]] | None) -> tuple[tuple
     return tuple((key, value) for key, value in metadata or ())
 
 
-def to_error(failure: grpc.aio.AioRpcError) -> BttError:
+def to_error(failure: grpc.aio.AioRpcError, *, by: str = "node") -> BttError:
     """Turns a failed call into the error its server named.
 
     Args:
         failure: What gRPC raised.
+        by: Who was called.
 
     Returns:
         The error of the server's reason; ConnectError when nobody answered, RemoteError
         when the server gave no reason we know.
     """
+    error = _named(failure)
+    error.by = by
+    return error
+
+
+def _named(failure: grpc.aio.AioRpcError) -> BttError:
     for key, value in failure.trailing_metadata() or ():
         if key == "grpc-status-details-bin" and isinstance(value, bytes):
             status = status_pb2.Status()

@@ -350,6 +350,18 @@ class PayeeStore:
             )
         )
 
+    async def payers(self) -> dict[str, tuple[int, int, int]]:
+        """Returns per payer what it paid, what was written off, and its channels that are not closed."""
+
+        def read(db: sqlite3.Connection) -> dict[str, tuple[int, int, int]]:
+            rows = db.execute(
+                "SELECT payer, sum(best), sum(written_off + arrears), sum(state <> 'closed')"
+                " FROM channels GROUP BY payer"
+            )
+            return {str(Address(payer)): (*sums,) for payer, *sums in rows}
+
+        return await self.run(read)  # type: ignore[no-any-return]
+
     async def earnings(self) -> Earnings:
         """Returns what the node has served and earned."""
         return await self.run(read_earnings)  # type: ignore[no-any-return]

@@ -147,3 +147,25 @@ def transfer(
         )
         return
     typer.echo(f"Sent {value} to {receiver}: entry {seq} of the ledger.")
+
+
+@app.command()
+def forgive(
+    node: Annotated[str, typer.Argument(help="Address of the node, T…")],
+    wallet: WalletFolder = None,
+    as_json: AsJson = False,
+) -> None:
+    """Use a node again that the wallet leaves alone because of what it did."""
+    from btt.sdk.keys import Address
+    from btt.sdk.payment.store import PayerStore
+
+    who = parsed(Address.parse, node, "NODE")
+    store = PayerStore(wallet_folder(wallet))
+    try:
+        found = store.forgive(who)
+    finally:
+        store.close()
+    if as_json:
+        typer.echo(json.dumps({"node": str(who), "forgiven": found}))
+        return
+    typer.echo(f"{who} is forgiven." if found else f"There was nothing against {who}.")

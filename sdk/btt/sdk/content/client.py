@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -73,6 +74,9 @@ class ContentClient:
             torrent = await _metadata(stub, infohash)
         except grpc.aio.AioRpcError as failure:
             raise to_error(failure) from failure
+        except ContentMismatch as error:
+            self._client.blame(error)
+            raise
         finally:
             await channel.close()
         rate = _rate(node)
@@ -100,7 +104,13 @@ class ContentClient:
             BttError: Anything else that ended it.
         """
         quote = content if isinstance(content, Quote) else await self.quote(content)
-        transfer = Transfer(quote.torrent, Path(dest), max_rate or quote.rate, self._client.session)
+        transfer = Transfer(
+            quote.torrent,
+            Path(dest),
+            max_rate or quote.rate,
+            self._client.session,
+            partial(self._client.blame, at_last=True),
+        )
         async with transfer:
             yield transfer
 

@@ -28,6 +28,7 @@ from btt.sdk.content.torrent import RUN, Torrent
 from btt.sdk.errors import BttError, BudgetExceeded, ContentMismatch, PriceChanged, SessionEnded
 from btt.sdk.keys import Address
 from btt.sdk.money import Amount, Rate, Unit
+from btt.sdk.payment.backoff import pause_s
 from btt.sdk.payment.calls import Verdicts
 from btt.sdk.payment.session import PaymentSession
 from btt.sdk.rpc import to_error
@@ -90,6 +91,7 @@ class TransferReceipt:
 
 
 OpenSession = Callable[[int], Awaitable[PaymentSession]]
+Blame = Callable[[BttError], None]
 Fetch: TypeAlias = "grpc.aio.UnaryStreamMultiCallable[content_pb2.FetchRequest, Run]"
 
 _SERVICE = content_pb2.DESCRIPTOR.services_by_name["ContentService"].full_name
@@ -104,13 +106,17 @@ class Transfer:
         root: The folder to put it in.
         rate: The price that was quoted; a higher one ends the transfer.
         open_session: Opens a payment session for an expected cost, or returns the live one.
+        blame: Told what made the transfer end.
     """
 
-    def __init__(self, torrent: Torrent, root: Path, rate: Rate, open_session: OpenSession) -> None:
+    def __init__(
+        self, torrent: Torrent, root: Path, rate: Rate, open_session: OpenSession, blame: Blame
+    ) -> None:
         self.torrent = torrent
         self.receipt: TransferReceipt | None = None
         self._rate = rate
         self._open_session = open_session
+        self._blame = blame
         self._destination = Destination(root, torrent)
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="verify")
         self._phase = "checking"
@@ -184,8 +190,9 @@ class Transfer:
             except BttError as error:
                 tries = 1 if self._fetched > before else tries + 1
                 if not error.retryable or tries >= TRIES:
+                    self._blame(error)
                     raise
-                await asyncio.sleep(min(3.0, 0.1 * 2**tries))
+                await asyncio.sleep(pause_s(tries, error))
         for entry in self.torrent.files:
             await asyncio.to_thread(self._destination.finish, entry.index)
         self._phase = "done"

@@ -243,7 +243,7 @@ def _check_name(certificate: bytes, name: str) -> None:
 
 def explain(failure: grpc.aio.AioRpcError) -> BttError:
     """Returns the error that a failed call means."""
-    error = to_error(failure)
+    error = to_error(failure, by="ledger")
     if isinstance(error, TransportError) and failure.code() in (
         grpc.StatusCode.UNAVAILABLE,
         grpc.StatusCode.DEADLINE_EXCEEDED,

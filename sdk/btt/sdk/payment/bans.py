@@ -12,7 +12,8 @@ import sqlite3
 from btt.sdk.channel.conduct import BanPolicy, Conduct
 
 MAX_SUBJECTS = 20_000
-_ROOM = 256  # freed at a time, so that making room is rare
+ROOM = 256
+"""Freed at a time, so that making room is rare."""
 
 BANS_SCHEMA = """
 CREATE TABLE bans(
@@ -48,7 +49,7 @@ def save_conduct(db: sqlite3.Connection, subject: str, conduct: Conduct, *, now_
         db.execute(
             "DELETE FROM bans WHERE subject IN (SELECT subject FROM bans"
             " WHERE NOT (by_operator AND until_ms > ?1) ORDER BY until_ms > ?1, at_ms LIMIT ?2)",
-            (now_ms, count - MAX_SUBJECTS + min(_ROOM, MAX_SUBJECTS)),
+            (now_ms, count - MAX_SUBJECTS + ROOM),
         )
     db.execute(
         "INSERT OR REPLACE INTO bans VALUES(?,?,?,?,?,?,?)",
