@@ -11,6 +11,7 @@ from btt.sdk.content.store import Destination
 from btt.sdk.content.torrent import MAX_INFO, MAX_LAYERS
 from btt.sdk.content.transfer import LINE
 from btt.sdk.errors import ContentMismatch, InvalidRequest
+from btt.sdk.payment.faults import NODE_BANS
 from btt.services.content.service import ContentServicer
 from kit import economy as kit
 from kit.economy import CONTENT_PRICE, RUN, content
@@ -20,6 +21,8 @@ BAD = 5
 """The run at which the node begins to lie."""
 TAIL = 4321
 DATA = content(RUNS * RUN + TAIL)
+BAN_MS = NODE_BANS.first_ms
+"""For so long a wallet leaves a liar alone."""
 OWED = CONTENT_PRICE[LINE].rate.owed
 
 
@@ -137,6 +140,7 @@ async def test_more_than_was_asked_for_is_not_paid(liar, economy, tmp_path, extr
         with pytest.raises(ContentMismatch):
             await fetch(btt, liar.infohash, tmp_path)
         liar.servicer.lie = None
+        economy.clock.ahead_ms += BAN_MS
         again = await fetch(btt, liar.infohash, tmp_path)
     assert again.fetched_bytes == 0
     assert (tmp_path / "film.bin").read_bytes() == DATA
@@ -189,6 +193,7 @@ async def test_the_metadata_of_another_infohash_is_refused(liar, economy):
             )
             with pytest.raises(ContentMismatch):
                 await btt.content.quote(liar.infohash)
+        economy.clock.ahead_ms += BAN_MS
         assert (await btt.content.quote(liar.infohash)).total_bytes == len(DATA)
 
 

@@ -13,6 +13,7 @@ from dataclasses import replace
 import grpc.aio
 import pytest
 
+from btt.node import folder as node_folder
 from btt.node.payments import store as payee_store
 from btt.node.payments.store import PayeeStore
 from btt.proto.payment.v1 import payment_pb2
@@ -25,9 +26,12 @@ from btt.sdk.errors import (
     SignatureInvalid,
     UpdateInvalid,
 )
+from btt.sdk.identity import NodeAddress
 from btt.sdk.keys import PrivateKey
 from btt.sdk.payment import bans as table
 from btt.sdk.payment.bans import all_conduct, load_conduct, save_conduct
+from btt.sdk.payment.connection import connect_node
+from btt.sdk.payment.store import PayerStore
 from btt.sdk.rpc import to_error
 from kit.payers import UNIT, RawPayer, Relay, dial, probe_node
 from kit.probe import PRICES, Probe, pb, rpc
@@ -287,15 +291,49 @@ async def test_p7_a_proven_payer_is_served_on_credit_from_a_network_of_defaulter
 # What is kept
 
 
-async def test_a_ban_survives_a_restart_of_the_node(strict, economy):
-    payer = await strict.payer()
-    for _ in range(POLICY.after):
-        await payer.grab(waits=True)
-    await strict.node.stop()
-    await strict.node.start(lambda r: rpc.add_ProbeServiceServicer_to_server(Probe(), r))
-    with pytest.raises(Banned):
-        async with asyncio.timeout(20):
-            await payer.open()
+async def _start(folder) -> tuple[asyncio.subprocess.Process, NodeAddress]:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "btt.sdk.cli", "node", "start", str(folder), "--stdin-lifeline",
+        stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL,
+    )  # fmt: skip
+    ready = json.loads(await process.stdout.readline())
+    return process, NodeAddress.parse(ready["address"])
+
+
+async def test_p7_a_ban_survives_kill_9_and_a_restart(economy, tmp_path):
+    config = {
+        "node": {"listen": "127.0.0.1:0"},
+        "ledger": {"address": str(economy.running.address)},
+        "payments": {"min_challenge": "1s", "min_lifetime": "10s", "close_margin": "1s"},
+        "bans": {"after": 1},
+        "services": {"content": {"enabled": True}},
+    }
+    folder = node_folder.init(tmp_path / "node", config=config)
+    store = PayerStore(tmp_path / "wallet")
+    payer = None
+    try:
+        for life in range(2):
+            process, address = await _start(folder.path)
+            try:
+                found = await connect_node(
+                    address, ledger_id=economy.ledger.ledger_id, store=store, clock=economy.clock
+                )
+                async with dial(folder.certificate, address.node, address.port) as channel:
+                    payer = payer or await RawPayer(economy, found.offer, channel).fund(100 * UNIT)
+                    payer.channel, payer.offer = channel, found.offer
+                    if life == 1:
+                        with pytest.raises(Banned, match="did not sign"):
+                            await payer.open()
+                        break
+                    await payer.open()
+                    stream = await payer.attach()
+                    await stream.write(payer.update(500, key=PrivateKey.generate()))
+                    assert isinstance(await end_of_stream(stream), Banned)
+            finally:
+                process.kill()
+                await process.wait()
+    finally:
+        store.close()
 
 
 async def test_books_from_before_there_were_bans_are_brought_up_to_date(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import grpc.aio
 import pytest
 
 from btt.node.payments.network import network_of
+from btt.sdk.channel import BanPolicy
 from btt.sdk.errors import BudgetExceeded, PaymentRequired
 from btt.sdk.money import BTT
 from btt.sdk.payment.calls import CALL_KEY, PROOF_KEY, TOKEN_KEY
@@ -86,7 +87,10 @@ async def test_fresh_identities_together_take_no_more_than_the_strangers_budget(
 
 async def test_a_defaulter_gets_no_second_unit_by_reopening_or_by_another_channel(economy):
     node = await economy.node(
-        lambda r: rpc.add_ProbeServiceServicer_to_server(Probe(), r), ONLY_BYTES, grace_s=0.05
+        lambda r: rpc.add_ProbeServiceServicer_to_server(Probe(), r),
+        ONLY_BYTES,
+        grace_s=0.05,
+        bans=BanPolicy(after=100),  # its credit alone stops it
     )
     wallet = await economy.wallet()
     assert await _take_and_default(economy, node, wallet) == RUN
