@@ -15,6 +15,7 @@ import pytest
 
 from btt.node import folder as node_folder
 from btt.node.payments import store as payee_store
+from btt.node.payments.bans import Failure
 from btt.node.payments.store import PayeeStore
 from btt.proto.payment.v1 import payment_pb2
 from btt.sdk.channel import BanPolicy, Conduct
@@ -180,21 +181,38 @@ async def test_p7_what_no_honest_program_sends_is_a_strike(shop, lie, error):
         await payer.open()
 
 
-async def test_p7_a_stranger_without_the_key_gets_nobodys_payer_banned(shop):
-    payer = await shop.payer()
+async def _open_as(shop, payer, thief):
+    with pytest.raises(SignatureInvalid):
+        await payer.open(key=thief)
+
+
+async def _call_as(shop, payer, thief):
+    call = rpc.ProbeServiceStub(shop.channel).Query(
+        pb.Ask(messages=1, size=1, max_rows=1), metadata=payer.ticket(thief)
+    )
+    assert isinstance(await end_of(call), SignatureInvalid)
+
+
+async def _attach_as(shop, payer, thief):
+    stream = payer.stub.Pay()
+    _, (_, call_id), (_, signature) = payer.ticket(thief)
+    attach = payment_pb2.Attach(token=payer.token, call_id=call_id, signature=signature)
+    await stream.write(payment_pb2.PayRequest(attach=attach))
+    assert isinstance(await end_of_stream(stream), SignatureInvalid)
+
+
+@pytest.mark.parametrize("misuse", [_open_as, _call_as, _attach_as])
+async def test_p7_a_stranger_without_the_key_gets_nobodys_payer_banned(shop, misuse):
+    payer, thief = await shop.payer(), PrivateKey.generate()
     await payer.open()
-    thief = PrivateKey.generate()
-    for _ in range(POLICY.after + 1):
-        with pytest.raises(SignatureInvalid):
-            await payer.open(key=thief)
-        call = rpc.ProbeServiceStub(shop.channel).Query(
-            pb.Ask(messages=1, size=1, max_rows=1), metadata=payer.ticket(thief)
-        )
-        assert isinstance(await end_of(call), SignatureInvalid)
+    for _ in range(POLICY.after):
+        await misuse(shop, payer, thief)
     assert await shop.conduct(payer) == Conduct()
     await payer.open()
-    assert (await shop.network()).is_banned(shop.economy.clock()), "strangers from there are lent nothing"
-    assert (await shop.payer()).credit == 0
+    assert (await shop.network()).is_banned(shop.economy.clock())
+    newcomer = await shop.payer()
+    await newcomer.open()
+    assert newcomer.credit == 0, "strangers from there are lent nothing"
 
 
 async def test_p7_leaving_the_ledger_channel_unpaid_beyond_the_allowance_is_a_strike(shop):
@@ -205,11 +223,13 @@ async def test_p7_leaving_the_ledger_channel_unpaid_beyond_the_allowance_is_a_st
     assert await shop.node.closer.watch() == 1
     conduct = await shop.conduct(payer)
     assert (conduct.strikes, conduct.reason) == (1, "it left more unpaid than its allowance")
-    # Alone it never adds up to a ban: without credit there is nothing to leave unpaid.
+    # Alone it never adds up to a ban: it had to pay a multiple before it could do so again.
+    who = payer.account.public.address
     for _ in range(POLICY.after):
-        await payer.fund(100 * UNIT)
-        await payer.grab()
+        await shop.node.sessions.failed(who, None, Failure.DEFAULT)
     assert (await shop.conduct(payer)).strikes == 1
+    await shop.node.sessions.failed(who, None, Failure.UNPAID)
+    assert (await shop.conduct(payer)).strikes == 2
 
 
 # What does not count

@@ -20,6 +20,7 @@ from btt.sdk.errors import (
     NodeBanned,
     PaymentRequired,
     RateLimited,
+    SessionEnded,
 )
 from btt.sdk.payment import store as payer_store
 from btt.sdk.payment.faults import NODE_BANS
@@ -105,6 +106,17 @@ async def test_a11_a_node_that_sent_wrong_bytes_is_not_dialled_until_the_ban_is_
     async with economy.client(seller, wallet) as btt:
         await fetch(btt, seller.infohash, tmp_path)
     assert (tmp_path / "film").read_bytes() == DATA
+
+
+async def test_a_channel_to_a_banned_node_is_still_closed(seller, economy):
+    async with economy.client(seller, await economy.wallet()) as btt:
+        session = await btt.session(UNIT)
+        btt.blame(CountsDiffer("It lied."))
+        session.fail(SessionEnded("The line broke."))
+        receipt = await btt.close_session()
+        assert receipt.channel_closed
+        with pytest.raises(NodeBanned):
+            await btt.session(UNIT)
 
 
 async def test_a_node_can_be_forgiven_by_hand(seller, economy):

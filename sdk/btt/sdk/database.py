@@ -11,6 +11,7 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final
 
 from btt.sdk.errors import ConfigError, StorageError
@@ -27,7 +28,7 @@ it to a thread and back takes longer, and payment waits for it."""
 
 
 def open_books(
-    path: Path, *, schema: str, version: int, migrations: Mapping[int, str] | None = None
+    path: Path, *, schema: str, version: int, upgrades: Mapping[int, str] = MappingProxyType({})
 ) -> sqlite3.Connection:
     """Opens books for reading and writing; makes them if they are missing.
 
@@ -35,14 +36,13 @@ def open_books(
         path: The SQLite file.
         schema: Statements that make the tables.
         version: Of the schema.
-        migrations: Statements that turn books of one version into those of the next, by the
-            version they start from.
+        upgrades: Statements that lead from a version to the next one.
 
     Returns:
         A connection without implicit transactions, usable from any thread under a lock.
 
     Raises:
-        ConfigError: The books are of a version that cannot be read or brought up to date.
+        ConfigError: The books are of a version that no upgrade leads from.
         StorageError: They cannot be opened.
     """
     try:
@@ -50,39 +50,35 @@ def open_books(
         db.execute("PRAGMA journal_mode=WAL")
         db.execute("PRAGMA synchronous=FULL")
         db.execute("PRAGMA foreign_keys=ON")
-        found = _version(db)
-        if found != version:
-            steps = {0: f"{schema}{_LOG_ROOM}"} if found == 0 else dict(migrations or {})
-            if not 0 <= found < version or found not in steps:
-                raise ConfigError(f"The books in {path} are of version {found}; update this program.")
-            _bring_up(db, steps, version)
+        _bring_to(db, version, {0: f"{schema}{_LOG_ROOM}", **upgrades}, path)
         _grow_log(db, path)
     except sqlite3.Error as error:
         raise StorageError(f"The books in {path} cannot be opened ({error}).") from error
     return db
 
 
+def _bring_to(db: sqlite3.Connection, version: int, steps: Mapping[int, str], path: Path) -> None:
+    if _version(db) == version:
+        return
+    db.execute("BEGIN IMMEDIATE")
+    # Another process may have done it while we waited for the lock.
+    while (found := _version(db)) != version:
+        if found not in steps:
+            db.execute("ROLLBACK")
+            db.close()
+            raise ConfigError(f"The books in {path} are of version {found}; update this program.")
+        statement = ""
+        for line in steps[found].splitlines(keepends=True):
+            statement += line
+            if sqlite3.complete_statement(statement):
+                db.execute(statement)
+                statement = ""
+        db.execute(f"PRAGMA user_version={version if found == 0 else found + 1}")
+    db.execute("COMMIT")
+
+
 def _version(db: sqlite3.Connection) -> int:
     return int(db.execute("PRAGMA user_version").fetchone()[0])
-
-
-def _bring_up(db: sqlite3.Connection, steps: Mapping[int, str], version: int) -> None:
-    """Makes or migrates books, whole or not at all."""
-    db.execute("BEGIN IMMEDIATE")
-    try:
-        # Another process may have done it while we waited for the lock.
-        while (found := _version(db)) != version:
-            statement = ""
-            for line in steps[found].splitlines(keepends=True):
-                statement += line
-                if sqlite3.complete_statement(statement):
-                    db.execute(statement)
-                    statement = ""
-            db.execute(f"PRAGMA user_version={version if found == 0 else found + 1}")
-        db.execute("COMMIT")
-    except BaseException:
-        db.execute("ROLLBACK")
-        raise
 
 
 def _grow_log(db: sqlite3.Connection, path: Path) -> None:

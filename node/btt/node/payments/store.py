@@ -57,7 +57,7 @@ CREATE INDEX channels_payer ON channels(payer);
 CREATE TRIGGER best_never_falls BEFORE UPDATE OF best ON channels WHEN new.best < old.best
 BEGIN SELECT raise(ABORT, 'a best update never falls'); END;
 """
-_MIGRATIONS = {1: BANS_SCHEMA}
+_UPGRADES = {1: BANS_SCHEMA}
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +138,7 @@ class PayeeStore:
             path,
             schema=_SCHEMA + COUNTS_SCHEMA + BANS_SCHEMA,
             version=SCHEMA_VERSION,
-            migrations=_MIGRATIONS,
+            upgrades=_UPGRADES,
         )
         self._jobs: queue.SimpleQueue[tuple[Job, asyncio.AbstractEventLoop, asyncio.Future[Any]] | None]
         self._jobs = queue.SimpleQueue()

@@ -61,7 +61,7 @@ CREATE TABLE channels(
     CHECK(base <= cap AND cap <= deposit AND signed <= deposit)
 ) STRICT, WITHOUT ROWID;
 """
-_MIGRATIONS = {1: BANS_SCHEMA}
+_UPGRADES = {1: BANS_SCHEMA}
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +124,7 @@ class PayerStore:
             folder / "payer.db",
             schema=_SCHEMA + COUNTS_SCHEMA + BANS_SCHEMA,
             version=SCHEMA_VERSION,
-            migrations=_MIGRATIONS,
+            upgrades=_UPGRADES,
         )
 
     def close(self) -> None:
