@@ -72,9 +72,10 @@ async def _pump(reader: StreamReader, writer: StreamWriter, pair: set[StreamWrit
 class Process:
     """A child that prints one JSON object a line, ends with us, and can be killed and started again."""
 
-    def __init__(self, *command: str, log: Path) -> None:
+    def __init__(self, *command: str, log: Path, env: dict[str, str] | None = None) -> None:
         self._command = [sys.executable, *command]
         self._log = log
+        self._env = {**os.environ, **(env or {})}
         self._popen: subprocess.Popen[str] | None = None
         self.starts = 0
 
@@ -83,7 +84,12 @@ class Process:
         self.starts += 1
         with self._log.open("a") as log:
             self._popen = subprocess.Popen(
-                self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
+                self._command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env=self._env,
             )
         return self
 
@@ -109,8 +115,12 @@ class Process:
             self.wait()
 
     def terminate(self) -> int:
+        return self.end(subprocess.Popen.terminate)
+
+    def end(self, how: Callable[[subprocess.Popen[str]], None]) -> int:
+        """Does something that makes it end, and returns its exit code."""
         assert self._popen is not None
-        self._popen.terminate()
+        how(self._popen)
         return self.wait()
 
     def wait(self) -> int:

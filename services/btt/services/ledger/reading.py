@@ -23,6 +23,7 @@ _PRAGMAS: Final = (
     "PRAGMA busy_timeout = 5000",
     "PRAGMA trusted_schema = OFF",
 )
+_SYNC_ERRORS: Final = (sqlite3.SQLITE_IOERR_FSYNC, sqlite3.SQLITE_IOERR_DIR_FSYNC)
 
 
 def connect(path: Path, *, read_only: bool = False) -> sqlite3.Connection:
@@ -107,6 +108,14 @@ class Reader:
             return rows.read_due(self._connection, now_ms, most)
 
 
+class SyncFailed(StorageError):
+    """The disk would not confirm a write.
+
+    What it holds is unknown, and it may say "done" to the next sync without having written what
+    this one was for. So the ledger stops; at its next start it reads what is there.
+    """
+
+
 @contextmanager
 def storage() -> Iterator[None]:
     """Turns what a database raises into our errors; a database error is never a business error."""
@@ -117,4 +126,6 @@ def storage() -> Iterator[None]:
     except sqlite3.IntegrityError as error:
         raise InvariantBroken(f"The books would be inconsistent: {error}.") from error
     except (sqlite3.Error, OSError) as error:
+        if getattr(error, "sqlite_errorcode", 0) in _SYNC_ERRORS:
+            raise SyncFailed("The ledger's disk did not confirm a write; the ledger has stopped.") from error
         raise StorageError(f"The ledger's database failed: {error}.") from error

@@ -20,6 +20,7 @@ from btt.sdk.errors import BttError, Draining, InvariantBroken, RateLimited
 from btt.services.ledger.journal import EntryRef
 from btt.services.ledger.mark import INTERVAL, MarkWriter
 from btt.services.ledger.overlay import Batch
+from btt.services.ledger.reading import SyncFailed
 from btt.services.ledger.store import Store
 from btt.services.ledger.verify import Operation
 
@@ -58,8 +59,8 @@ class Sequencer:
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ledger-writer")
         self._task: asyncio.Task[None] | None = None
         self._stopping = False
-        self.halted: InvariantBroken | None = None
-        """Set for ever once the books would have become inconsistent."""
+        self.halted: InvariantBroken | SyncFailed | None = None
+        """Set for ever once the books would have become inconsistent, or the disk cannot be trusted."""
         self.batches = 0
         """Batches committed or tried since the start."""
 
@@ -94,7 +95,8 @@ class Sequencer:
 
         Raises:
             BttError: The books refused it.
-            StorageError: The disk failed; the same operation may be sent again.
+            StorageError: The disk failed; the same operation may be sent again (SyncFailed: to the
+                ledger once it was started again).
             InvariantBroken: The ledger has stopped.
             RateLimited: Too many operations wait.
             Draining: The ledger is stopping.
@@ -163,12 +165,14 @@ class Sequencer:
                 self._store.commit(batch)
                 self._last = batch
         except BttError as error:
-            if isinstance(error, InvariantBroken):
+            if isinstance(error, InvariantBroken | SyncFailed):
                 self.halted = error
+                _log.critical("The ledger has stopped: %s", error.message)
             return [_again(error) for _ in operations]
         except Exception as error:  # noqa: BLE001 (a defect must not leave callers waiting for ever)
             self.halted = InvariantBroken(f"The ledger failed in a way it does not know: {error!r}.")
             self.halted.__cause__ = error
+            _log.critical("The ledger has stopped.", exc_info=error)
             return [_again(self.halted) for _ in operations]
         return outcomes
 

@@ -19,7 +19,6 @@ from btt.proto.ledger.v1.ledger_pb2_grpc import LedgerServiceServicer
 from btt.sdk.errors import (
     BttError,
     InternalError,
-    InvariantBroken,
     RequestExpired,
     SignerMismatch,
 )
@@ -260,7 +259,7 @@ class LedgerService(LedgerServiceServicer):
 
     async def _read(self, read: Callable[..., _Result], *args: object) -> _Result:
         if (halted := self._sequencer.halted) is not None:
-            raise InvariantBroken(halted.message)
+            raise type(halted)(halted.message)
         return await asyncio.get_running_loop().run_in_executor(self._thread, read, *args)
 
     async def _now_ms(self) -> int:

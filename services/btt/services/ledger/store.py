@@ -165,6 +165,7 @@ class Store:
                 store = cls(path, connection, lock)
                 _check_mark(connection, path)
                 connection.execute("UPDATE head SET writer = ?", (store._writer,))
+                _write_back(connection)
                 store.reload()
             if store.head.seq:
                 store._mark = MarkWriter(mark.path_of(path))
@@ -355,6 +356,17 @@ class Store:
         purged = rows.purge_requests(self._connection, now_ms, _MOST_PURGED)
         if purged < _MOST_PURGED:
             self._next_purge_ms = now_ms + _PURGE_EVERY_MS
+
+
+def _write_back(connection: sqlite3.Connection) -> None:
+    """Moves the write-ahead log into the database, and syncs that.
+
+    After a crash or a failed sync the log may hold commits that are in this machine's memory and
+    not on its disk. They count from now on, so they are made durable before anybody is told.
+    """
+    busy, _, _ = connection.execute("PRAGMA wal_checkpoint(FULL)").fetchone()
+    if busy:
+        raise StorageError("Another program reads an old state of the ledger's database; let it end.")
 
 
 def _check_mark(connection: sqlite3.Connection, path: Path) -> None:
