@@ -1,8 +1,8 @@
 """A crash at each single step of paying, opening and closing; then everything starts again from disk.
 
 The test runs this file as a program: a ledger, a node and a client that stop dead (`os._exit`) exactly
-at one step. What was signed, counted and told goes to a journal on the way, so that it can be held
-against the books afterwards.
+at one step, or whose disk fails there. What was signed, counted and told goes to a journal on the way,
+so that it can be held against the books afterwards.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from btt.sdk.budget import Budget
 from btt.sdk.channel import Payee, Payer
 from btt.sdk.client import Client, Wallet
 from btt.sdk.content.transfer import LINE
+from btt.sdk.errors import BttError
 from btt.sdk.identity import tls_name
 from btt.sdk.keys import PrivateKey
 from btt.sdk.ledger import LedgerClient
@@ -45,6 +46,7 @@ from btt.services.ledger import folder as ledger_folder
 from btt.services.ledger.books import Terms
 from btt.services.ledger.server import LedgerConfig, serve
 from kit.economy import CONTENT_PRICE, RUN, Clock, TestNode, content
+from kit.faults import Disk, Switch
 
 RUNS = 12
 DATA = content(RUNS * RUN)
@@ -80,6 +82,13 @@ STEPS = {
     "l: capture fixed, the ledger not asked": Step(LedgerClient, "close_channel", 1),
     "m: closed on the ledger, receipt not noted": Step(PayeeStore, "end_close", 1),
 }
+
+DISK_FAULTS = {"a full disk": Switch.fill_up, "a failed sync": Switch.fail_syncs}
+BOOKS = {
+    "wallet": ("wallet/payer.db", Step(Payer, "sign", after=True)),
+    "node": ("node/payments.db", Step(Payee, "accept", after=True)),
+}
+"""Whose books the disk fails under, and when it begins to."""
 
 
 # The program
@@ -145,14 +154,14 @@ def keep_journal(folder: Path) -> None:
          lambda session, told: write("heard", session.payer.channel_id, told.paid), nothing)  # fmt: skip
 
 
-def stop_at(step: Step) -> None:
+def act_at(step: Step, act: Callable[[], object]) -> None:
     calls = 0
 
     def count(*_: object) -> None:
         nonlocal calls
         calls += 1
         if calls == step.nth:
-            os._exit(CRASHED)
+            act()
 
     hook(step.owner, step.name, nothing if step.after else count, count if step.after else nothing)
 
@@ -202,11 +211,40 @@ async def economy(folder: Path) -> dict[str, Any]:
         }
 
 
+def fail_disk(fault: str, whose: str) -> list[tuple[str, bool]]:
+    """Lets the disk fail in the midst of paying, until somebody has noticed twice."""
+    switch = Switch(Path(os.environ["FAULTS_CONTROL"]))
+    act_at(BOOKS[whose][1], lambda: DISK_FAULTS[fault](switch))
+    noticed: list[tuple[str, bool]] = []
+
+    def watch(owner: Any, name: str) -> None:
+        inner = getattr(owner, name)
+
+        @functools.wraps(inner)
+        async def wrapped(*args, **options):
+            try:
+                return await inner(*args, **options)
+            except BttError as error:
+                noticed.append((type(error).__name__, error.retryable))
+                if len(noticed) == 2:
+                    switch.free()
+                raise
+
+        setattr(owner, name, wrapped)
+
+    watch(PayerStore, "save")
+    watch(PayeeStore, "run")
+    return noticed
+
+
 def main(folder: Path, step: str) -> None:
     keep_journal(folder)
-    if step:
-        stop_at(STEPS[step])
-    print(json.dumps(asyncio.run(economy(folder))))
+    noticed: list[tuple[str, bool]] = []
+    if step in STEPS:
+        act_at(STEPS[step], lambda: os._exit(CRASHED))
+    elif step:
+        noticed = fail_disk(*step.split(" of the "))
+    print(json.dumps({**asyncio.run(economy(folder)), "noticed": noticed}))
 
 
 # The tests
@@ -230,8 +268,8 @@ def world(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run(folder: Path, step: str = "") -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+def run(folder: Path, step: str = "", **env: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), **env}
     return subprocess.run(
         [sys.executable, __file__, str(folder), step], env=environment, capture_output=True, text=True
     )
@@ -327,6 +365,29 @@ def test_a_crash_at_any_step_loses_and_invents_nothing(world: Path, step: str) -
     if letter in "abcdefgh":
         assert resent[0]["amount"] == ours[channel][0], "the session begins with what is on disk"
         assert most(journal(world), "counted", channel) >= ours[channel][0]
+
+
+@pytest.mark.parametrize("fault", DISK_FAULTS)
+@pytest.mark.parametrize("whose", BOOKS)
+def test_a_disk_that_fails_while_paying_costs_nothing(world: Path, whose: str, fault: str) -> None:
+    """Nothing is signed or counted that is not on disk; with the disk back, the same processes go on."""
+    books, _ = BOOKS[whose]
+    with Disk(world / books, world / "control") as disk:
+        ended = run(world, f"{fault} of the {whose}", **disk.env)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    end = json.loads(ended.stdout.splitlines()[-1])
+    assert end["noticed"]
+    assert all(noticed == ["StorageError", True] for noticed in end["noticed"])
+    happened, ours, theirs = journal(world), wallet_books(world), node_books(world)
+    for channel in {e["channel"] for e in happened}:
+        assert most(happened, "signed", channel) <= ours[channel][0]
+        assert most(happened, "told", channel) <= theirs[channel][0] <= ours[channel][0]
+    assert (world / "out" / "film.bin").read_bytes() == DATA
+    assert end["agree"] == [True], "the books of both sides are the same"
+    assert end["conserved"]
+    assert end["open"] == 0
+    assert end["earned"] == sum(capture for _, _, capture, _ in theirs.values()) == FUNDS - end["left"]
+    assert COST - 2 * UNIT <= end["earned"] <= COST + UNIT
 
 
 if __name__ == "__main__":

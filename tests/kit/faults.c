@@ -20,7 +20,7 @@ static struct {
     int64_t fail_syncs; /* how many more of them fail */
     int64_t error;      /* errno of those */
     int64_t hold;       /* the next one waits until the test lets it go */
-    int64_t room;       /* bytes by which files may still grow */
+    int64_t room;       /* bytes by which files may still grow; below 0 nothing can be written at all */
 } *control;
 static const char *prefix;
 static char reached[PATH_MAX], go[PATH_MAX];
@@ -69,7 +69,7 @@ static int no_room(int fd, int64_t end) {
     int64_t size = size_of(fd);
     if (size < 0) return 0;
     int64_t growth = end - size;
-    if (growth > control->room && growth > 0) {
+    if (control->room < 0 || (growth > 0 && growth > control->room)) {
         errno = ENOSPC;
         return 1;
     }

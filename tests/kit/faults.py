@@ -30,41 +30,21 @@ def _library(made: Path) -> Path:
     return made
 
 
-class Disk:
-    """What goes wrong with the files whose path begins with `path`, in processes that get `env`.
+class Switch:
+    """Says what goes wrong, in every process that shares the control file."""
 
-    Use it as a context manager.
-    """
-
-    def __init__(self, path: Path, control: Path) -> None:
+    def __init__(self, control: Path) -> None:
         self._control = control
-        control.write_bytes(bytes(4096))
-        for end in (".reached", ".go"):
-            os.mkfifo(f"{control}{end}")
         with control.open("r+b") as file:
             self._page = mmap.mmap(file.fileno(), 4096)
-        self._set("room", _PLENTY)
-        self.env = {
-            "LD_PRELOAD": str(_library(control.with_suffix(".so"))),
-            "FAULTS_PATH": str(path.absolute()),
-            "FAULTS_CONTROL": str(control),
-        }
 
-    def __enter__(self) -> Disk:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         self._page.close()
 
     def _set(self, field: str, value: int) -> None:
         struct.pack_into("@q", self._page, 8 * _FIELDS.index(field), value)
 
-    @property
-    def syncs(self) -> int:
-        """How often something was synced."""
-        return int(struct.unpack_from("@q", self._page)[0])
-
-    def fail_syncs(self, times: int = 1 << 30) -> None:
+    def fail_syncs(self, times: int = 1) -> None:
         """Lets the next syncs fail; those after them work again, as they do on a real disk."""
         self._set("error", errno.EIO)
         self._set("fail_syncs", times)
@@ -72,6 +52,10 @@ class Disk:
     def fill(self) -> None:
         """Leaves no room: no file can grow."""
         self._set("room", 0)
+
+    def fill_up(self) -> None:
+        """Leaves no room even to write over what is there, as where a file system copies on write."""
+        self._set("room", -1)
 
     def free(self) -> None:
         """Makes room again."""
@@ -90,6 +74,31 @@ class Disk:
 
     def go(self) -> None:
         os.close(os.open(f"{self._control}.go", os.O_WRONLY))
+
+
+class Disk(Switch):
+    """What goes wrong with the files whose path begins with `path`, in processes that get `env`.
+
+    Use it as a context manager.
+    """
+
+    def __init__(self, path: Path, control: Path) -> None:
+        control.write_bytes(bytes(4096))
+        for end in (".reached", ".go"):
+            os.mkfifo(f"{control}{end}")
+        super().__init__(control)
+        self.free()
+        self.env = {
+            "LD_PRELOAD": str(_library(control.with_suffix(".so"))),
+            "FAULTS_PATH": str(path.absolute()),
+            "FAULTS_CONTROL": str(control),
+        }
+
+    def __enter__(self) -> Disk:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 class SmallDisk:
