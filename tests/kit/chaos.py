@@ -100,6 +100,13 @@ class Process:
         for line in self._popen.stdout:
             yield json.loads(line)
 
+    def tell(self, line: str) -> None:
+        """Writes a line to it."""
+        assert self._popen is not None
+        assert self._popen.stdin is not None
+        self._popen.stdin.write(f"{line}\n")
+        self._popen.stdin.flush()
+
     def ready(self) -> str:
         """Starts it, waits until it serves, and returns its address."""
         self.start()
