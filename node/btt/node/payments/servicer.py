@@ -215,7 +215,7 @@ class PaymentServicer(payment_pb2_grpc.PaymentServiceServicer):
                 if failure is not None:
                     await self._sessions.failed(commit.payer, network, failure)
                 raise
-        log.info("session.open", channel=body.channel.hex(), payer=str(commit.payer), epoch=session.epoch)
+        log.info("session.open", channel=body.channel.hex(), epoch=session.epoch)
         return payment_pb2.OpenResponse(
             token=session.token,
             epoch=session.epoch,

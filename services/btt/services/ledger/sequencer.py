@@ -170,8 +170,8 @@ class Sequencer:
                 _log.critical("The ledger has stopped: %s", error.message)
             return [_again(error) for _ in operations]
         except Exception as error:  # noqa: BLE001 (a defect must not leave callers waiting for ever)
-            self.halted = InvariantBroken(f"The ledger failed in a way it does not know: {error!r}.")
-            self.halted.__cause__ = error
+            # What failed may name other people's accounts: it is for the operator's log alone.
+            self.halted = InvariantBroken("The ledger failed in a way it does not know.")
             _log.critical("The ledger has stopped.", exc_info=error)
             return [_again(self.halted) for _ in operations]
         return outcomes
