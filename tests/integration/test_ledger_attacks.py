@@ -162,8 +162,10 @@ def test_no_transaction_of_tron_has_the_bytes_we_sign() -> None:
     from google.protobuf.wrappers_pb2 import BytesValue
 
     for kind in KINDS.values():
+        signed = kind.message(bytes(32)).preimage(sha256(b"a ledger").digest())
+        assert signed[0] == 0
         with pytest.raises(DecodeError):
-            BytesValue().ParseFromString(kind.message(bytes(32)).preimage(bytes(32)))
+            BytesValue().ParseFromString(signed)
 
 
 EDGES = (0, 1, SUPPLY, SUPPLY + 1, 2**63 - 1, 2**63, 2**64 - 1)

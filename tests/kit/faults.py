@@ -13,10 +13,13 @@ import select
 import shutil
 import struct
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+import pytest
 
 _FIELDS = ("syncs", "fail_syncs", "error", "hold", "room")
 _PLENTY = 1 << 40
@@ -24,7 +27,10 @@ _PLENTY = 1 << 40
 
 def _library(made: Path) -> Path:
     compiler = shutil.which("cc")
-    assert compiler, "these tests make the disk fail with a small C library; install a C compiler (cc)"
+    if compiler is None or sys.platform != "linux":
+        pytest.skip(
+            "the disk is made to fail by a preloaded C library: that takes Linux and a C compiler, cc"
+        )
     source = Path(__file__).with_name("faults.c")
     subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-Wall", "-o", made, source, "-ldl"], check=True)
     return made
