@@ -220,6 +220,7 @@ async def test_amounts_at_every_edge(ledger: LedgerClient, home: Path, field: st
         with pytest.raises(BttError) as refused:
             await call
         assert refused.value.reason not in ("INTERNAL", "INVARIANT_BROKEN", "STORAGE", "")
+        assert edge <= SUPPLY or field not in FIELDS or isinstance(refused.value, InvalidRequest)
         remembered = isinstance(refused.value, InsufficientFunds) and field in ("transfer", "top up")
         assert contents(home) == [(n, count + (remembered and n == "requests")) for n, count in before]
     totals = await ledger.totals()

@@ -28,9 +28,7 @@ _PLENTY = 1 << 40
 def _library(made: Path) -> Path:
     compiler = shutil.which("cc")
     if compiler is None or sys.platform != "linux":
-        pytest.skip(
-            "the disk is made to fail by a preloaded C library: that takes Linux and a C compiler, cc"
-        )
+        pytest.skip("the disk is made to fail by a preloaded library: that takes Linux and a C compiler (cc)")
     source = Path(__file__).with_name("faults.c")
     subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-Wall", "-o", made, source, "-ldl"], check=True)
     return made

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[2]
 ROWS = [*range(1, 14), *range(17, 21)]
 
 
-def tests_of(path: Path) -> set[str]:
+def _defined_in(path: Path) -> set[str]:
     functions = (ast.FunctionDef, ast.AsyncFunctionDef)
     return {node.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, functions)}
 
@@ -24,4 +24,4 @@ def test_every_row_names_tests_that_exist() -> None:
         named = re.findall(r"`(test_\w+)::(test_\w+)`", row)
         assert named, f"A{number} names no test"
         for file, test in named:
-            assert test in tests_of(files[file]), f"A{number} names {file}::{test}"
+            assert test in _defined_in(files[file]), f"A{number} names {file}::{test}"
