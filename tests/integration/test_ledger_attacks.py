@@ -228,11 +228,14 @@ async def test_amounts_at_every_edge(ledger: LedgerClient, home: Path, field: st
 
 
 async def test_junk_costs_us_nothing_that_stays(
-    ledger: LedgerClient, running: server.RunningLedger, home: Path
+    ledger: LedgerClient, running: server.RunningLedger, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No row, no commit, and for a wrong signature not even a place in the queue."""
+    """No row, and no commit either."""
     channel = await opened(ledger, t1())
-    before, batches = contents(home), running.sequencer.batches
+    books = running.sequencer._store
+    commit, commits = books.commit, []
+    monkeypatch.setattr(books, "commit", lambda batch: (commits.append(batch), commit(batch)))
+    before = contents(home)
     here, stub = ledger.ledger_id, ledger._stub
 
     def signed(key: PrivateKey, message: Message, signature: bytes = b"") -> pb.SignedBody:
@@ -249,7 +252,7 @@ async def test_junk_costs_us_nothing_that_stays(
     # A channel that its payee did not consent to: dust for somebody else's books.
     no_consent = pb.OpenChannelRequest(commit=signed(ALICE, t1(3)), refund_signature=bytes(65))
     by_k2 = sign(K2, update, here)
-    unqueued: list[tuple[Any, Any, type[BttError]]] = [
+    junk: list[tuple[Any, Any, type[BttError]]] = [
         (stub.Transfer, pb.TransferRequest(transfer=wrong(ALICE, transfer)), SignatureInvalid),
         (stub.Transfer, pb.TransferRequest(transfer=pb.SignedBody(body=b"x" * 104)), InvalidRequest),
         (stub.OpenChannel, pb.OpenChannelRequest(commit=wrong(ALICE, t1(3))), SignatureInvalid),
@@ -268,13 +271,12 @@ async def test_junk_costs_us_nothing_that_stays(
         (stub.GetChannel, pb.GetChannelRequest(query=wrong(K2, look)), SignatureInvalid),
     ]
     rounds = 100
-    for method, request, expected in unqueued:
+    for method, request, expected in junk:
         outcomes = await asyncio.gather(
             *(ask(method, request) for _ in range(rounds)), return_exceptions=True
         )
         assert all(isinstance(outcome, expected) for outcome in outcomes), (request, set(map(type, outcomes)))
-    assert running.sequencer.batches == batches
-    # Well signed, and refused by the books: it passes the queue, and leaves nothing.
+    # Well signed, and refused by the books.
     small = ChannelUpdate(channel=channel, cumulative=4)
     for _ in range(rounds):
         stranger = PrivateKey(secrets.token_bytes(32))
@@ -283,6 +285,9 @@ async def test_junk_costs_us_nothing_that_stays(
         with pytest.raises(UpdateInvalid):
             await ledger.submit_update(small, sign(K1, small, here))
     assert contents(home) == before
+    assert commits == []
+    await ledger.transfer(ALICE, BOB.address, 1, valid_until_ms=UNTIL)
+    assert len(commits) == 1
 
 
 async def test_a_flood_of_one_key_is_cut_off_at_its_rate(home: Path) -> None:
