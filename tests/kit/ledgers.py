@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
+import socket
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,13 +34,22 @@ def btt_ledger(*words: str) -> dict:
     return json.loads(done.stdout)
 
 
+def _quiet_port() -> int:
+    """A free port that no connection takes while the ledger is away: below those the system hands out."""
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with socket.socket() as found, suppress(OSError):
+            found.bind(("127.0.0.1", port))
+            return port
+
+
 class LedgerProcess:
     """`btt ledger serve` on one folder; it keeps its port when it is started again."""
 
     def __init__(self, home: Path, *, log: Path, env: dict[str, str] | None = None) -> None:
         self.home = home
         self._log = log
-        self._port = 0
+        self._port = _quiet_port()
         self._process = Process(log=log)
         self.env = env or {}
 
@@ -54,9 +66,7 @@ class LedgerProcess:
             *LEDGER, "serve", str(self.home), "--listen", f"127.0.0.1:{self._port}", "--stdin-lifeline",
             log=self._log, env=self.env,
         )  # fmt: skip
-        address = LedgerAddress.parse(self._process.ready())
-        self._port = address.port
-        return address
+        return LedgerAddress.parse(self._process.ready())
 
     def kill(self) -> None:
         self._process.kill()
