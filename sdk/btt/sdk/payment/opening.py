@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 
 import grpc.aio
 
+from btt.proto.ledger.v1.ledger_pb2 import LedgerInfo
 from btt.proto.payment.v1 import payment_pb2, payment_pb2_grpc
 from btt.sdk.errors import BudgetExceeded, ChannelClosed, LedgerError
-from btt.sdk.identity import Offer
+from btt.sdk.identity import ChannelTerms, Offer
 from btt.sdk.keys import PrivateKey
 from btt.sdk.ledger import LedgerClient
 from btt.sdk.payment.store import CLOSED, OPEN, OPENING, Claim, PayerStore, StoredChannel
@@ -20,6 +21,8 @@ from btt.sdk.wallet import derive_channel_key
 
 LIFETIME_MS = 24 * 3600 * 1000
 """Life of a new channel, within the node's terms (paper: several times the download plus hours)."""
+CLOCK_TOLERANCE_MS = 60_000
+"""How far the payee's clock may be from ours, with the way there: a life is that far within its terms."""
 EXPIRY_MARGIN_MS = 10 * 60 * 1000
 """A channel this near its lock time is left to its payee to close."""
 
@@ -137,7 +140,7 @@ async def _open_new(
     if deposit > left:
         # Less than hoped for may still buy a part of the work, which resumes later.
         deposit = max(left, terms.min_amount, 1)
-    life = min(max(LIFETIME_MS, terms.min_lifetime_ms), terms.max_lifetime_ms, info.max_lifetime_ms)
+    life = _lifetime(terms, info)
     nonce = secrets.token_bytes(16)
     commit = ChannelCommit(
         payer=purse.account.public.address,
@@ -188,3 +191,11 @@ async def _open_new(
         claim.release()
         raise
     return OpenedChannel(replace(stored, state=OPEN), commit, claim)
+
+
+def _lifetime(terms: ChannelTerms, info: LedgerInfo) -> int:
+    """Returns milliseconds that suit both, also by their own clocks and when they come to judge."""
+    shortest = max(terms.min_lifetime_ms, info.min_lifetime_ms)
+    longest = min(terms.max_lifetime_ms, info.max_lifetime_ms)
+    tolerance = min(CLOCK_TOLERANCE_MS, max(0, longest - shortest) // 2)
+    return min(max(LIFETIME_MS, shortest + tolerance), longest - tolerance)
