@@ -1,46 +1,14 @@
-"""Compiles probe.proto, as a third party's build would, and serves it."""
+"""Serves probe.proto: services of every kind of charge."""
 
 from __future__ import annotations
 
-import importlib
-import sys
-import tempfile
-from importlib import resources
 from pathlib import Path
-from types import ModuleType
-
-from grpc_tools import protoc
 
 from btt.sdk.channel import Line, Price
 from btt.sdk.money import Rate, Unit
+from kit.protos import compile_proto
 
-_HERE = Path(__file__).parent
-_GOOGLE = resources.files("grpc_tools") / "_proto"
-_PROTO = _HERE.parent.parent / "proto"
-
-
-def _compile() -> tuple[ModuleType, ModuleType]:
-    with tempfile.TemporaryDirectory() as out:
-        code = protoc.main(
-            [
-                "protoc",
-                f"-I{_HERE}",
-                f"-I{_PROTO}",
-                f"-I{_GOOGLE}",
-                f"--python_out={out}",
-                f"--grpc_python_out={out}",
-                "probe.proto",
-            ]
-        )
-        assert code == 0
-        sys.path.insert(0, out)
-        try:
-            return importlib.import_module("probe_pb2"), importlib.import_module("probe_pb2_grpc")
-        finally:
-            sys.path.remove(out)
-
-
-pb, rpc = _compile()
+pb, rpc = compile_proto(Path(__file__).parent / "probe.proto")
 
 
 class Probe(rpc.ProbeServiceServicer):
