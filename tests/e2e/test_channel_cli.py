@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 
+from btt.proto.ledger.v1.ledger_pb2 import ChannelState
 from btt.sdk.keys import PrivateKey
 from btt.sdk.ledger import LedgerClient
+from btt.sdk.payment.store import PayerStore, StoredChannel
 from btt.sdk.signing import ChannelCommit, ChannelRefund, sign
 from btt.sdk.wallet import Keystore
 from btt.services.ledger import folder, server
@@ -48,6 +50,10 @@ class World:
         out, err = await process.communicate()
         assert process.returncode == fails, err.decode()
         return json.loads(out or err) if not fails else None
+
+    async def state(self, channel_id: bytes) -> ChannelState:
+        async with LedgerClient.connect(self.running.address) as ledger:
+            return await ledger.channel(channel_id, K2)
 
 
 @pytest.fixture
@@ -107,3 +113,38 @@ async def test_the_life_of_channels(world: World) -> None:
     assert await world.run("channel", "list") == []
     assert len(await world.run("channel", "list", "--all")) == 2
     assert (await world.run("wallet", "balance"))["balance"] == "9950"
+
+
+async def test_the_wallets_own_books_follow_the_commands(world: World) -> None:
+    first, second = (bytes.fromhex(one) for one in world.channels)
+    books = PayerStore(world.wallet)
+    try:
+        for channel_id in (first, second):
+            state = await world.state(channel_id)
+            books.add_channel(
+                StoredChannel(
+                    channel_id=channel_id, ledger_id=world.running.address.ledger_id, node=BOB.address,
+                    commit=state.commit, refund_signature=bytes(65), deposit=100,
+                    expires_ms=START + HOUR, signed=0, budget="films", base=0, cap=60, state="open",
+                ),
+                1000,
+            )  # fmt: skip
+        claim = books.claim(second)
+        assert claim is not None
+        assert (await world.run("channel", "topup", first.hex(), "30 base units", "--yes"))[
+            "deposit"
+        ] == "130"
+        assert (books.get(first).deposit, books.get(first).cap) == (130, 60)
+        assert await world.run("channel", "refund") == []
+        [asked] = await world.run("channel", "refund", "--idle")
+        assert (asked["channel"], asked["phase"]) == (first.hex(), "closing")
+        assert books.get(first).state == "closing"
+        world.now_ms += WINDOW
+        [done] = await world.run("channel", "refund", "--all")
+        assert (done["channel"], done["phase"]) == (first.hex(), "closed"), "the other one is in use"
+        assert books.get(first).state == "closed"
+        await world.run("channel", "refund", "--all", "--idle", fails=2)
+        claim.release()
+        assert (await world.run("channel", "refund", "--all")) == []  # T1 allows no early close
+    finally:
+        books.close()

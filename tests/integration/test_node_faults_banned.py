@@ -22,7 +22,6 @@ from btt.sdk.errors import (
     RateLimited,
     SessionEnded,
 )
-from btt.sdk.payment import store as payer_store
 from btt.sdk.payment.faults import NODE_BANS
 from btt.sdk.payment.store import PayerStore
 from btt.sdk.rpc import abort
@@ -259,19 +258,3 @@ async def test_a12_a_node_that_closes_with_more_than_was_accepted_is_left_alone(
         assert not btt.receipts[0].counts_agree or btt.receipts[0].owed > UNIT
         with pytest.raises(NodeBanned):
             await btt.session(UNIT)
-
-
-async def test_wallet_books_from_before_there_were_bans_are_brought_up_to_date(
-    tmp_path, monkeypatch, economy
-):
-    node = economy.faucet.public.address
-    with monkeypatch.context() as patch:
-        patch.setattr(payer_store, "SCHEMA_VERSION", 1)
-        patch.setattr(payer_store, "BANS_SCHEMA", "")
-        old = PayerStore(tmp_path / "wallet")
-        old.trust_endpoint("127.0.0.1:1", node)
-        old.close()
-    store = PayerStore(tmp_path / "wallet")
-    assert store.known_endpoint("127.0.0.1:1") == node
-    assert store.conduct(node).strikes == 0
-    store.close()

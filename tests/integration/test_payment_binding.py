@@ -29,6 +29,7 @@ from btt.sdk.keys import Address, PrivateKey
 from btt.sdk.money import Rate
 from btt.sdk.payment.calls import CALL_KEY, PROOF_KEY, TOKEN_KEY
 from btt.sdk.payment.connection import NodeConnection, connect_node
+from btt.sdk.payment.history import trust_endpoint
 from btt.sdk.payment.store import PayerStore
 from btt.sdk.payment.wire import sign_call
 from btt.sdk.rpc import to_error
@@ -302,7 +303,7 @@ async def test_a_bare_endpoint_is_trusted_once_and_never_changed(probe, economy,
     await meet(probe, bare, store, trust_new=True)
     await meet(probe, bare, store)
     other = PayerStore(tmp_path / "other")
-    other.trust_endpoint(f"127.0.0.1:{probe.port}", Address(b"e" * 20))
+    trust_endpoint(other, f"127.0.0.1:{probe.port}", Address(b"e" * 20))
     with pytest.raises(IdentityError, match="not of"):
         await meet(probe, bare, other, trust_new=True)
     store.close()

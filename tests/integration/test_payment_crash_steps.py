@@ -9,16 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import inspect
 import json
 import os
 import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +44,7 @@ from btt.services.ledger.books import Terms
 from btt.services.ledger.server import LedgerConfig, serve
 from kit.economy import CONTENT_PRICE, RUN, Clock, TestNode, content
 from kit.faults import Disk, Switch
+from kit.steps import CRASHED, Step, act_at, hook, nothing, stop_at
 
 RUNS = 12
 DATA = content(RUNS * RUN)
@@ -54,18 +52,6 @@ OWED = CONTENT_PRICE[LINE].rate.owed
 COST, UNIT = OWED(len(DATA)), OWED(RUN)
 FUNDS = 10**7
 ACCOUNT, FAUCET, IDENTITY, K2 = (PrivateKey(n.to_bytes(32, "big")) for n in (41, 42, 43, 44))
-CRASHED = 9
-
-
-@dataclass(frozen=True)
-class Step:
-    """Where to stop: before or after a function, when it is called for the nth time."""
-
-    owner: Any
-    name: str
-    nth: int = 4
-    after: bool = False
-
 
 STEPS = {
     "a: before the intent is saved": Step(PayerStore, "_save"),
@@ -92,33 +78,6 @@ BOOKS = {
 
 
 # The program
-
-
-def hook(owner: Any, name: str, before: Callable[..., None], after: Callable[..., None]) -> None:
-    """Runs something before and after a function, whichever kind it is."""
-    inner = getattr(owner, name)
-    if inspect.iscoroutinefunction(inner):
-
-        @functools.wraps(inner)
-        async def wrapped(*args, **options):
-            before(*args)
-            result = await inner(*args, **options)
-            after(result, *args)
-            return result
-    else:
-
-        @functools.wraps(inner)
-        def wrapped(*args, **options):
-            before(*args)
-            result = inner(*args, **options)
-            after(result, *args)
-            return result
-
-    setattr(owner, name, wrapped)
-
-
-def nothing(*_: object) -> None:
-    pass
 
 
 def keep_journal(folder: Path) -> None:
@@ -152,18 +111,6 @@ def keep_journal(folder: Path) -> None:
     )
     hook(PaymentSession, "_take_statement",
          lambda session, told: write("heard", session.payer.channel_id, told.paid), nothing)  # fmt: skip
-
-
-def act_at(step: Step, act: Callable[[], object]) -> None:
-    calls = 0
-
-    def count(*_: object) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == step.nth:
-            act()
-
-    hook(step.owner, step.name, nothing if step.after else count, count if step.after else nothing)
 
 
 async def economy(folder: Path) -> dict[str, Any]:
@@ -241,7 +188,7 @@ def main(folder: Path, step: str) -> None:
     keep_journal(folder)
     noticed: list[tuple[str, bool]] = []
     if step in STEPS:
-        act_at(STEPS[step], lambda: os._exit(CRASHED))
+        stop_at(STEPS[step])
     elif step:
         noticed = fail_disk(*step.split(" of the "))
     print(json.dumps({**asyncio.run(economy(folder)), "noticed": noticed}))

@@ -394,20 +394,6 @@ async def test_a_cancelled_caller_stays_cancelled_when_the_session_ends_too(sess
     assert reader.cancelled()
 
 
-async def test_a_used_up_channel_is_followed_by_another_within_the_budget(economy, tmp_path):
-    data = content(8 * RUN)
-    node, infohash = await economy.content_node({"film.bin": data})
-    cost = CONTENT_PRICE[LINE].rate.owed
-    async with economy.client(node, await economy.wallet()) as btt:
-        await btt.session(cost(3 * RUN))
-        async with btt.content.fetch(infohash["film.bin"], tmp_path / "out") as transfer:
-            pass
-    assert (tmp_path / "out" / "film.bin").read_bytes() == data
-    assert [receipt.counts_agree for receipt in btt.receipts] == [True, True]
-    assert sum(receipt.captured for receipt in btt.receipts) == transfer.receipt.spent
-    assert cost(len(data)) <= transfer.receipt.spent <= cost(len(data)) + 1, "each channel rounds up once"
-
-
 async def test_closing_waits_for_a_node_that_lost_the_session(economy, tmp_path):
     data = content(3 * RUN)
     node, infohash = await economy.content_node({"film.bin": data})

@@ -21,16 +21,27 @@ from types import TracebackType
 
 from btt.sdk.budget import Budget
 from btt.sdk.content.client import ContentClient
-from btt.sdk.errors import BttError, ChannelClosed, ConfigError, CountsDiffer
+from btt.sdk.errors import (
+    BttError,
+    ChannelClosed,
+    ChannelClosing,
+    ChannelExpired,
+    ConfigError,
+    CountsDiffer,
+)
 from btt.sdk.identity import NodeAddress
 from btt.sdk.keys import Address, PrivateKey
 from btt.sdk.ledger import LedgerAddress, LedgerClient
 from btt.sdk.payment.backoff import retry_after
 from btt.sdk.payment.connection import NodeConnection, connect_node
 from btt.sdk.payment.faults import NODE_BANS, check_node, fault_of
-from btt.sdk.payment.opening import Purse
-from btt.sdk.payment.session import PaymentSession, SessionReceipt
-from btt.sdk.payment.store import CLOSED, PayerStore
+from btt.sdk.payment.history import known_endpoint
+from btt.sdk.payment.keeper import Keeper
+from btt.sdk.payment.purse import Purse
+from btt.sdk.payment.receipt import SessionReceipt
+from btt.sdk.payment.refunds import KEEP_MS, Wanted
+from btt.sdk.payment.session import PaymentSession
+from btt.sdk.payment.store import PayerStore
 from btt.sdk.wallet import Keystore
 
 CLOSE_PAUSES_S = (0.2, 1.0, 2.0, 4.0, 8.0)
@@ -83,7 +94,8 @@ class Client:
     """A dApp's connection to a node; made by `connect`, used with `async with`.
 
     Leaving the block pays what is due and closes the channels; `receipts` then holds the
-    signed statements.
+    signed statements. While it lives it watches its account on the ledger: a channel that is closed under
+    it is left, and a node that took more than its due ends the block with `CaptureDisputed`.
     """
 
     def __init__(
@@ -111,6 +123,8 @@ class Client:
         self._met: Address | None = None
         self._session: PaymentSession | None = None
         self._opening = asyncio.Lock()
+        self._keeper: Keeper | None = None
+        self._keeping: asyncio.Task[None] | None = None
         self.receipts: list[SessionReceipt] = []
         self.content = ContentClient(self)
 
@@ -176,7 +190,20 @@ class Client:
         finally:
             if self._session is not None:
                 await self._session.abandon()
+            await self._stop_keeping(tidy=kind is None)
             await self._stack.aclose()
+        if kind is None and self._keeper is not None and self._keeper.disputes:
+            raise self._keeper.disputes[0]
+
+    async def _stop_keeping(self, *, tidy: bool) -> None:
+        if self._keeping is not None:
+            self._keeping.cancel()
+            await asyncio.wait([self._keeping])
+        if self._keeper is not None and tidy:
+            # What a node did not close with us is asked back from the ledger.
+            with contextlib.suppress(BttError, TimeoutError):
+                async with asyncio.timeout(HURRY_S):
+                    await self._keeper.tidy(Wanted(idle=not self._keep_channels, keep_ms=KEEP_MS))
 
     async def node(self) -> NodeConnection:
         """Returns the node, proven and with its current offer.
@@ -185,7 +212,9 @@ class Client:
             NodeBanned: The wallet leaves it alone for a while; it was not dialled.
             BttError: It could not be reached or trusted.
         """
-        named = self._address.node or self._books.known_endpoint(f"{self._address.host}:{self._address.port}")
+        named = self._address.node or known_endpoint(
+            self._books, f"{self._address.host}:{self._address.port}"
+        )
         if named is not None:
             check_node(self._books, named, self._clock())
         return await self._connected()
@@ -206,13 +235,32 @@ class Client:
         """Returns the ledger, proven."""
         if self._ledger is None:
             self._ledger = await self._stack.enter_async_context(LedgerClient.connect(self._ledger_address))
+            self._keeper = Keeper(self._purse(self._ledger), lambda: self._session)
+            node = self._address.node
+            # Idle channels of our own node are for the session that is about to open.
+            wanted = Wanted(idle=node is not None, keep_ms=KEEP_MS, spare=node)
+            self._keeping = asyncio.create_task(self._keeper.run(wanted), name="channel-keeper")
         return self._ledger
 
+    def _purse(self, ledger: LedgerClient) -> Purse:
+        return Purse(
+            account=self._wallet.account,
+            store=self._books,
+            ledger=ledger,
+            clock=self._clock,
+            budget=self._budget.name,
+            granted=self._budget.amount,
+        )
+
     async def session(self, need: int) -> PaymentSession:
-        """Returns the live payment session, or opens one.
+        """Returns the live payment session, topped up as far as needed, or opens one.
 
         Args:
             need: Base units the coming work is expected to cost.
+
+        Raises:
+            BudgetExceeded: The budget does not reach for one verify unit; says what is missing.
+            BttError: The node or the ledger refused, or did not answer.
         """
         async with self._opening:
             if self._session is not None and self._session.error is not None:
@@ -220,32 +268,21 @@ class Client:
                 await self._session.abandon()
                 self._session = None
                 self._node = None  # it may have restarted with a new offer
-            if self._session is not None and self._is_used_up(self._session, need):
-                await self.close_session()
+            if self._session is not None:
+                check_node(self._books, self._session.offer.node, self._clock())
+                try:
+                    await self._session.provide(need)
+                except ChannelExpired:
+                    await self.close_session()
             if self._session is None:
                 await self.node()  # dials no banned one
                 self._session = await self._open_session(need)
-            else:
-                check_node(self._books, self._session.offer.node, self._clock())
             return self._session
-
-    def _is_used_up(self, session: PaymentSession, need: int) -> bool:
-        """Says whether another channel could pay for the next piece where this one cannot."""
-        spare = session.payer.deposit - max(session.payer.signed, session.payer.tally.owed)
-        left = self._books.left(self._budget.name, self._budget.amount)
-        return spare < min(need, session.offer.sheet.unit_charge) and left > 0
 
     async def _open_session(self, need: int, only: bytes | None = None) -> PaymentSession:
         # Whatever a node did, what is due to it is paid, and a channel to it closed.
         node = await self._connected()
-        purse = Purse(
-            account=self._wallet.account,
-            store=self._books,
-            ledger=await self.ledger(),
-            budget=self._budget.name,
-            granted=self._budget.amount,
-            clock=self._clock,
-        )
+        purse = self._purse(await self.ledger())
         try:
             return await PaymentSession.open(purse, node, need=need, only=only)
         except BttError as error:
@@ -291,8 +328,7 @@ class Client:
                 if session is None:
                     session = await self._open_session(0, channel_id)
                 receipt = await session.close(close_channel=not self._keep_channels)
-            except ChannelClosed:
-                self._books.set_state(channel_id, CLOSED)
+            except (ChannelClosed, ChannelClosing):
                 return None
             except BttError as error:
                 self.blame(error)

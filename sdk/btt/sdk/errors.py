@@ -20,6 +20,7 @@ BttError
  |    +-- LedgerRolledBack    the ledger's database is older than what it promised
  +-- PaymentError             a payment session cannot go on
  |    +-- BudgetExceeded      the budget does not cover it; nothing was requested
+ |    +-- CaptureDisputed     a node took more than was signed or stated
  |    +-- UpdateInvalid, PaymentRequired, PriceChanged, SessionEnded,
  |        CallRepeated, CountsDiffer
  +-- ServiceError             the service refused
@@ -221,10 +222,26 @@ class PaymentError(BttError):
 
 
 class BudgetExceeded(PaymentError):
-    """The budget does not cover it; nothing was requested."""
+    """The budget does not cover it; nothing was requested.
+
+    Args:
+        message: What happened, for a person.
+        hint: What to do next.
+        missing: Base units that the budget lacks; 0 when nobody counted.
+    """
 
     reason = "BUDGET_EXCEEDED"
     hint = "Raise the budget; what arrived is kept, and the transfer resumes there."
+
+    def __init__(self, message: str, *, hint: str | None = None, missing: int = 0) -> None:
+        super().__init__(message, hint=hint)
+        self.missing = missing
+
+
+class CaptureDisputed(PaymentError):
+    """A channel was closed with more for the node than was signed, or than its own statement says."""
+
+    hint = "Leave this node; the evidence is kept in the wallet's folder, under evidence."
 
 
 class UpdateInvalid(PaymentError):

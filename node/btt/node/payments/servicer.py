@@ -13,6 +13,7 @@ import structlog
 
 from btt.node.payments.bans import Failure
 from btt.node.payments.closing import Closer
+from btt.node.payments.deposits import Deposits
 from btt.node.payments.ledger import PayeeLedger
 from btt.node.payments.network import network_of
 from btt.node.payments.session import Session
@@ -104,6 +105,7 @@ class PaymentServicer(payment_pb2_grpc.PaymentServiceServicer):
         self._closer = closer
         self._offers = offers
         self._clock = clock
+        self._deposits = Deposits(store=store, ledger=ledger, key=payee_key)
         self._nonces: dict[bytes, int] = {}
         self.draining = False
 
@@ -200,18 +202,21 @@ class PaymentServicer(payment_pb2_grpc.PaymentServiceServicer):
                         arrears=0,
                     )
                 )
+            elif known[0].deposit < state.deposit:
+                await self._store.raise_deposit(body.channel, state.deposit)
             best = _update(request.best) if request.HasField("best") else None
             try:
                 session, settled = await self._sessions.open(
                     channel_id=body.channel,
                     commit=commit,
+                    deposit=state.deposit,
                     offer=offer,
                     network=network,
                     best=best,
                     accepted=read_counts(request.accepted),
                 )
             except BttError as error:
-                failure = _failure(error, best, commit.amount)
+                failure = _failure(error, best, state.deposit)
                 if failure is not None:
                     await self._sessions.failed(commit.payer, network, failure)
                 raise
@@ -326,6 +331,9 @@ class PaymentServicer(payment_pb2_grpc.PaymentServiceServicer):
                         raise InvalidRequest("A call id has 16 bytes.")
                     session.settle(report.call_id, read_counts(report.accepted))
                     session.advance()
+                elif request.HasField("deposit"):
+                    update = None  # what follows is no payment's fault
+                    await self._deposits.check(session, request.deposit)
                 else:
                     raise InvalidRequest("The payment stream carries an unknown message.")
             self._sessions.end(session, SessionEnded("The payer ended the payment stream."))
@@ -381,7 +389,11 @@ class PaymentServicer(payment_pb2_grpc.PaymentServiceServicer):
 def _statement(session: Session) -> payment_pb2.Statement:
     meter = session.payee.meter
     return payment_pb2.Statement(
-        owed=meter.owed, paid=meter.paid, credit=session.payee.standing.credit, demand=session.demand
+        owed=meter.owed,
+        paid=meter.paid,
+        credit=session.payee.standing.credit,
+        demand=session.demand,
+        deposit=meter.deposit,
     )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import math
 import secrets
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
@@ -64,6 +65,8 @@ class Session:
         self.epoch = epoch
         self.error: BttError | None = None
         self.attached = False
+        self.asked_at = -math.inf
+        """When the ledger was asked about a top-up, seconds of the loop."""
         self.answers: dict[bytes, object] = {}
         """Answers of unary calls by call id, for a caller that lost one."""
         self._book = book

@@ -98,6 +98,7 @@ class Sessions:
         *,
         channel_id: bytes,
         commit: ChannelCommit,
+        deposit: int,
         offer: Offer,
         network: str,
         best: SignedUpdate | None,
@@ -108,6 +109,7 @@ class Sessions:
         Args:
             channel_id: 32 bytes.
             commit: T1, from the ledger.
+            deposit: What the channel holds by the ledger, base units.
             offer: What the session pins.
             network: The caller's /24 or /48.
             best: The highest update the payer has signed.
@@ -126,6 +128,7 @@ class Sessions:
             self.end(previous, SessionEnded("Another session was opened on this channel."))
         book = await self._book(commit.payer, channel_id)
         payee = book.channels[channel_id]
+        payee.meter.deposit = max(payee.meter.deposit, deposit)
         payee.pin(offer.sheet)
         checked = payee.check(best) if best is not None else None
         meter = payee.meter

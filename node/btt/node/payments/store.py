@@ -277,6 +277,15 @@ class PayeeStore:
             )
         )
 
+    async def raise_deposit(self, channel_id: bytes, deposit: int) -> None:
+        """Takes note of what a channel holds since it was topped up, base units."""
+        await self.run(
+            lambda db: db.execute(
+                "UPDATE channels SET deposit = ? WHERE channel_id = ? AND deposit < ?",
+                (deposit, channel_id, deposit),
+            )
+        )
+
     async def next_epoch(self, channel_id: bytes) -> int:
         """Counts a session of a channel, and returns its number."""
         return int(

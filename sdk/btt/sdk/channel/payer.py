@@ -146,6 +146,16 @@ class Payer:
             raise BudgetExceeded(f"The channel holds too little for {units} more units.")
         self._reserved[segment] = self._reserved.get(segment, 0) + units
 
+    @property
+    def spare(self) -> int:
+        """Base units that are neither owed nor reserved."""
+        return self.limit - self.tally.owed - sum(self.tally.cost(s, n) for s, n in self._reserved.items())
+
+    @property
+    def is_reserved(self) -> bool:
+        """Whoever buys now sets aside what it will cost."""
+        return any(self._reserved.values())
+
     def affordable(self, segment: Segment) -> int:
         """Returns how many more units of a segment can be reserved now."""
         rate, have = self.tally.rate(segment), self.tally.units(segment) + self._reserved.get(segment, 0)

@@ -17,8 +17,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from btt.proto.ledger.v1.ledger_pb2 import ChannelState
+    from btt.sdk.errors import CaptureDisputed
     from btt.sdk.keys import PrivateKey
     from btt.sdk.ledger import LedgerClient
+    from btt.sdk.payment.purse import Purse
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, help="Money that waits in payment channels.")
 
@@ -40,6 +42,24 @@ def _with_ledger(
             return await ask(client, key)
 
     return asyncio.run(run())
+
+
+def _with_purse(
+    ledger: str, wallet: Path | None, act: Callable[[LedgerClient, PrivateKey, Purse], Awaitable[_Found]]
+) -> _Found:
+    """Acts on channels and on the wallet's own books of them."""
+    from btt.sdk.client import system_ms
+    from btt.sdk.payment.purse import Purse
+    from btt.sdk.payment.store import PayerStore
+
+    async def run(client: LedgerClient, key: PrivateKey) -> _Found:
+        store = PayerStore(wallet_folder(wallet))
+        try:
+            return await act(client, key, Purse(key, store, client, system_ms))
+        finally:
+            store.close()
+
+    return _with_ledger(ledger, wallet, run)
 
 
 async def _ids(client: LedgerClient, key: PrivateKey) -> list[bytes]:
@@ -169,12 +189,15 @@ def topup(
     if not yes:
         typer.confirm(f"Lock {more} more in {channel[:16]}?", abort=True, err=True)
 
-    async def add(client: LedgerClient, key: PrivateKey) -> dict[str, Any]:
-        state = await _one(client, key, channel)
-        await client.top_up(state.channel_id, key, int(more))
-        return _as_dict(await client.channel(state.channel_id, key))
+    from btt.sdk.payment.outcome import look
+    from btt.sdk.payment.topups import top_up
 
-    found = _with_ledger(ledger, wallet, add)
+    async def add(client: LedgerClient, key: PrivateKey, purse: Purse) -> dict[str, Any]:
+        state = await _one(client, key, channel)
+        await top_up(purse, state.channel_id, int(more))
+        return _as_dict(await look(purse, state.channel_id))
+
+    found = _with_purse(ledger, wallet, add)
     typer.echo(json.dumps(found) if as_json else f"The channel holds {Amount(int(found['deposit']))} now.")
 
 
@@ -183,13 +206,14 @@ def close(
     channel: ChannelId, ledger: LedgerOption, wallet: WalletFolder = None, as_json: AsJson = False
 ) -> None:
     """Ask for the rest of a channel; it comes back after the challenge window."""
+    from btt.sdk.payment.outcome import look
 
-    async def ask(client: LedgerClient, key: PrivateKey) -> dict[str, Any]:
+    async def ask(client: LedgerClient, key: PrivateKey, purse: Purse) -> dict[str, Any]:
         state = await _one(client, key, channel)
         await client.request_close(state.channel_id, key)
-        return _as_dict(await client.channel(state.channel_id, key))
+        return _as_dict(await look(purse, state.channel_id))
 
-    found = _with_ledger(ledger, wallet, ask)
+    found = _with_purse(ledger, wallet, ask)
     if as_json:
         typer.echo(json.dumps(found))
         return
@@ -198,27 +222,45 @@ def close(
 
 
 @app.command()
-def refund(ledger: LedgerOption, wallet: WalletFolder = None, as_json: AsJson = False) -> None:
-    """Take back what is due: of channels past their lock time, and past their window."""
+def refund(
+    ledger: LedgerOption,
+    wallet: WalletFolder = None,
+    expired: Annotated[
+        bool, typer.Option("--expired", help="Only what time has made due (the default).")
+    ] = False,
+    idle: Annotated[bool, typer.Option("--idle", help="Also what no program uses or keeps.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="Also what is kept for the next client.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Take back what lies in channels: those past their lock time or window, and unused ones.
 
-    async def collect(client: LedgerClient, key: PrivateKey) -> list[dict[str, Any]]:
-        touched = []
+    A node that answers closes an unused channel at once; else the rest comes back after the challenge window.
+    """
+    from btt.sdk.payment.refunds import KEEP_MS, Wanted, ask_back, collect, request_close
+
+    if expired + idle + everything > 1:
+        raise typer.BadParameter("choose one of --expired, --idle and --all")
+    wanted = Wanted(idle=idle or everything, keep_ms=0 if everything else KEEP_MS)
+
+    async def take(
+        client: LedgerClient, key: PrivateKey, purse: Purse
+    ) -> tuple[list[dict[str, Any]], list[CaptureDisputed]]:
+        touched, disputes = await ask_back(purse, wanted)
         for state in await _states(client, key):
-            told = _as_dict(state)
-            if told["phase"] == "closing" and state.time_ms >= state.deadline_ms:
-                await client.finalize_channel(state.channel_id)
-            elif told["phase"] == "open" and state.time_ms >= told["expires_ms"]:
-                await client.request_close(state.channel_id, key)
-            else:
-                continue
-            touched.append(_as_dict(await client.channel(state.channel_id, key)))
-        return touched
+            if purse.store.find(state.channel_id) is None:  # opened with other books than these
+                done = await collect(purse, state)
+                if done is None and wanted.idle and _PHASES.get(state.phase) == "open":
+                    done = await request_close(purse, state.channel_id)
+                touched += [done] if done is not None else []
+        return [_as_dict(state) for state in touched], disputes
 
-    found = _with_ledger(ledger, wallet, collect)
+    found, disputes = _with_purse(ledger, wallet, take)
     if as_json:
         typer.echo(json.dumps(found))
-        return
-    if not found:
+    elif not found and not disputes:
         typer.echo("Nothing is due.")
-    for one in found:
-        typer.echo(f"{one['channel'][:16]}  {one['phase']}")
+    for one in found if not as_json else []:
+        when = f", until {_when(one['deadline_ms'])}" if one["phase"] == "closing" else ""
+        typer.echo(f"{one['channel'][:16]}  {one['phase']}{when}")
+    if disputes:
+        raise disputes[0]

@@ -11,7 +11,7 @@ import asyncio
 import collections
 import contextlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,14 @@ from btt.sdk.channel import Line, Segment
 from btt.sdk.content.run import Run
 from btt.sdk.content.store import Destination
 from btt.sdk.content.torrent import RUN, Torrent
-from btt.sdk.errors import BttError, BudgetExceeded, ContentMismatch, PriceChanged, SessionEnded
+from btt.sdk.errors import (
+    BttError,
+    BudgetExceeded,
+    ChannelExpired,
+    ContentMismatch,
+    PriceChanged,
+    SessionEnded,
+)
 from btt.sdk.keys import Address
 from btt.sdk.money import Amount, Rate, Unit
 from btt.sdk.payment.backoff import pause_s
@@ -226,10 +233,13 @@ class Transfer:
                     group.create_task(self._stream(session, todo))
         except* BttError as failed:
             raise _gravest(failed) from None
-        # A used up channel is followed by another, as far as the budget reaches.
         if todo and self._fetched == fetched:
+            # Another fetch of this client has reserved what the budget still had.
             missing = self._destination.missing_bytes
-            raise BudgetExceeded(f"The budget ends here: {missing} bytes are missing.")
+            cost = self._rate.owed(missing)
+            raise BudgetExceeded(
+                f"The budget ends here: {missing} bytes, {Amount(cost)}, are missing.", missing=cost
+            )
 
     def _ranges(self) -> list[tuple[int, range]]:
         return [
@@ -238,6 +248,11 @@ class Transfer:
             for runs in self._destination.missing(entry.index)
             for start in range(runs.start, runs.stop, RUNS_PER_CALL)
         ]
+
+    def _length(self, ranges: Iterable[tuple[int, range]]) -> int:
+        return sum(
+            min(runs.stop * RUN, self.torrent.files[file].length) - runs.start * RUN for file, runs in ranges
+        )
 
     async def _stream(self, session: PaymentSession, todo: collections.deque[tuple[int, range]]) -> None:
         fetch: Fetch = session.channel.unary_stream(
@@ -248,8 +263,13 @@ class Transfer:
         segment = Segment(session.offer.digest, LINE)
         while todo:
             file, runs = todo.popleft()
-            length = min(runs.stop * RUN, self.torrent.files[file].length) - runs.start * RUN
+            length = self._length([(file, runs)])
             room = session.payer.affordable(segment)
+            if room < length:
+                left = self._length(todo) + length
+                with contextlib.suppress(BudgetExceeded, ChannelExpired):
+                    await session.provide(session.payer.tally.rate(segment).owed(left))
+                room = session.payer.affordable(segment)
             if room < length:
                 fits = range(runs.start, runs.start + room // RUN)
                 if not fits:

@@ -12,6 +12,7 @@ from typing import Final
 import grpc
 import grpc.aio
 
+from btt.proto.common.v1.document_pb2 import SignedDocument
 from btt.proto.ledger.v1 import ledger_pb2 as pb
 from btt.sdk.errors import (
     IdentityError,
@@ -64,8 +65,14 @@ class LedgerClient(Connection):
             ChannelUnknown: There is no such channel.
             SignerMismatch: The key is none of the channel's.
         """
+        return (await self.channel_document(channel_id, key))[1]
 
-        async def ask(now_ms: int) -> pb.ChannelState:
+    async def channel_document(
+        self, channel_id: bytes, key: PrivateKey
+    ) -> tuple[SignedDocument, pb.ChannelState]:
+        """Returns the live state of a channel as the ledger signed it, to keep; as `channel`."""
+
+        async def ask(now_ms: int) -> tuple[SignedDocument, pb.ChannelState]:
             signed, digest = self._query(key, channel_id, now_ms)
             response = await self._call(self._stub.GetChannel, pb.GetChannelRequest(query=signed))
             state = await self._opened(response.channel, "ChannelState", pb.ChannelState())
@@ -73,7 +80,7 @@ class LedgerClient(Connection):
                 raise IdentityError("The ledger answered another question.")
             if ChannelCommit.decode(state.commit).channel_id(self.ledger_id) != channel_id:
                 raise IdentityError("The ledger answered with the terms of another channel.")
-            return state
+            return response.channel, state
 
         return await self._timely(ask)
 

@@ -229,6 +229,7 @@ class PayUnaryStream(grpc.aio.UnaryStreamClientInterceptor):
         charge = _charge(client_call_details)
         if charge.free:
             return await continuation(client_call_details, request)
+        await self._session.capacity.ready()
         call = MeteredCall(self._session, charge, request)
         try:
             rpc = await continuation(_with_session(client_call_details, self._session, call), request)
@@ -271,6 +272,7 @@ class PayUnaryUnary(grpc.aio.UnaryUnaryClientInterceptor):
         charge = _charge(client_call_details)
         if charge.free:
             return await continuation(client_call_details, request)
+        await self._session.capacity.ready()
         call = MeteredCall(self._session, charge, request)
         try:
             rpc = await continuation(_with_session(client_call_details, self._session, call), request)

@@ -11,6 +11,7 @@ import grpc.aio
 from btt.proto.offer.v1 import offer_pb2, offer_pb2_grpc
 from btt.sdk.errors import IdentityError
 from btt.sdk.identity import NodeAddress, Offer, tls_name
+from btt.sdk.payment.history import known_endpoint, met_at, saw_offer, trust_endpoint
 from btt.sdk.rpc import to_error
 from btt.sdk.tls import certificate_sha256, pinned_channel, read_certificate
 
@@ -71,7 +72,7 @@ async def connect_node(
             offer does not name, an old offer, or a bare endpoint that is new or changed.
     """
     endpoint = f"{address.host}:{address.port}"
-    expected = address.node or store.known_endpoint(endpoint)
+    expected = address.node or known_endpoint(store, endpoint)
     certificate = await read_certificate(address.host, address.port, timeout=timeout)
     # Before the offer proves it, the name to expect is whatever the certificate says; the
     # pin is the certificate itself.
@@ -95,9 +96,11 @@ async def connect_node(
                 f"{endpoint} says it is {offer.node}, which this wallet has not met.",
                 hint=f"Use btt://{offer.node}@{endpoint} if that is who you mean, or --trust-new once.",
             )
-        store.trust_endpoint(endpoint, offer.node)
-    store.saw_offer(offer.node, offer.serial)
-    return NodeConnection(replace(address, node=offer.node), certificate, offer)
+        trust_endpoint(store, endpoint, offer.node)
+    saw_offer(store, offer.node, offer.serial)
+    proven = replace(address, node=offer.node)
+    met_at(store, proven)
+    return NodeConnection(proven, certificate, offer)
 
 
 def _certificate_name(certificate: bytes) -> str:

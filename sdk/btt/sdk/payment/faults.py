@@ -39,6 +39,7 @@ class Fault:
 _LIES: Final[tuple[tuple[type[BttError], str], ...]] = (
     (errors.ContentMismatch, "it sent what does not verify"),
     (errors.CountsDiffer, "it claims more than it delivered"),
+    (errors.CaptureDisputed, "it took more than its due"),
 )
 _REFUSALS: Final = (
     errors.AppRefused,

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import grpc.aio
 
 from btt.proto.ledger.v1.ledger_pb2 import LedgerInfo
 from btt.proto.payment.v1 import payment_pb2, payment_pb2_grpc
-from btt.sdk.errors import BudgetExceeded, ChannelClosed, LedgerError
+from btt.sdk.errors import BudgetExceeded, ChannelClosed, ChannelClosing, ChannelExpired, LedgerError
 from btt.sdk.identity import ChannelTerms, Offer
-from btt.sdk.keys import PrivateKey
-from btt.sdk.ledger import LedgerClient
-from btt.sdk.payment.store import CLOSED, OPEN, OPENING, Claim, PayerStore, StoredChannel
+from btt.sdk.payment.purse import Purse
+from btt.sdk.payment.store import CLOSED, CLOSING, OPEN, OPENING, Claim, StoredChannel
+from btt.sdk.payment.topups import grow, resume
 from btt.sdk.rpc import to_error
 from btt.sdk.signing import EARLY_CLOSE, ChannelCommit, ChannelRefund, service_reference, verify
 from btt.sdk.wallet import derive_channel_key
@@ -25,31 +24,6 @@ CLOCK_TOLERANCE_MS = 60_000
 """How far the payee's clock may be from ours, with the way there: a life is that far within its terms."""
 EXPIRY_MARGIN_MS = 10 * 60 * 1000
 """A channel this near its lock time is left to its payee to close."""
-
-
-@dataclass(frozen=True, slots=True)
-class Purse:
-    """What pays: an account, its books, and the budget it may use.
-
-    Attributes:
-        account: Key of the account.
-        store: The wallet's books.
-        ledger: The ledger of one's own configuration.
-        budget: Name of the budget.
-        granted: Base units of the whole budget.
-        clock: Unix milliseconds.
-    """
-
-    account: PrivateKey
-    store: PayerStore
-    ledger: LedgerClient
-    budget: str
-    granted: int
-    clock: Callable[[], int]
-
-    def channel_key(self, commit: ChannelCommit) -> PrivateKey:
-        """Returns K1 of a channel of this account."""
-        return derive_channel_key(self.account, commit.nonce)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +70,12 @@ async def obtain_channel(
             continue
         try:
             commit = ChannelCommit.decode(stored.commit)
+            # Another may have used it before we had it.
+            stored = purse.store.get(stored.channel_id)
             if commit.payer == purse.account.public.address and commit.k2 == offer.payee_key:
-                usable = await _take_up(purse, stored, commit, least)
+                usable = await confirm_open(purse, stored, commit)
+                if usable is not None and only is None:
+                    usable = await _take_up(purse, usable, offer, need, least)
                 if usable is not None:
                     return OpenedChannel(usable, commit, claim)
         except BaseException:
@@ -106,13 +84,15 @@ async def obtain_channel(
         claim.release()
     if only is not None:
         raise ChannelClosed("The channel cannot be taken up again.")
-    return await _open_new(purse, offer, stub, need)
+    return await _open_new(purse, offer, stub, need, least)
 
 
-async def _take_up(
-    purse: Purse, stored: StoredChannel, commit: ChannelCommit, least: int
-) -> StoredChannel | None:
-    """Makes an existing channel usable, or returns None."""
+async def confirm_open(purse: Purse, stored: StoredChannel, commit: ChannelCommit) -> StoredChannel | None:
+    """Finishes what was begun with a channel that this process has claimed: its opening, its top-ups.
+
+    Returns:
+        The channel; None when it takes no payments any more.
+    """
     if stored.state == OPENING:
         # We stopped between asking and hearing the answer; asking again is harmless.
         try:
@@ -121,25 +101,44 @@ async def _take_up(
             purse.store.set_state(stored.channel_id, CLOSED)
             return None
         purse.store.set_state(stored.channel_id, OPEN)
-    if stored.expires_ms - EXPIRY_MARGIN_MS < purse.clock():
+    await resume(purse, stored.channel_id)
+    stored = purse.store.get(stored.channel_id)
+    return stored if stored.state == OPEN else None
+
+
+def is_ending(channel: StoredChannel, offer: Offer, now_ms: int) -> bool:
+    """Says whether a channel is too near its lock time for more business with a node."""
+    # The node takes no session on a channel with less than half of its least lifetime.
+    return channel.expires_ms - max(EXPIRY_MARGIN_MS, offer.terms.min_lifetime_ms // 2) < now_ms
+
+
+async def _take_up(
+    purse: Purse, stored: StoredChannel, offer: Offer, need: int, least: int
+) -> StoredChannel | None:
+    """Lets our budget pay from an open channel, and tops it up; None when another one has to do it."""
+    if is_ending(stored, offer, purse.clock()):
         return None
+    used = max(stored.signed, purse.store.tally(stored.channel_id).owed)
     try:
-        adopted = purse.store.adopt(stored.channel_id, purse.budget, purse.granted)
-    except BudgetExceeded:
+        return await grow(purse, stored.channel_id, used=used, need=need, least=least)
+    except (BudgetExceeded, ChannelExpired):
         return None
-    return adopted if adopted.cap - adopted.signed >= least else None
+    except (ChannelClosing, ChannelClosed):
+        purse.store.set_state(stored.channel_id, CLOSING)
+        return None
 
 
 async def _open_new(
-    purse: Purse, offer: Offer, stub: payment_pb2_grpc.PaymentServiceAsyncStub, need: int
+    purse: Purse, offer: Offer, stub: payment_pb2_grpc.PaymentServiceAsyncStub, need: int, least: int
 ) -> OpenedChannel:
     terms = offer.terms
     info = await purse.ledger.info()
     left = purse.store.left(purse.budget, purse.granted)
     deposit = max(need, terms.min_amount, 1)
-    if deposit > left:
+    if left >= least:
         # Less than hoped for may still buy a part of the work, which resumes later.
-        deposit = max(left, terms.min_amount, 1)
+        deposit = max(min(deposit, left), terms.min_amount, 1)
+    purse.store.check(purse.budget, purse.granted, deposit)
     life = _lifetime(terms, info)
     nonce = secrets.token_bytes(16)
     commit = ChannelCommit(

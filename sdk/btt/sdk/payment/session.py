@@ -12,10 +12,8 @@ import asyncio
 import contextlib
 import secrets
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 
 import grpc.aio
-from google.protobuf.message import DecodeError
 
 from btt.proto.payment.v1 import payment_pb2, payment_pb2_grpc
 from btt.sdk.channel import Payer, SignedUpdate
@@ -23,6 +21,7 @@ from btt.sdk.errors import (
     BttError,
     BudgetExceeded,
     ChannelClosed,
+    ChannelClosing,
     CountsDiffer,
     InternalError,
     InvalidRequest,
@@ -31,42 +30,21 @@ from btt.sdk.errors import (
 )
 from btt.sdk.identity import Offer
 from btt.sdk.payment.calls import MeteredCall, PayUnaryStream, PayUnaryUnary, Verdicts, end_on_break
+from btt.sdk.payment.capacity import Capacity
 from btt.sdk.payment.connection import NodeConnection
-from btt.sdk.payment.opening import OpenedChannel, Purse, obtain_channel
-from btt.sdk.payment.store import CLOSED
+from btt.sdk.payment.opening import OpenedChannel, obtain_channel
+from btt.sdk.payment.outcome import look
+from btt.sdk.payment.purse import Purse
+from btt.sdk.payment.receipt import SessionReceipt, read_receipt
+from btt.sdk.payment.store import CLOSED, CLOSING
 from btt.sdk.payment.wire import count_protos, counts_of, read_counts, sign_call, update_proto
 from btt.sdk.rpc import to_error
-from btt.sdk.signing import APP_UNKNOWN, ChannelClose, SessionOpen, open_document, sign
+from btt.sdk.signing import APP_UNKNOWN, SessionOpen, sign
 
 OPEN_VALID_MS = 60_000
 STALL_S = 0.5
 """Seconds that a node waits for payment before something is prepaid although more is under way."""
 PayStream = grpc.aio.StreamStreamCall[payment_pb2.PayRequest, payment_pb2.PayResponse]
-
-
-@dataclass(frozen=True, slots=True)
-class SessionReceipt:
-    """How a session ended, signed by the node.
-
-    Attributes:
-        channel_id: 32 bytes.
-        paid: Base units paid over the life of the channel.
-        owed: Base units owed over the life of the channel, by the node's books.
-        written_off: Base units the node wrote off.
-        counts_agree: The node's settled units are exactly those of our own books.
-        channel_closed: The ledger has closed the channel; its receipt was verified.
-        captured: Base units that the payee took on the ledger, once closed.
-        statement: The signed SessionStatement, serialised, to keep.
-    """
-
-    channel_id: bytes
-    paid: int
-    owed: int
-    written_off: int
-    counts_agree: bool
-    channel_closed: bool
-    captured: int
-    statement: bytes
 
 
 class PaymentSession:
@@ -94,6 +72,7 @@ class PaymentSession:
         self._wake = asyncio.Event()
         self._changed = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
+        self.capacity = Capacity(self, purse, opened.stored, wake=self._wake, changed=self._changed)
         self._control = node.channel(label="payment")
         self._stub: payment_pb2_grpc.PaymentServiceAsyncStub = payment_pb2_grpc.PaymentServiceStub(
             self._control
@@ -118,7 +97,8 @@ class PaymentSession:
 
         Raises:
             BudgetExceeded: The budget covers no channel.
-            ChannelClosed: `only` is closed.
+            ChannelClosed, ChannelClosing: `only` is.
+            CaptureDisputed: The node closed the channel with more than was its due.
             CountsDiffer: The node claims what was neither accepted nor paid.
             BttError: The node or the ledger refused, or did not answer.
         """
@@ -143,10 +123,11 @@ class PaymentSession:
             session = cls(purse, node, opened, payer)
             try:
                 await session._start()
-            except ChannelClosed:
-                # The node closed it while we were away; what it took is at most what we signed.
-                purse.store.set_state(stored.channel_id, CLOSED)
+            except (ChannelClosed, ChannelClosing):
+                # The node says so; the ledger says what it took. Either way it pays no more.
                 await session._discard()
+                purse.store.set_state(stored.channel_id, CLOSING)
+                await look(purse, stored.channel_id)
                 if only is not None:
                     raise
                 continue
@@ -243,6 +224,10 @@ class PaymentSession:
     def _is_held(self) -> bool:
         return self._demand > self.payer.signed and self._stated > self.payer.tally.owed
 
+    async def provide(self, need: int) -> None:
+        """Makes sure that something more can be paid; see `Capacity.provide`."""
+        await self.capacity.provide(need)
+
     # The two tasks
 
     async def _sign(self, stream: PayStream) -> None:
@@ -253,6 +238,8 @@ class PaymentSession:
             except TimeoutError:
                 self._stalled = True
             self._wake.clear()
+            if (deposit := self.capacity.news()) is not None:
+                await stream.write(payment_pb2.PayRequest(deposit=deposit))
             while (due := self._due()) is not None:
                 saved = await self._purse.store.save(self.payer.intend(due))
                 update = self.payer.sign(saved)
@@ -299,6 +286,7 @@ class PaymentSession:
         self._credit = statement.credit
         self._demand = statement.demand
         self._stated = statement.owed
+        self.capacity.heard(statement.deposit)
         self._paid = max(self._paid, statement.paid)
         if self._is_held:
             self._wake.set()  # to watch the time
@@ -370,46 +358,20 @@ class PaymentSession:
                 ),
                 timeout=60,
             )
-            return self._receipt(reply, close_channel=close_channel)
+            receipt = read_receipt(
+                reply, self.payer, self.offer, self._purse.ledger if close_channel else None
+            )
+            self._purse.store.save_books(self.payer.channel_id, self.payer.signed, self.payer.tally)
+            state = CLOSED if close_channel else self._purse.store.get(self.payer.channel_id).state
+            self._purse.store.set_state(self.payer.channel_id, state, receipt.statement)
+            if not close_channel:
+                self._purse.store.keep(self.payer.channel_id, self._purse.clock())
         except grpc.aio.AioRpcError as failure:
             raise to_error(failure) from failure
+        else:
+            return receipt
         finally:
             await self._discard()
-
-    def _receipt(self, reply: payment_pb2.CloseResponse, *, close_channel: bool) -> SessionReceipt:
-        payload = open_document(
-            reply.statement, "SessionStatement", self.offer.ledger_id, self.offer.node_key
-        )
-        statement = payment_pb2.SessionStatement()
-        try:
-            statement.ParseFromString(payload)
-        except DecodeError:
-            raise InvalidRequest("The node's statement is malformed.") from None
-        if statement.channel_id != self.payer.channel_id:
-            raise CountsDiffer("The node's statement is about another channel.")
-        mine = {s: units for s, _, units in self.payer.tally if units}
-        theirs = {s: units for s, units in read_counts(statement.settled).items() if units}
-        captured = 0
-        if close_channel:
-            captured = min(statement.paid, statement.owed)
-            close = ChannelClose(channel=self.payer.channel_id, capture=captured)
-            self._purse.ledger.check_receipt(
-                reply.ledger_receipt, reply.ledger_signature, close.digest(self.offer.ledger_id)
-            )
-        self._purse.store.save_books(self.payer.channel_id, self.payer.signed, self.payer.tally)
-        document = reply.statement.SerializeToString()
-        state = CLOSED if close_channel else self._opened.stored.state
-        self._purse.store.set_state(self.payer.channel_id, state, document)
-        return SessionReceipt(
-            channel_id=self.payer.channel_id,
-            paid=statement.paid,
-            owed=statement.owed,
-            written_off=statement.written_off,
-            counts_agree=mine == theirs and statement.paid == self.payer.signed,
-            channel_closed=close_channel,
-            captured=captured,
-            statement=document,
-        )
 
     async def abandon(self) -> None:
         """Ends the session without a word to the node, as a lost connection would."""

@@ -19,17 +19,20 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from btt.sdk.channel import BanPolicy, Conduct, Durable, Intent, Tally
 from btt.sdk.database import IN_PLACE_S, open_books
-from btt.sdk.errors import BudgetExceeded, IdentityError, StorageError
+from btt.sdk.errors import BudgetExceeded, StorageError
 from btt.sdk.keys import Address
 from btt.sdk.money import Amount
 from btt.sdk.payment.bans import BANS_SCHEMA, forget_conduct, load_conduct, save_strike
 from btt.sdk.payment.counts import COUNTS_SCHEMA, load_tally, save_tally
+from btt.sdk.payment.history import HISTORY_SCHEMA
+from btt.sdk.payment.pending import TOP_UPS_SCHEMA
 
-SCHEMA_VERSION = 2
-OPENING, OPEN, CLOSED = "opening", "open", "closed"
+SCHEMA_VERSION = 3
+OPENING, OPEN, CLOSING, CLOSED = "opening", "open", "closing", "closed"
 
 _SCHEMA = """
 CREATE TABLE nodes(
@@ -42,7 +45,8 @@ CREATE TABLE endpoints(
 ) STRICT, WITHOUT ROWID;
 CREATE TABLE budgets(
     name TEXT PRIMARY KEY,
-    granted INTEGER NOT NULL CHECK(granted >= 0)
+    granted INTEGER NOT NULL CHECK(granted >= 0),
+    spent INTEGER NOT NULL DEFAULT 0
 ) STRICT, WITHOUT ROWID;
 CREATE TABLE channels(
     channel_id BLOB PRIMARY KEY CHECK(length(channel_id) = 32),
@@ -58,10 +62,15 @@ CREATE TABLE channels(
     cap INTEGER NOT NULL,
     state TEXT NOT NULL,
     statement BLOB,
+    kept_ms INTEGER NOT NULL DEFAULT 0,
     CHECK(base <= cap AND cap <= deposit AND signed <= deposit)
 ) STRICT, WITHOUT ROWID;
 """
-_UPGRADES = {1: BANS_SCHEMA}
+_UPGRADES = {
+    1: BANS_SCHEMA,
+    2: "ALTER TABLE budgets ADD COLUMN spent INTEGER NOT NULL DEFAULT 0;\n"
+    "ALTER TABLE channels ADD COLUMN kept_ms INTEGER NOT NULL DEFAULT 0;\n" + TOP_UPS_SCHEMA + HISTORY_SCHEMA,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,13 +83,15 @@ class StoredChannel:
         node: The node it pays.
         commit: The canonical ChannelCommit (T1).
         refund_signature: Of K2 over the refund (T2), 65 bytes.
-        deposit: Base units that T1 locks.
+        deposit: Base units that T1 and its top-ups lock.
         expires_ms: Lock time, Unix milliseconds.
         signed: Base units signed so far.
         budget: Name of the budget that pays now.
         base: Base units signed when that budget took over.
         cap: Most cumulative base units that budget allows.
-        state: OPENING, OPEN or CLOSED.
+        state: OPENING, OPEN, CLOSING (used no more, its outcome not known yet), CLOSED.
+        kept_ms: When it was left open on purpose, with a statement, Unix milliseconds; 0 while a
+            session uses it and after one that broke.
     """
 
     channel_id: bytes
@@ -95,11 +106,12 @@ class StoredChannel:
     base: int
     cap: int
     state: str
+    kept_ms: int = 0
 
 
 _CHANNEL_COLUMNS = (
     "channel_id, ledger_id, node, commit_body, refund_signature, deposit, expires_ms,"
-    " signed, budget, base, cap, state"
+    " signed, budget, base, cap, state, kept_ms"
 )
 
 
@@ -122,7 +134,7 @@ class PayerStore:
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="payer-store")
         self._db = open_books(
             folder / "payer.db",
-            schema=_SCHEMA + COUNTS_SCHEMA + BANS_SCHEMA,
+            schema=_SCHEMA + COUNTS_SCHEMA + BANS_SCHEMA + TOP_UPS_SCHEMA + HISTORY_SCHEMA,
             version=SCHEMA_VERSION,
             upgrades=_UPGRADES,
         )
@@ -147,6 +159,21 @@ class PayerStore:
                 if self._db.in_transaction:
                     self._db.execute("ROLLBACK")
                 raise StorageError(f"The wallet's books could not be written ({error}).") from error
+
+    @contextmanager
+    def books(self) -> Iterator[sqlite3.Connection]:
+        """Gives one durable transaction to what keeps tables of its own in these books.
+
+        Raises:
+            StorageError: It failed, and nothing of it happened.
+        """
+        with self._transaction():
+            yield self._db
+
+    @property
+    def folder(self) -> Path:
+        """The wallet's folder."""
+        return self._folder
 
     # Signing
 
@@ -192,61 +219,77 @@ class PayerStore:
         """
         with self._transaction():
             self._grant(channel.budget, granted)
-            self._check(channel.budget, granted, channel.cap - channel.base)
+            self.check(channel.budget, granted, channel.cap - channel.base)
             c = channel
             self._db.execute(
-                f"INSERT INTO channels({_CHANNEL_COLUMNS}) VALUES(?,?,?,?,?,?,?,?,?,?,?,?)",
+                f"INSERT INTO channels({_CHANNEL_COLUMNS}) VALUES(?,?,?,?,?,?,?,?,?,?,?,?,?)",
                 (
                     c.channel_id, c.ledger_id, c.node.data, c.commit, c.refund_signature, c.deposit,
-                    c.expires_ms, c.signed, c.budget, c.base, c.cap, c.state,
+                    c.expires_ms, c.signed, c.budget, c.base, c.cap, c.state, c.kept_ms,
                 ),
             )  # fmt: skip
 
     def adopt(self, channel_id: bytes, budget: str, granted: int) -> StoredChannel:
         """Lets a budget pay from a channel that is open already, as far as it reaches.
 
-        Raises:
-            BudgetExceeded: Nothing is left in the budget.
+        What the budget before it spent there stays spent; what is locked and not signed is free
+        again. Called again, it lets the budget use what was added to the channel.
         """
         with self._transaction():
             self._grant(budget, granted)
             channel = self._one(channel_id)
-            if channel.budget == budget:
-                return channel
-            left = granted - self._reserved(budget)
-            cap = min(channel.deposit, channel.signed + left)
-            if cap <= channel.signed:
-                raise BudgetExceeded(f"The budget of {Amount(granted)} is used up.")
+            base = channel.base
+            if channel.budget != budget:
+                base = channel.signed
+                self._db.execute(
+                    "UPDATE budgets SET spent = spent + ? WHERE name = ?",
+                    (channel.signed - channel.base, channel.budget),
+                )
+                self._db.execute(
+                    "UPDATE channels SET budget = ?, base = signed, cap = signed WHERE channel_id = ?",
+                    (budget, channel_id),
+                )
+                channel = self._one(channel_id)
+            cap = min(channel.deposit, channel.cap + max(0, granted - self.reserved(budget)))
             self._db.execute(
-                "UPDATE channels SET budget = ?, base = signed, cap = ? WHERE channel_id = ?",
-                (budget, cap, channel_id),
+                "UPDATE channels SET cap = ?, kept_ms = 0 WHERE channel_id = ?", (cap, channel_id)
             )
-            return replace(channel, budget=budget, base=channel.signed, cap=cap)
+            return replace(channel, budget=budget, base=base, cap=cap, kept_ms=0)
 
     def _grant(self, budget: str, granted: int) -> None:
         self._db.execute(
-            "INSERT INTO budgets VALUES(?, ?) ON CONFLICT DO UPDATE SET granted = excluded.granted",
+            "INSERT INTO budgets(name, granted) VALUES(?, ?)"
+            " ON CONFLICT DO UPDATE SET granted = excluded.granted",
             (budget, granted),
         )
 
-    def _reserved(self, budget: str) -> int:
+    def reserved(self, budget: str) -> int:
+        """Returns the base units of a budget that are spent, locked, or about to be locked."""
         query = (
-            "SELECT coalesce(sum(CASE state WHEN 'closed' THEN max(signed - base, 0) ELSE cap - base END), 0)"
-            " FROM channels WHERE budget = ?"
+            "SELECT (SELECT coalesce(sum(CASE state WHEN 'closed' THEN max(signed - base, 0)"
+            " ELSE cap - base END), 0) FROM channels WHERE budget = ?1)"
+            " + (SELECT coalesce(sum(reserved), 0) FROM top_ups WHERE budget = ?1)"
+            " + (SELECT coalesce(sum(spent), 0) FROM budgets WHERE name = ?1)"
         )
         return int(self._db.execute(query, (budget,)).fetchone()[0])
 
-    def _check(self, budget: str, granted: int, wanted: int) -> None:
-        left = granted - self._reserved(budget)
+    def check(self, budget: str, granted: int, wanted: int) -> None:
+        """Checks, inside a transaction, that a budget covers something more.
+
+        Raises:
+            BudgetExceeded: It does not.
+        """
+        left = self.left(budget, granted)
         if wanted > left:
             raise BudgetExceeded(
-                f"{Amount(wanted)} are needed, and {Amount(max(0, left))} of the budget of "
-                f"{Amount(granted)} are left."
+                f"{Amount(wanted)} are needed, and {Amount(left)} of the budget of {Amount(granted)} are"
+                f" left: {Amount(wanted - left)} are missing.",
+                missing=wanted - left,
             )
 
     def left(self, budget: str, granted: int) -> int:
-        """Returns the base units of a budget that no channel has reserved."""
-        return max(0, granted - self._reserved(budget))
+        """Returns the base units of a budget that are free."""
+        return max(0, granted - self.reserved(budget))
 
     def channels(self, *, node: Address | None = None, ledger_id: bytes | None = None) -> list[StoredChannel]:
         """Returns the channels that are not closed, those with the most left first."""
@@ -269,12 +312,37 @@ class PayerStore:
         """Returns one channel."""
         return self._one(channel_id)
 
+    def find(self, channel_id: bytes) -> StoredChannel | None:
+        """Returns one channel, or None if this wallet's books have none of that id."""
+        query = "SELECT 1 FROM channels WHERE channel_id = ?"
+        return self._one(channel_id) if self._db.execute(query, (channel_id,)).fetchone() else None
+
     def set_state(self, channel_id: bytes, state: str, statement: bytes | None = None) -> None:
         """Moves a channel on; a node's signed statement is kept with it."""
         with self._transaction():
             self._db.execute(
                 "UPDATE channels SET state = ?, statement = coalesce(?, statement) WHERE channel_id = ?",
                 (state, statement, channel_id),
+            )
+
+    def keep(self, channel_id: bytes, now_ms: int) -> None:
+        """Takes note that a channel was left open on purpose, after its statement."""
+        with self._transaction():
+            self._db.execute("UPDATE channels SET kept_ms = ? WHERE channel_id = ?", (now_ms, channel_id))
+
+    def statement(self, channel_id: bytes) -> bytes | None:
+        """Returns the node's last signed statement on a channel, serialised."""
+        query = "SELECT statement FROM channels WHERE channel_id = ?"
+        row = self._db.execute(query, (channel_id,)).fetchone()
+        return row[0] if row else None
+
+    def learn_deposit(self, channel_id: bytes, deposit: int) -> None:
+        """Takes over what the ledger says a channel holds, unless a top-up of ours is still under way."""
+        with self._transaction():
+            self._db.execute(
+                "UPDATE channels SET deposit = max(deposit, ?1) WHERE channel_id = ?2"
+                " AND NOT EXISTS (SELECT 1 FROM top_ups WHERE channel_id = ?2)",
+                (deposit, channel_id),
             )
 
     def save_books(self, channel_id: bytes, signed: int, tally: Tally) -> None:
@@ -300,31 +368,6 @@ class PayerStore:
         return Claim(handle)
 
     # Nodes
-
-    def saw_offer(self, node: Address, serial: int) -> None:
-        """Remembers the highest serial of a node.
-
-        Raises:
-            IdentityError: A higher one was seen before: an old offer is being replayed.
-        """
-        with self._transaction():
-            row = self._db.execute("SELECT serial FROM nodes WHERE node = ?", (node.data,)).fetchone()
-            if row is not None and serial < row[0]:
-                raise IdentityError(f"The node shows offer {serial}, but offer {row[0]} was seen before.")
-            self._db.execute(
-                "INSERT INTO nodes VALUES(?, ?) ON CONFLICT DO UPDATE SET serial = excluded.serial",
-                (node.data, serial),
-            )
-
-    def known_endpoint(self, endpoint: str) -> Address | None:
-        """Returns who was met at a bare `host:port` before."""
-        row = self._db.execute("SELECT node FROM endpoints WHERE endpoint = ?", (endpoint,)).fetchone()
-        return Address(row[0]) if row else None
-
-    def trust_endpoint(self, endpoint: str, node: Address) -> None:
-        """Remembers who was met at a bare `host:port` on first use."""
-        with self._transaction():
-            self._db.execute("INSERT OR IGNORE INTO endpoints VALUES(?, ?)", (endpoint, node.data))
 
     def conduct(self, node: Address) -> Conduct:
         """Returns what this wallet remembers against a node."""
@@ -356,21 +399,6 @@ class Claim:
             self._handle = -1
 
 
-def _channel(
-    row: tuple[bytes, bytes, bytes, bytes, bytes, int, int, int, str, int, int, str],
-) -> StoredChannel:
-    channel_id, ledger_id, node, commit, refund, deposit, expires_ms, signed, budget, base, cap, state = row
-    return StoredChannel(
-        channel_id=channel_id,
-        ledger_id=ledger_id,
-        node=Address(node),
-        commit=commit,
-        refund_signature=refund,
-        deposit=deposit,
-        expires_ms=expires_ms,
-        signed=signed,
-        budget=budget,
-        base=base,
-        cap=cap,
-        state=state,
-    )
+def _channel(row: tuple[Any, ...]) -> StoredChannel:
+    channel_id, ledger_id, node, *rest = row
+    return StoredChannel(channel_id, ledger_id, Address(node), *rest)

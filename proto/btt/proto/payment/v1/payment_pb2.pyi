@@ -320,6 +320,11 @@ class PayRequest(_message.Message):
     ATTACH_FIELD_NUMBER: _builtins.int
     UPDATE_FIELD_NUMBER: _builtins.int
     REPORT_FIELD_NUMBER: _builtins.int
+    DEPOSIT_FIELD_NUMBER: _builtins.int
+    deposit: _builtins.int
+    """Base units that the channel holds on the ledger since it was topped up; the payee asks the
+    ledger, and says in its statements what it knows.
+    """
     @_builtins.property
     def attach(self) -> Global___Attach:
         """First message."""
@@ -338,12 +343,13 @@ class PayRequest(_message.Message):
         attach: Global___Attach | None = ...,
         update: Global___Update | None = ...,
         report: Global___Report | None = ...,
+        deposit: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["attach", b"attach", "kind", b"kind", "report", b"report", "update", b"update"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["attach", b"attach", "deposit", b"deposit", "kind", b"kind", "report", b"report", "update", b"update"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attach", b"attach", "kind", b"kind", "report", b"report", "update", b"update"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attach", b"attach", "deposit", b"deposit", "kind", b"kind", "report", b"report", "update", b"update"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["attach", "update", "report"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["attach", "update", "report", "deposit"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -359,6 +365,7 @@ class Statement(_message.Message):
     PAID_FIELD_NUMBER: _builtins.int
     CREDIT_FIELD_NUMBER: _builtins.int
     DEMAND_FIELD_NUMBER: _builtins.int
+    DEPOSIT_FIELD_NUMBER: _builtins.int
     owed: _builtins.int
     """Base units owed over the whole life of the channel."""
     paid: _builtins.int
@@ -367,6 +374,8 @@ class Statement(_message.Message):
     """Base units that may be owed beyond what is paid."""
     demand: _builtins.int
     """The cumulative payment that would let the next waiting message leave; 0 when none waits."""
+    deposit: _builtins.int
+    """Base units that the payee knows the channel to hold."""
     def __init__(
         self,
         *,
@@ -374,10 +383,11 @@ class Statement(_message.Message):
         paid: _builtins.int = ...,
         credit: _builtins.int = ...,
         demand: _builtins.int = ...,
+        deposit: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["credit", b"credit", "demand", b"demand", "owed", b"owed", "paid", b"paid"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["credit", b"credit", "demand", b"demand", "deposit", b"deposit", "owed", b"owed", "paid", b"paid"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,139 @@
+"""Puts more money into an open channel, as far as the budget reaches.
+
+Reserve and write, ask the ledger, take its answer into the books; only then may more be
+signed. A crash anywhere between leaves a row in the books (`pending`), and whoever takes
+the channel up next sends the same bytes again: the ledger answers with the receipt of the
+first time, or says that they came too late and can never happen.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Final
+
+from btt.sdk.errors import (
+    BudgetExceeded,
+    ChannelClosed,
+    ChannelClosing,
+    ChannelExpired,
+    ChannelUnknown,
+    InsufficientFunds,
+    LedgerError,
+    RequestExpired,
+)
+from btt.sdk.money import Amount
+from btt.sdk.payment import pending
+from btt.sdk.payment.purse import Purse
+from btt.sdk.payment.store import StoredChannel
+
+VALID_MS: Final = 60_000
+"""How long the ledger may take a top-up: while that lasts, its outcome may be unknown."""
+_FINAL: Final = (InsufficientFunds, ChannelUnknown, ChannelExpired, ChannelClosing, ChannelClosed)
+"""Refusals that no later try of the same request can turn into a success."""
+
+
+async def top_up(purse: Purse, channel_id: bytes, amount: int) -> None:
+    """Locks more money in a channel; afterwards the books and the ledger agree.
+
+    Args:
+        purse: What pays; without a budget the owner does, and no budget may spend it yet.
+        channel_id: 32 bytes.
+        amount: Base units.
+
+    Raises:
+        BudgetExceeded: The budget does not cover it.
+        InsufficientFunds: The account does not.
+        ChannelExpired, ChannelClosing, ChannelClosed, TermsRefused: The ledger refuses.
+        LedgerUnreachable: No answer; the amount stays reserved until `resume` has heard one.
+    """
+    try:
+        await _ask(purse, _begin(purse, channel_id, amount))
+    except RequestExpired:  # this machine slept, or a clock was set; the ledger's time is known now
+        await _ask(purse, _begin(purse, channel_id, amount))
+
+
+def _begin(purse: Purse, channel_id: bytes, amount: int) -> pending.PendingTopUp:
+    return pending.begin(
+        purse.store,
+        channel_id,
+        ledger_id=purse.ledger.ledger_id,
+        amount=amount,
+        valid_until_ms=purse.ledger.now_ms() + VALID_MS,
+        budget=purse.budget,
+        granted=purse.granted,
+    )
+
+
+async def _ask(purse: Purse, request: pending.PendingTopUp) -> None:
+    try:
+        await purse.ledger.top_up(
+            request.channel_id,
+            purse.account,
+            request.amount,
+            request.request_id,
+            valid_until_ms=request.valid_until_ms,
+        )
+    except _FINAL:
+        pending.settle(purse.store, request, happened=False)
+        raise
+    except RequestExpired:
+        await purse.ledger.info()
+        if purse.ledger.now_ms() >= request.valid_until_ms:
+            pending.settle(purse.store, request, happened=False)
+        raise
+    pending.settle(purse.store, request, happened=True)
+
+
+async def resume(purse: Purse, channel_id: bytes | None = None) -> None:
+    """Hears the outcome of top-ups that somebody began and did not finish.
+
+    Args:
+        purse: Whose.
+        channel_id: Those of this channel; all of this ledger if not given.
+
+    Raises:
+        LedgerUnreachable: The ledger does not answer.
+    """
+    for request in pending.pending(purse.store, purse.ledger.ledger_id, channel_id):
+        with contextlib.suppress(LedgerError, RequestExpired):
+            await _ask(purse, request)
+
+
+async def grow(purse: Purse, channel_id: bytes, *, used: int, need: int, least: int) -> StoredChannel:
+    """Makes a channel cover what is being bought: from what it holds, then by a top-up.
+
+    Args:
+        purse: What pays.
+        channel_id: 32 bytes; the purse's budget pays from it already.
+        used: Cumulative base units that are signed, owed or reserved.
+        need: Base units that are needed.
+        least: With less than this nothing can be bought.
+
+    Returns:
+        The channel as it is then: it covers `need`, or as much of it as the budget reaches.
+
+    Raises:
+        BudgetExceeded: The budget does not reach for `least`; says what is missing for `need`.
+        BttError: As `top_up`.
+    """
+    await resume(purse, channel_id)
+    spare = purse.store.adopt(channel_id, purse.budget, purse.granted).cap - used
+    while spare < need:
+        left = purse.store.left(purse.budget, purse.granted)
+        amount = min(need - spare, left)
+        missing = need - spare - amount
+        if spare + amount < least:
+            raise BudgetExceeded(
+                f"{Amount(need)} are needed; the channel still holds {Amount(max(0, spare))}, and"
+                f" {Amount(left)} of the budget of {Amount(purse.granted)} are left:"
+                f" {Amount(missing)} are missing.",
+                missing=missing,
+            )
+        if not amount:
+            break
+        try:
+            await top_up(purse, channel_id, amount)
+        except BudgetExceeded:
+            continue  # another process was quicker
+        break
+    return purse.store.get(channel_id)
