@@ -237,7 +237,7 @@ class PayerStore:
         """
         with self._transaction():
             self._grant(budget, granted)
-            channel = self._one(channel_id)
+            channel = self.get(channel_id)
             base = channel.base
             if channel.budget != budget:
                 base = channel.signed
@@ -249,7 +249,7 @@ class PayerStore:
                     "UPDATE channels SET budget = ?, base = signed, cap = signed WHERE channel_id = ?",
                     (budget, channel_id),
                 )
-                channel = self._one(channel_id)
+                channel = self.get(channel_id)
             cap = min(channel.deposit, channel.cap + max(0, granted - self.reserved(budget)))
             self._db.execute(
                 "UPDATE channels SET cap = ?, kept_ms = 0 WHERE channel_id = ?", (cap, channel_id)
@@ -301,21 +301,18 @@ class PayerStore:
         )
         return [_channel(row) for row in rows]
 
-    def _one(self, channel_id: bytes) -> StoredChannel:
+    def get(self, channel_id: bytes) -> StoredChannel:
+        """Returns one channel."""
         row = self._db.execute(
             f"SELECT {_CHANNEL_COLUMNS} FROM channels WHERE channel_id = ?",  # noqa: S608
             (channel_id,),
         ).fetchone()
         return _channel(row)
 
-    def get(self, channel_id: bytes) -> StoredChannel:
-        """Returns one channel."""
-        return self._one(channel_id)
-
     def find(self, channel_id: bytes) -> StoredChannel | None:
         """Returns one channel, or None if this wallet's books have none of that id."""
         query = "SELECT 1 FROM channels WHERE channel_id = ?"
-        return self._one(channel_id) if self._db.execute(query, (channel_id,)).fetchone() else None
+        return self.get(channel_id) if self._db.execute(query, (channel_id,)).fetchone() else None
 
     def set_state(self, channel_id: bytes, state: str, statement: bytes | None = None) -> None:
         """Moves a channel on; a node's signed statement is kept with it."""
