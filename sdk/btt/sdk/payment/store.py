@@ -330,8 +330,7 @@ class PayerStore:
     def statement(self, channel_id: bytes) -> bytes | None:
         """Returns the node's last signed statement on a channel, serialised."""
         query = "SELECT statement FROM channels WHERE channel_id = ?"
-        row = self._db.execute(query, (channel_id,)).fetchone()
-        return row[0] if row else None
+        return (self._db.execute(query, (channel_id,)).fetchone() or (None,))[0]
 
     def learn_deposit(self, channel_id: bytes, deposit: int) -> None:
         """Takes over what the ledger says a channel holds, unless a top-up of ours is still under way."""
@@ -344,7 +343,7 @@ class PayerStore:
 
     def save_books(self, channel_id: bytes, signed: int, tally: Tally) -> None:
         """Writes what both sides agreed on when a session opened or ended."""
-        # In the order of `save`: an older intent that is still queued must not overwrite this.
+        # An older intent that is still queued in `save` must not overwrite this.
         self._writer.submit(self._save, Intent(channel_id, signed, tally.copy())).result()
 
     def paid_total(self, node: Address) -> int:
