@@ -28,7 +28,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from bench.harness import GIB, MIB, Ratio, Results, Run, alternate, as_json, random_file, report, workspace
+from bench.harness import (
+    GIB,
+    MIB,
+    Ratio,
+    Results,
+    Run,
+    alternate,
+    as_json,
+    peak,
+    random_file,
+    report,
+    workspace,
+)
 from bench.ours import paid, unpaid
 from bench.peers import bare_grpc, libtorrent_pair
 from btt.sdk.testing import Devnet
@@ -120,7 +132,7 @@ def _progress(number: int, name: str, run: Run) -> None:
     )
 
 
-async def measure_speed(size: int, rounds: int, *, quiet: bool) -> Results:
+async def measure_speed(size: int, rounds: int, *, quiet: bool) -> Results[Run]:
     """Runs all contestants.
 
     Args:
@@ -162,7 +174,7 @@ async def measure_memory(sizes: tuple[int, ...], *, quiet: bool) -> dict[int, Ru
     return runs
 
 
-def ratios(results: Results) -> dict[str, Ratio]:
+def ratios(results: Results[Run]) -> dict[str, Ratio]:
     """Returns the claims of this module."""
     more = results.paired("btt", "unpaid", lambda run: run.cpu_per_gib)
     return {
@@ -184,7 +196,7 @@ def _speed(arguments: argparse.Namespace) -> None:
     rounds = arguments.rounds or (2 if quick else 7)
     results = asyncio.run(measure_speed(size, rounds, quiet=arguments.json))
     found = ratios(results)
-    peaks = {role: results.peak("btt", role) for role in results.roles("btt")}
+    peaks = {role: peak(results, "btt", role) for role in results.roles("btt")}
     facts: dict[str, Any] = {
         "size": size,
         "rounds": rounds,

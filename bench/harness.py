@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 GIB = 1 << 30
 MIB = 1 << 20
@@ -270,7 +270,18 @@ def measure(worker: Child, *others: Watched, source: Path, folder: Path) -> Run:
     )
 
 
-Contestant = Callable[[Path], Run]
+class Measured(Protocol):
+    """A run of any contestant: how fast it was, and what it took."""
+
+    @property
+    def rate(self) -> float: ...
+
+    @property
+    def cpu(self) -> Mapping[str, float]: ...
+
+
+R = TypeVar("R", bound=Measured)
+Contestant = Callable[[Path], R]
 """Does one run; its argument is an empty folder that is removed afterwards."""
 
 
@@ -287,13 +298,13 @@ class Ratio:
         return cls(statistics.median(values), min(values), max(values))
 
 
-class Results:
+class Results(Generic[R]):
     """The runs of all contestants, round by round."""
 
-    def __init__(self, runs: Mapping[str, Sequence[Run]]) -> None:
+    def __init__(self, runs: Mapping[str, Sequence[R]]) -> None:
         self.runs = runs
 
-    def paired(self, name: str, other: str, value: Callable[[Run], float] = lambda run: run.rate) -> Ratio:
+    def paired(self, name: str, other: str, value: Callable[[R], float] = lambda run: run.rate) -> Ratio:
         """Compares two contestants round by round.
 
         Args:
@@ -304,23 +315,20 @@ class Results:
         pairs = zip(self.runs[name], self.runs[other], strict=True)
         return Ratio.of([value(mine) / value(theirs) for mine, theirs in pairs])
 
-    def median(self, name: str, value: Callable[[Run], float]) -> float:
+    def median(self, name: str, value: Callable[[R], float]) -> float:
         return statistics.median(value(run) for run in self.runs[name])
 
     def roles(self, name: str) -> list[str]:
         return list(self.runs[name][0].cpu)
 
-    def peak(self, name: str, role: str) -> int:
-        return max(run.anonymous[role] for run in self.runs[name])
-
 
 def alternate(
-    contestants: Mapping[str, Contestant],
+    contestants: Mapping[str, Contestant[R]],
     *,
     rounds: int,
     parent: Path,
-    progress: Callable[[int, str, Run], None] | None = None,
-) -> Results:
+    progress: Callable[[int, str, R], None] | None = None,
+) -> Results[R]:
     """Runs all contestants in every round, in reversed order in every second one.
 
     Args:
@@ -329,7 +337,7 @@ def alternate(
         parent: Folder under which each run gets an empty one of its own.
         progress: Called after each run with round (from 0), name and run.
     """
-    runs: dict[str, list[Run]] = {name: [] for name in contestants}
+    runs: dict[str, list[R]] = {name: [] for name in contestants}
     for number in range(rounds):
         order = list(contestants)
         if number % 2:
@@ -374,8 +382,13 @@ def random_file(path: Path, size: int) -> Path:
     return path
 
 
+def peak(results: Results[Run], name: str, role: str) -> int:
+    """Returns the most memory that a role of a contestant had in any round, bytes of RssAnon."""
+    return max(run.anonymous[role] for run in results.runs[name])
+
+
 def report(
-    title: str, results: Results, ratios: Mapping[str, Ratio], *, facts: Mapping[str, Any] | None = None
+    title: str, results: Results[Run], ratios: Mapping[str, Ratio], *, facts: Mapping[str, Any] | None = None
 ) -> None:
     """Prints the contestants and their ratios as tables."""
     from rich.console import Console
@@ -396,9 +409,18 @@ def report(
             f"{statistics.median(rates):.0f} ({rates[0]:.0f}-{rates[-1]:.0f})",
             f"{results.median(name, lambda run: run.cpu_per_gib):.2f}: "
             + ", ".join(f"{role} {value:.2f}" for role, value in cpu.items()),
-            ", ".join(f"{role} {results.peak(name, role) / MIB:.0f}" for role in results.roles(name)),
+            ", ".join(f"{role} {peak(results, name, role) / MIB:.0f}" for role in results.roles(name)),
         )
     console.print(table)
+    report_ratios(console, ratios, facts=facts)
+
+
+def report_ratios(
+    console: Any, ratios: Mapping[str, Ratio], *, facts: Mapping[str, Any] | None = None
+) -> None:
+    """Prints ratios as a table, and facts line by line, on a rich console."""
+    from rich.table import Table
+
     if ratios:
         table = Table(title="paired ratios")
         for column in ("ratio", "median", "min", "max"):
@@ -410,7 +432,9 @@ def report(
         console.print(f"{name}: {value}")
 
 
-def as_json(results: Results, ratios: Mapping[str, Ratio], *, facts: Mapping[str, Any] | None = None) -> str:
+def as_json(
+    results: Results[Any], ratios: Mapping[str, Ratio], *, facts: Mapping[str, Any] | None = None
+) -> str:
     """Returns one JSON object: `ratios` (medians), `spread`, `runs`, `facts`."""
     return json.dumps(
         {

@@ -33,7 +33,7 @@ MAX_MESSAGE: Final = 64 * 1024
 MAX_CALLS: Final = 1024
 """Calls that are served at once; more are refused as RESOURCE_EXHAUSTED."""
 
-_OPTIONS: Final = (
+OPTIONS: Final = (
     ("grpc.max_receive_message_length", MAX_MESSAGE),
     ("grpc.max_send_message_length", MAX_MESSAGE),
     ("grpc.max_metadata_size", 8 * 1024),
@@ -119,7 +119,7 @@ async def serve(
             auditors=config.auditors,
         )
         stack.callback(service.close)
-        server = grpc.aio.server(options=_OPTIONS, maximum_concurrent_rpcs=MAX_CALLS)
+        server = grpc.aio.server(options=OPTIONS, maximum_concurrent_rpcs=MAX_CALLS)
         add_LedgerServiceServicer_to_server(service, server)
         port = _listen(server, config, folder)
         await server.start()
