@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import gc
 import os
 import sys
 from collections.abc import Awaitable, Callable
@@ -72,7 +71,6 @@ def _all(work: Callable[[int], Awaitable[None]], clock: Clock) -> None:
         with clock.running():
             await asyncio.gather(*(work(number) for number in range(CHANNELS)))
 
-    gc.collect()
     asyncio.run(run())
 
 
@@ -129,7 +127,6 @@ def raw_verify(folder: Path, each: int) -> Operations:
             digest = message.digest(LEDGER_ID)
             work.append((handle, secret.sign(digest, None), digest))
     clock = Clock()
-    gc.collect()
     with clock.running():
         valid = sum(handle.verify(der, digest, None) for handle, der, digest in work)
     if valid != len(work):
@@ -190,7 +187,6 @@ def raw_sign(folder: Path, each: int) -> Operations:
     secrets = [coincurve.PrivateKey(account(number).secret) for number in range(CHANNELS)]
     work = [(secret, os.urandom(32)) for secret in secrets for _ in range(each)]
     clock = Clock()
-    gc.collect()
     with clock.running():
         for secret, digest in work:
             secret.sign_recoverable(digest, None)

@@ -288,15 +288,15 @@ async def test_a_failed_disk_is_tried_again_with_the_same_request(
     ledger: LedgerClient, running: server.RunningLedger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(client_module, "_PAUSES", (0.0, 0.0))
-    submit, tries = running.sequencer.submit, []
+    carry_out, tries = running.sequencer.carry_out, []
 
-    async def fails_once(operation: Any) -> EntryRef:
-        tries.append(operation.digest)
+    async def fails_once(check: Any, answer: Any) -> Any:
+        tries.append(check().digest)
         if len(tries) == 1:
             raise StorageError("The disk failed.")
-        return await submit(operation)
+        return await carry_out(check, answer)
 
-    monkeypatch.setattr(running.sequencer, "submit", fails_once)
+    monkeypatch.setattr(running.sequencer, "carry_out", fails_once)
     receipt = await ledger.transfer(ALICE, BOB.address, 5)
     assert tries == [receipt.receipt.request_digest] * 2
     tries.clear()

@@ -27,7 +27,7 @@ from btt.sdk.money import SUPPLY
 from btt.sdk.signing import KeyRotation, document_digest, verify
 from btt.services.ledger import books, genesis, journal, rows, rules
 from btt.services.ledger.books import Account, Effect, Request, Terms
-from btt.services.ledger.journal import NO_HASH, Entry, EntryRef, Head, Kind, Side
+from btt.services.ledger.journal import NO_HASH, Entry, EntryRef, Head, Kind
 from btt.services.ledger.machine import Channel, Phase
 from btt.services.ledger.verify import OpenOperation, Operation, Verifier
 
@@ -178,8 +178,7 @@ class Auditor:
         if (effect.kind, effect.postings) != (entry.kind, entry.postings):
             raise AuditFailed(entry.seq, "its postings are not what its request leads to.")
         for leg in entry.postings:
-            normal = Side.DEBIT if books.is_asset(leg.account) else Side.CREDIT
-            after = self.balances.get(leg.account, 0) + (leg.amount if leg.side is normal else -leg.amount)
+            after = self.balances.get(leg.account, 0) + books.change_of(leg)
             if not 0 <= after <= SUPPLY:
                 raise AuditFailed(entry.seq, "an account would hold less than nothing, or too much.")
             if after or not books.is_channel(leg.account):

@@ -127,9 +127,7 @@ def check_books(connection: sqlite3.Connection) -> None:
                 raise InvariantBroken(f"Entry {entry.seq}: its channel is not open.")
             told.hear(entry)
         for leg in entry.postings:
-            normal = Side.DEBIT if books.is_asset(leg.account) else Side.CREDIT
-            change = leg.amount if leg.side is normal else -leg.amount
-            balances[leg.account] = balances.get(leg.account, 0) + change
+            balances[leg.account] = balances.get(leg.account, 0) + books.change_of(leg)
             if balances[leg.account] < 0:
                 raise InvariantBroken(f"Entry {entry.seq}: it takes more than the account holds.")
         last = Head(entry.epoch, entry.seq, entry.hash, entry.time_ms)

@@ -5,6 +5,7 @@ A key is charged after its signature was checked, else a stranger could use up a
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from btt.sdk.errors import RateLimited
 
 
 class RateLimiter:
-    """Token buckets.
+    """Token buckets; any thread may charge.
 
     Args:
         rate: Requests per second that a key may make for ever.
@@ -34,6 +35,7 @@ class RateLimiter:
         self._burst = float(burst)
         self._most_keys = most_keys
         self._clock = clock
+        self._lock = threading.Lock()
         self._buckets: OrderedDict[bytes, tuple[float, float]] = OrderedDict()
 
     def charge(self, key: bytes) -> None:
@@ -43,12 +45,13 @@ class RateLimiter:
             RateLimited: There is none; the error says when there will be.
         """
         now = self._clock()
-        left, since = self._buckets.pop(key, (self._burst, now))
-        left = min(self._burst, left + (now - since) * self._rate)
-        allowed = left >= 1
-        self._buckets[key] = (left - 1 if allowed else left, now)
-        while len(self._buckets) > self._most_keys:
-            self._buckets.popitem(last=False)
+        with self._lock:
+            left, since = self._buckets.pop(key, (self._burst, now))
+            left = min(self._burst, left + (now - since) * self._rate)
+            allowed = left >= 1
+            self._buckets[key] = (left - 1 if allowed else left, now)
+            while len(self._buckets) > self._most_keys:
+                self._buckets.popitem(last=False)
         if not allowed:
             wait = (1 - left) / self._rate
             raise RateLimited(f"This key asks too often; again in {wait:.3f} s.", retry_after=wait)

@@ -13,7 +13,7 @@ from typing import Protocol
 from btt.sdk.errors import BttError, InternalError
 from btt.services.ledger import books, journal, rules
 from btt.services.ledger.books import Account, Effect, Refusal, Repeat, Request, Terms, View
-from btt.services.ledger.journal import Entry, EntryRef, Head, Side
+from btt.services.ledger.journal import Entry, EntryRef, Head
 from btt.services.ledger.machine import Channel, Phase
 from btt.services.ledger.verify import Operation
 
@@ -144,10 +144,7 @@ class Batch:
             postings=effect.postings,
         )
         for leg in effect.postings:
-            account = self._touch(leg.account)
-            normal = Side.DEBIT if books.is_asset(leg.account) else Side.CREDIT
-            change = leg.amount if leg.side is normal else -leg.amount
-            self.accounts[leg.account] = replace(account, balance=account.balance + change)
+            self.accounts[leg.account] = self._touch(leg.account).moved(books.change_of(leg))
         if effect.channel is not None:
             self._put_channel(effect.channel)
         if effect.learned is not None:
@@ -158,9 +155,9 @@ class Batch:
         if effect.request is not None:
             self._remember(effect.request)
         self.entries.append(entry)
-        self._refs[digest] = entry.ref
         self.head = Head(entry.epoch, entry.seq, entry.hash, entry.time_ms)
-        return entry.ref
+        ref = self._refs[digest] = entry.ref
+        return ref
 
     def begin_epoch(self, operator_key: bytes) -> None:
         """Lets the entries that follow belong to a new epoch with a new operator key (33 bytes)."""

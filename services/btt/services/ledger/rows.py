@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass, fields
 from typing import Final
 
@@ -70,22 +71,50 @@ def read_channel(connection: sqlite3.Connection, channel_id: bytes) -> Channel |
     return Channel(**values)
 
 
-def read_request(connection: sqlite3.Connection, owner: Account, request_id: bytes) -> Request | None:
-    """Reads what became of a request id."""
-    row = connection.execute(
-        "SELECT request_id, digest, failure, keep_until_ms FROM requests WHERE acct = ? AND request_id = ?",
-        (owner.number, request_id),
-    ).fetchone()
-    return Request(owner.id, *row) if row else None
+def read_requests(
+    connection: sqlite3.Connection, wanted: Iterable[tuple[Account, bytes]]
+) -> dict[tuple[bytes, bytes], Request]:
+    """Reads what became of request ids, in one query.
+
+    Args:
+        connection: To the database.
+        wanted: Account and request id of each.
+
+    Returns:
+        Those that were used, by id of the account and request id.
+    """
+    owners = {(owner.number, request_id): owner.id for owner, request_id in wanted}
+    if not owners:
+        return {}
+    found = connection.execute(
+        # A row value that is IN a list would make SQLite read the whole table.
+        f"WITH wanted (owner, name) AS (VALUES {', '.join(['(?, ?)'] * len(owners))}) "  # noqa: S608 (marks)
+        "SELECT acct, request_id, digest, failure, keep_until_ms "
+        "FROM wanted CROSS JOIN requests ON acct = owner AND request_id = name",
+        [value for pair in owners for value in pair],
+    )
+    requests = (Request(owners[row[:2]], *row[1:]) for row in found)
+    return {(request.account, request.request_id): request for request in requests}
 
 
-def read_entry(connection: sqlite3.Connection, request_digest: bytes) -> EntryRef | None:
-    """Reads the part of an entry that its receipt names."""
-    row = connection.execute(
-        "SELECT seq, time_ms, epoch, request_digest, hash FROM entries WHERE request_digest = ?",
-        (request_digest,),
-    ).fetchone()
-    return EntryRef(*row) if row else None
+def read_entries(connection: sqlite3.Connection, digests: Sequence[bytes]) -> dict[bytes, EntryRef]:
+    """Reads the parts of entries that their receipts name, in one query.
+
+    Args:
+        connection: To the database.
+        digests: Of the requests, 32 bytes each.
+
+    Returns:
+        Those that there are, by digest.
+    """
+    if not digests:
+        return {}
+    found = connection.execute(
+        "SELECT seq, time_ms, epoch, request_digest, hash FROM entries "  # noqa: S608 (marks only)
+        f"WHERE request_digest IN ({', '.join('?' * len(digests))})",
+        digests,
+    )
+    return {row[3]: EntryRef(*row) for row in found}
 
 
 def read_epochs(connection: sqlite3.Connection) -> list[tuple[int, bytes, int]]:

@@ -73,6 +73,15 @@ def _short_of(account: Account | None, amount: int) -> BttError | None:
     return None
 
 
+def request_of(operation: Operation) -> tuple[bytes, bytes] | None:
+    """Returns the account and the request id that an operation spends, if it has one."""
+    if isinstance(operation, TransferOperation):
+        return books.user(operation.source), operation.request_id
+    if isinstance(operation, TopUpOperation | RequestCloseOperation):
+        return books.user(operation.owner), operation.request_id
+    return None
+
+
 def _spent_before(view: View, op: Spending, account: bytes, now_ms: int) -> Decision | None:
     """Answers a request with an id that was seen before; refuses one that is too old or too new."""
     if done := view.entry(op.digest):

@@ -10,6 +10,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha256
 from typing import Any, Final, TypeVar
 
 import grpc.aio
@@ -30,9 +31,9 @@ from btt.sdk.signing import (
     ChannelUpdate,
     Query,
     Receipt,
-    sign,
     sign_document,
 )
+from btt.sdk.signing.layout import preimage
 from btt.services.ledger import watching
 from btt.services.ledger.books import HOUR_MS
 from btt.services.ledger.genesis import Identity
@@ -124,10 +125,12 @@ class LedgerService(LedgerServiceServicer):
 
         async def transfer() -> pb.TransferResponse:
             signed = request.transfer
-            operation = self._verifier.transfer(
-                signed.body, signer=signed.public_key, signature=signed.signature
+            receipt = await self._submit(
+                lambda: self._verifier.transfer(
+                    signed.body, signer=signed.public_key, signature=signed.signature
+                )
             )
-            return pb.TransferResponse(receipt=await self._submit(operation))
+            return pb.TransferResponse(receipt=receipt)
 
         return await self._answer(context, transfer())
 
@@ -138,13 +141,15 @@ class LedgerService(LedgerServiceServicer):
 
         async def open_channel() -> pb.OpenChannelResponse:
             signed = request.commit
-            operation = self._verifier.open_channel(
-                signed.body,
-                signer=signed.public_key,
-                signature=signed.signature,
-                refund_signature=request.refund_signature,
+            receipt = await self._submit(
+                lambda: self._verifier.open_channel(
+                    signed.body,
+                    signer=signed.public_key,
+                    signature=signed.signature,
+                    refund_signature=request.refund_signature,
+                )
             )
-            return pb.OpenChannelResponse(receipt=await self._submit(operation))
+            return pb.OpenChannelResponse(receipt=receipt)
 
         return await self._answer(context, open_channel())
 
@@ -161,10 +166,12 @@ class LedgerService(LedgerServiceServicer):
 
         async def top_up() -> pb.TopUpChannelResponse:
             signed = request.top_up
-            operation = self._verifier.top_up(
-                signed.body, signer=signed.public_key, signature=signed.signature
+            receipt = await self._submit(
+                lambda: self._verifier.top_up(
+                    signed.body, signer=signed.public_key, signature=signed.signature
+                )
             )
-            return pb.TopUpChannelResponse(receipt=await self._submit(operation))
+            return pb.TopUpChannelResponse(receipt=receipt)
 
         return await self._answer(context, top_up())
 
@@ -181,10 +188,12 @@ class LedgerService(LedgerServiceServicer):
 
         async def request_close() -> pb.RequestCloseResponse:
             signed = request.request
-            operation = self._verifier.request_close(
-                signed.body, signer=signed.public_key, signature=signed.signature
+            receipt = await self._submit(
+                lambda: self._verifier.request_close(
+                    signed.body, signer=signed.public_key, signature=signed.signature
+                )
             )
-            return pb.RequestCloseResponse(receipt=await self._submit(operation))
+            return pb.RequestCloseResponse(receipt=receipt)
 
         return await self._answer(context, request_close())
 
@@ -196,7 +205,7 @@ class LedgerService(LedgerServiceServicer):
         async def finalize() -> pb.FinalizeChannelResponse:
             operation = self._verifier.finalize(ChannelFinalize(channel=request.channel_id).encode())
             known(await self._read(self._reader.channel, operation.channel_id))
-            return pb.FinalizeChannelResponse(receipt=await self._submit(operation))
+            return pb.FinalizeChannelResponse(receipt=await self._submit(lambda: operation))
 
         return await self._answer(context, finalize())
 
@@ -266,9 +275,13 @@ class LedgerService(LedgerServiceServicer):
         head, _ = await self._read(self._reader.head)
         return max(self._clock(), head.time_ms)
 
-    async def _submit(self, operation: Operation) -> pb.LedgerReceipt:
-        self._limiter.charge(operation.signer or operation.digest)
-        return self._receipt(await self._sequencer.submit(operation))
+    async def _submit(self, verify: Callable[[], Operation]) -> pb.LedgerReceipt:
+        def check() -> Operation:
+            operation = verify()
+            self._limiter.charge(operation.signer or operation.digest)
+            return operation
+
+        return await self._sequencer.carry_out(check, self._receipt)
 
     def _receipt(self, entry: EntryRef) -> pb.LedgerReceipt:
         receipt = Receipt(
@@ -280,9 +293,9 @@ class LedgerService(LedgerServiceServicer):
             epoch=entry.epoch,
             operator_key_id=self._operator_key.address,
         )
-        return pb.LedgerReceipt(
-            body=receipt.encode(), signature=sign(self._operator_key, receipt, self._identity.ledger_id)
-        )
+        body = receipt.encode()
+        digest = sha256(preimage(Receipt.TAG, self._identity.ledger_id, body)).digest()
+        return pb.LedgerReceipt(body=body, signature=self._operator_key.sign(digest))
 
     async def _info(self) -> pb.GetInfoResponse:
         head, _ = await self._read(self._reader.head)
@@ -369,23 +382,27 @@ class LedgerService(LedgerServiceServicer):
             capture=int(close.capture),
             cumulative=request.cumulative,
         )
-        operation = self._verifier.close_channel(
-            signed.body,
-            signer=signed.public_key,
-            signature=signed.signature,
-            cumulative=request.cumulative,
-            update_signature=request.update_signature,
-            k1=channel.k1,
+        receipt = await self._submit(
+            lambda: self._verifier.close_channel(
+                signed.body,
+                signer=signed.public_key,
+                signature=signed.signature,
+                cumulative=request.cumulative,
+                update_signature=request.update_signature,
+                k1=channel.k1,
+            )
         )
-        return pb.CloseChannelResponse(receipt=await self._submit(operation))
+        return pb.CloseChannelResponse(receipt=receipt)
 
     async def _update(self, request: pb.SubmitUpdateRequest) -> pb.SubmitUpdateResponse:
         channel = check_update(
             await self._read(self._reader.channel, request.channel_id), cumulative=request.cumulative
         )
         message = ChannelUpdate(channel=channel.id, cumulative=request.cumulative)
-        operation = self._verifier.update(message.encode(), k1=channel.k1, signature=request.update_signature)
-        return pb.SubmitUpdateResponse(receipt=await self._submit(operation))
+        receipt = await self._submit(
+            lambda: self._verifier.update(message.encode(), k1=channel.k1, signature=request.update_signature)
+        )
+        return pb.SubmitUpdateResponse(receipt=receipt)
 
     async def _watch(self, request: pb.WatchRequest) -> AsyncGenerator[pb.WatchResponse, None]:
         query, digest, now_ms = await self._query(request.query)

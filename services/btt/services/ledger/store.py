@@ -13,7 +13,7 @@ import logging
 import os
 import secrets
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from dataclasses import astuple
 from pathlib import Path
@@ -28,7 +28,7 @@ from btt.sdk.errors import (
 from btt.sdk.keys import Address, PrivateKey
 from btt.sdk.money import SUPPLY
 from btt.sdk.signing import KeyRotation, document_digest
-from btt.services.ledger import genesis, mark, rows, schema
+from btt.services.ledger import genesis, mark, rows, rules, schema
 from btt.services.ledger.books import Account, Effect, Request, Terms
 from btt.services.ledger.check import check_books
 from btt.services.ledger.genesis import Identity
@@ -37,6 +37,7 @@ from btt.services.ledger.machine import Channel
 from btt.services.ledger.mark import MarkWriter
 from btt.services.ledger.overlay import Batch
 from btt.services.ledger.reading import connect, storage
+from btt.services.ledger.verify import Operation
 
 _log = logging.getLogger(__name__)
 _MOST_CACHED: Final = 100_000
@@ -137,6 +138,9 @@ class Store:
         self._accounts: dict[bytes, Account] = {}
         self._channels: dict[bytes, Channel] = {}
         self._next_purge_ms = 0
+        self._entries: dict[bytes, EntryRef] = {}
+        self._requests: dict[tuple[bytes, bytes], Request] = {}
+        self._looked_up: set[bytes | tuple[bytes, bytes]] = set()
         self._stale = True
         self.identity = rows.read_identity(connection)
 
@@ -250,24 +254,45 @@ class Store:
 
     def request(self, account: bytes, request_id: bytes) -> Request | None:
         """Returns what became of a request id."""
-        owner = self.account(account)
-        with storage():
-            return rows.read_request(self._connection, owner, request_id) if owner else None
+        if (account, request_id) not in self._looked_up:
+            owner = self.account(account)
+            with storage():
+                return rows.read_requests(self._connection, [(owner, request_id)] if owner else []).get(
+                    (account, request_id)
+                )
+        return self._requests.get((account, request_id))
 
     def entry(self, request_digest: bytes) -> EntryRef | None:
         """Returns the entry that a request made."""
-        with storage():
-            return rows.read_entry(self._connection, request_digest)
+        if request_digest not in self._looked_up:
+            with storage():
+                return rows.read_entries(self._connection, [request_digest]).get(request_digest)
+        return self._entries.get(request_digest)
 
-    def begin(self, clock_ms: int) -> Batch:
+    def begin(self, clock_ms: int, upcoming: Sequence[Operation] = ()) -> Batch:
         """Starts a batch on the committed state.
+
+        Args:
+            clock_ms: What the clock says.
+            upcoming: What the batch is going to run; what it will ask for is read at once.
 
         Raises:
             StorageError: The state had to be read again, and could not be.
         """
         if self._stale:
             self.reload()
+        self._look_up(upcoming)
         return Batch(self, clock_ms=clock_ms, terms=self.identity.terms)
+
+    def _look_up(self, operations: Sequence[Operation]) -> None:
+        """Reads which of these requests were seen before."""
+        digests = [operation.digest for operation in operations]
+        named = [found for operation in operations if (found := rules.request_of(operation))]
+        owners = [(owner, name) for account, name in named if (owner := self.account(account))]
+        with storage():
+            self._entries = rows.read_entries(self._connection, digests)
+            self._requests = rows.read_requests(self._connection, owners)
+        self._looked_up = {*digests, *named}
 
     def commit(self, batch: Batch) -> None:
         """Makes a batch durable, all of it or nothing.
@@ -283,6 +308,7 @@ class Store:
             StorageError: The disk or the database failed; the state is read again.
         """
         connection = self._connection
+        self._looked_up.clear()
         self._stale = True
         try:
             with storage():

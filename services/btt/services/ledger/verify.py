@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import InitVar, dataclass
 from functools import lru_cache
+from hashlib import sha256
 from typing import Final
 
 from btt.sdk.errors import InvalidRequest, SignatureInvalid, SignerMismatch
@@ -25,6 +26,7 @@ from btt.sdk.signing import (
     TopUp,
     Transfer,
 )
+from btt.sdk.signing.layout import preimage
 
 _SEAL: Final = object()
 
@@ -149,8 +151,9 @@ class Verifier:
     def __init__(self, ledger_id: bytes) -> None:
         self.ledger_id = ledger_id
 
-    def _check(self, key: bytes, message: Message, signature: bytes) -> bytes:
-        digest = message.digest(self.ledger_id)
+    def _check(self, key: bytes, message: Message, signature: bytes, body: bytes | None = None) -> bytes:
+        """Checks a signature; `body` is what the message was decoded from, if it was."""
+        digest = sha256(preimage(message.TAG, self.ledger_id, body or message.encode())).digest()
         if not public_key(key).verify(digest, signature):
             raise SignatureInvalid(f"The {type(message).__name__} is not signed by this key for this ledger.")
         return digest
@@ -175,7 +178,7 @@ class Verifier:
             raise InvalidRequest("A transfer goes to another account.")
         if public_key(signer).address != message.sender:
             raise SignerMismatch("A transfer is signed by the key of the account it comes from.")
-        digest = self._check(signer, message, signature)
+        digest = self._check(signer, message, signature, body)
         return TransferOperation(
             digest=digest,
             body=body,
@@ -217,7 +220,7 @@ class Verifier:
             raise InvalidRequest("K1 is the payer's account key; use a key of its own.")
         if public_key(signer).address != message.payer:
             raise SignerMismatch("T1 is signed by the key of the payer's account.")
-        digest = self._check(signer, message, signature)
+        digest = self._check(signer, message, signature, body)
         refund = ChannelRefund(channel=digest, not_before_ms=message.expires_ms)
         self._check(message.k2.data, refund, refund_signature)
         return OpenOperation(
@@ -265,7 +268,7 @@ class Verifier:
         message = ChannelClose.decode(body)
         if bool(cumulative) != bool(update_signature):
             raise InvalidRequest("An update is a cumulative payment above 0 and its signature.")
-        digest = self._check(signer, message, signature)
+        digest = self._check(signer, message, signature, body)
         if cumulative:
             update = ChannelUpdate(channel=message.channel, cumulative=cumulative)
             self._check(k1, update, update_signature)
@@ -298,7 +301,7 @@ class Verifier:
         if message.amount < 1:
             raise InvalidRequest("A top up adds at least one base unit.")
         return TopUpOperation(
-            digest=self._check(signer, message, signature),
+            digest=self._check(signer, message, signature, body),
             body=body,
             signatures=signer + signature,
             signer=signer,
@@ -326,7 +329,7 @@ class Verifier:
         if message.cumulative < 1:
             raise InvalidRequest("An update pays at least one base unit.")
         return UpdateOperation(
-            digest=self._check(k1, message, signature),
+            digest=self._check(k1, message, signature, body),
             body=body,
             signatures=k1 + signature,
             signer=k1,
@@ -350,7 +353,7 @@ class Verifier:
         """
         message = CloseRequest.decode(body)
         return RequestCloseOperation(
-            digest=self._check(signer, message, signature),
+            digest=self._check(signer, message, signature, body),
             body=body,
             signatures=signer + signature,
             signer=signer,
@@ -396,4 +399,4 @@ class Verifier:
             SignatureInvalid: The key did not sign this.
         """
         message = Query.decode(body)
-        return message, self._check(signer, message, signature)
+        return message, self._check(signer, message, signature, body)
