@@ -1,19 +1,21 @@
 """One order for all operations, many of them in one commit.
 
-A single task takes what has queued up while the disk was busy. The one writer thread checks the
-signatures of the batch, lets the books decide each operation on top of those before it, commits
-them as one transaction, and only then answers. So one fsync serves everyone who waited, no operation
-races another, nothing unchecked comes near the books, and an answer always stands on the disk.
+A single task takes what has queued up while the disk was busy and gives it to a writer. The writer
+checks the signatures of this batch, lets the books decide each operation on top of those before
+it, commits them as one transaction, and only then makes the answers. So one fsync serves everyone
+who waited, no operation races another, nothing unchecked comes near the books, and an answer always
+stands on the disk.
 
-While a batch is written, those who are in the one before hear their answers and ask anew: of a
-batch that leaves nobody waiting, half hear of it before the others, so that the writer need not wait
-for all of them.
+Signatures are most of the work, and libsecp256k1 does it without the interpreter's lock. So there
+are a few writers: while one has the books, and waits for the disk, the others check their batches
+or sign the answers to them.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +24,6 @@ from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
 from btt.sdk.errors import BttError, Draining, InvariantBroken, RateLimited
-from btt.services.ledger.crew import FEW, Crew
 from btt.services.ledger.journal import EntryRef
 from btt.services.ledger.mark import INTERVAL, MarkWriter
 from btt.services.ledger.overlay import Batch
@@ -32,6 +33,11 @@ from btt.services.ledger.verify import Operation
 
 MOST_IN_BATCH: Final = 512
 MOST_QUEUED: Final = 4096
+FEW: Final = 16
+"""Up to so many go to one writer; more are shared among those who are free."""
+
+WRITERS: Final = 2
+"""More would only wait for the books: with them a batch spends almost half its time."""
 
 _log = logging.getLogger(__name__)
 _Outcome = EntryRef | BttError
@@ -68,11 +74,12 @@ class Sequencer:
         self._store = store
         self._clock = clock
         self._committed = committed
-        self._last: Batch | None = None
         self._queue: deque[_Order] = deque()
         self._wake = asyncio.Event()
-        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ledger-writer")
-        self._crew = Crew()
+        self._free = WRITERS
+        self._writers = ThreadPoolExecutor(self._free, thread_name_prefix="ledger-writer")
+        self._books = threading.Lock()
+        self._writing: set[asyncio.Task[None]] = set()
         self._task: asyncio.Task[None] | None = None
         self._stopping = False
         self.halted: InvariantBroken | SyncFailed | None = None
@@ -94,9 +101,8 @@ class Sequencer:
         if self._task is not None:
             task, self._task = self._task, None
             await task
-            await asyncio.get_running_loop().run_in_executor(self._writer, self._store.close)
-            self._writer.shutdown()
-            self._crew.close()
+            await asyncio.get_running_loop().run_in_executor(self._writers, self._store.close)
+            self._writers.shutdown()
 
     async def submit(self, operation: Operation) -> EntryRef:
         """Has an operation applied; returns its entry, durable.
@@ -118,7 +124,7 @@ class Sequencer:
         again tells.
 
         Args:
-            check: Verifies the request by the Verifier; called by the writer, in any of its threads.
+            check: Verifies the request by the Verifier; called in a writer's thread.
             answer: Makes the answer of its entry, once that is durable; called likewise.
 
         Returns:
@@ -144,78 +150,91 @@ class Sequencer:
         return await future
 
     async def _run(self) -> None:
-        loop = asyncio.get_running_loop()
-        late: list[tuple[_Order, object]] = []
-        while True:
+        while not (self._stopping and not self._queue):
             if not self._queue:
-                _tell(late)
-                if self._stopping:
-                    return
                 self._wake.clear()
                 await self._rest()
+            elif not self._free:
+                await asyncio.wait(self._writing, return_when=asyncio.FIRST_COMPLETED)
+            else:
+                share = len(self._queue) if len(self._queue) <= FEW else -(-len(self._queue) // self._free)
+                taken = [self._queue.popleft() for _ in range(min(share, MOST_IN_BATCH))]
+                self._free -= 1
+                writing = asyncio.create_task(self._write(taken), name="ledger-batch")
+                self._writing.add(writing)
+                writing.add_done_callback(self._written)
+        if self._writing:
+            await asyncio.wait(self._writing)
+
+    def _written(self, task: asyncio.Task[None]) -> None:
+        self._writing.discard(task)
+        self._free += 1
+
+    async def _write(self, taken: Sequence[_Order]) -> None:
+        # Whoever has gone cannot be told; he asks again with the same request.
+        orders = [order for order in taken if not order.future.done()]
+        loop = asyncio.get_running_loop()
+        batch, outcomes = await loop.run_in_executor(self._writers, self._carry_out, orders)
+        if batch is not None:
+            self._committed(batch)
+        for order, outcome in zip(orders, outcomes, strict=True):
+            if order.future.done():
                 continue
-            taken = [self._queue.popleft() for _ in range(min(len(self._queue), MOST_IN_BATCH))]
-            # Whoever has gone cannot be told; he asks again with the same request.
-            orders = [order for order in taken if not order.future.done()]
-            writing = loop.run_in_executor(self._writer, self._write, orders)
-            _tell(late)
-            outcomes = await writing
-            if self._last is not None:
-                self._committed(self._last)
-            late = list(zip(orders, outcomes, strict=True))
-            if not self._queue and len(late) > FEW:
-                half = len(late) // 2
-                _tell(late[:half])
-                late = late[half:]
-                await asyncio.sleep(0)  # those who heard ask anew
+            if isinstance(outcome, Exception):
+                order.future.set_exception(outcome)
+            else:
+                order.future.set_result(outcome)
 
     async def _rest(self) -> None:
         """Waits for work; brings the mark up to date when there is none for a while."""
-        while (mark := self._store.mark) is not None and mark.dirty:
+        while (mark := self._store.mark) is not None and (mark.dirty or self._writing):
             with suppress(TimeoutError):
                 async with asyncio.timeout(INTERVAL):
                     await self._wake.wait()
                 return
-            await asyncio.get_running_loop().run_in_executor(self._writer, self._flush, mark)
+            await asyncio.get_running_loop().run_in_executor(self._writers, self._flush, mark)
         await self._wake.wait()
 
     def _flush(self, mark: MarkWriter) -> None:
         try:
-            mark.flush()
+            with self._books:
+                mark.flush()
         except BttError as error:
             _log.warning("%s", error.message)
 
-    def _write(self, orders: Sequence[_Order]) -> list[object]:
-        """Runs in the writer thread; returns the answer to each order, or why there is none."""
-        checked = self._crew.map(_checked, orders)
+    def _carry_out(self, orders: Sequence[_Order]) -> tuple[Batch | None, list[object]]:
+        """Runs in a writer's thread; returns what was committed, and one answer or error per order."""
+        checked = [_checked(order) for order in orders]
         sound = [operation for operation in checked if not isinstance(operation, Exception)]
-        outcomes = iter(self._commit(sound))
-        decided = [found if isinstance(found, Exception) else next(outcomes) for found in checked]
-        return self._crew.map(_answered, list(zip(orders, decided, strict=True)))
+        with self._books:
+            batch, outcomes = self._commit(sound)
+        decided = iter(outcomes)
+        return batch, [
+            _answered(order, found if isinstance(found, Exception) else next(decided))
+            for order, found in zip(orders, checked, strict=True)
+        ]
 
-    def _commit(self, operations: list[Operation]) -> list[_Outcome]:
-        """Applies a batch; returns one outcome per operation."""
-        self._last = None
+    def _commit(self, operations: list[Operation]) -> tuple[Batch | None, Sequence[_Outcome]]:
+        """Applies a batch; returns it if there was something to commit, and one outcome per operation."""
         if self.halted is not None:
-            return [_again(self.halted) for _ in operations]
+            return None, [_again(self.halted) for _ in operations]
         self.batches += 1
         try:
             batch = self._store.begin(self._clock(), operations)
             outcomes = [batch.run(operation) for operation in operations]
             if not batch.empty:
                 self._store.commit(batch)
-                self._last = batch
         except BttError as error:
             if isinstance(error, InvariantBroken | SyncFailed):
                 self.halted = error
                 _log.critical("The ledger has stopped: %s", error.message)
-            return [_again(error) for _ in operations]
+            return None, [_again(error) for _ in operations]
         except Exception as error:  # noqa: BLE001 (a defect must not leave callers waiting for ever)
             # What failed may name other people's accounts: it is for the operator's log alone.
             self.halted = InvariantBroken("The ledger failed in a way it does not know.")
             _log.critical("The ledger has stopped.", exc_info=error)
-            return [_again(self.halted) for _ in operations]
-        return outcomes
+            return None, [_again(self.halted) for _ in operations]
+        return None if batch.empty else batch, outcomes
 
 
 def _again(error: BttError) -> BttError:
@@ -234,23 +253,10 @@ def _checked(order: _Order) -> Operation | Exception:
         return error
 
 
-def _answered(decided: tuple[_Order, _Outcome | Exception]) -> object:
-    order, outcome = decided
+def _answered(order: _Order, outcome: _Outcome | Exception) -> object:
     if not isinstance(outcome, EntryRef):
         return outcome
     try:
         return order.answer(outcome)
     except Exception as error:  # noqa: BLE001 (likewise)
         return error
-
-
-def _tell(answers: list[tuple[_Order, object]]) -> None:
-    """Wakes those who wait for these answers, and forgets the answers."""
-    for order, outcome in answers:
-        if order.future.done():
-            continue
-        if isinstance(outcome, Exception):
-            order.future.set_exception(outcome)
-        else:
-            order.future.set_result(outcome)
-    answers.clear()
