@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import coincurve
+import uvloop
 
 from bench.harness import MIB, Contestant, Ratio, Results, alternate, as_json, workspace
 from bench.operations import Clock, Operations, missed, report
@@ -66,12 +67,14 @@ def _updates(key: PrivateKey, number: int, each: int) -> list[SignedUpdate]:
     return found
 
 
-def _all(work: Callable[[int], Awaitable[None]], clock: Clock) -> None:
+def _all(
+    work: Callable[[int], Awaitable[None]], clock: Clock, run_loop: Callable[[Any], object] = asyncio.run
+) -> None:
     async def run() -> None:
         with clock.running():
             await asyncio.gather(*(work(number) for number in range(CHANNELS)))
 
-    asyncio.run(run())
+    run_loop(run())
 
 
 def payee(folder: Path, each: int) -> Operations:
@@ -89,7 +92,7 @@ def payee(folder: Path, each: int) -> Operations:
                 session.payee.deliver(call_id, SEGMENT, PIECE)
                 await session.pay(update, store)
 
-        _all(take, clock)
+        _all(take, clock, uvloop.run)  # the node's own loop; a dApp has asyncio's
         for number, (record, tally) in enumerate(asyncio.run(store.channels())):
             if record.best != updates[number][-1] or tally.owed != record.best.cumulative:
                 raise RuntimeError("the payee's books are not what was paid")

@@ -22,11 +22,6 @@ LOG_PAGES: Final = 256
 """Size that the write-ahead log is given, in pages of 4 KiB; at this size it is checkpointed."""
 
 
-IN_PLACE_S: Final = 0.002
-"""A commit that lately took less than this is made where it is asked for: on a quick disk, handing
-it to a thread and back takes longer, and payment waits for it."""
-
-
 def open_books(
     path: Path, *, schema: str, version: int, upgrades: Mapping[int, str] = MappingProxyType({})
 ) -> sqlite3.Connection:

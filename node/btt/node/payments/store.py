@@ -1,26 +1,21 @@
 """The payee's books on disk: offers, channels, best updates, what was delivered.
 
-One SQLite file per node, write-ahead log, `synchronous=FULL`. Writes of all sessions
-are queued to one thread that commits whatever has gathered in one transaction, so that
-many sessions share an fsync; nobody hears "saved" before it is. On a quick disk a write that
-comes alone is made in place.
+One SQLite file per node, write-ahead log, `synchronous=FULL`. Sessions that write at the
+same time share a transaction and its sync (`GroupCommit`).
 """
 
 from __future__ import annotations
 
-import asyncio
-import queue
 import sqlite3
 import threading
-import time
-from collections.abc import Callable
+from collections.abc import Awaitable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from btt.sdk.channel import Checked, Durable, Line, SignedUpdate, Tally
-from btt.sdk.database import IN_PLACE_S, open_books
-from btt.sdk.errors import StorageError
+from btt.sdk.database import open_books
+from btt.sdk.group_commit import GroupCommit, Job
 from btt.sdk.keys import Address
 from btt.sdk.money import Unit
 from btt.sdk.payment.bans import BANS_SCHEMA
@@ -28,7 +23,6 @@ from btt.sdk.payment.counts import COUNTS_SCHEMA, load_tally, save_tally
 
 SCHEMA_VERSION = 2
 OPEN, CLOSING, CLOSED = "open", "closing", "closed"
-_MAX_BATCH = 512
 
 _SCHEMA = """
 CREATE TABLE offers(
@@ -116,7 +110,6 @@ _COLUMNS = (
     "channel_id, payer, commit_body, deposit, expires_ms, epoch, best, best_signature,"
     " written_off, state, capture, arrears"
 )
-Job = Callable[[sqlite3.Connection], Any]
 
 
 class PayeeStore:
@@ -131,95 +124,29 @@ class PayeeStore:
     """
 
     def __init__(self, path: Path) -> None:
-        self._closed = False
-        self._commit_s = 0.0
-        self._busy = threading.Lock()
         self._db = open_books(
             path,
             schema=_SCHEMA + COUNTS_SCHEMA + BANS_SCHEMA,
             version=SCHEMA_VERSION,
             upgrades=_UPGRADES,
         )
-        self._jobs: queue.SimpleQueue[tuple[Job, asyncio.AbstractEventLoop, asyncio.Future[Any]] | None]
-        self._jobs = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._write, name="payee-store", daemon=True)
-        self._thread.start()
+        self._group = GroupCommit(self._db, threading.Lock(), whose="The node's books")
 
     def close(self) -> None:
         """Commits what is queued and closes the books."""
-        self._closed = True
-        self._jobs.put(None)
-        self._thread.join()
+        self._group.close()
         self._db.close()
 
-    async def run(self, job: Job) -> Any:
-        """Runs a job on the books, and returns its result once it is committed.
+    def run(self, job: Job) -> Awaitable[Any]:
+        """Runs a job on the books; to be awaited for its result, which is there once it is committed.
 
         Args:
-            job: Called with the connection, inside a transaction, in the writer thread.
+            job: Called with the connection, inside a transaction, in any thread.
 
         Raises:
             StorageError: The transaction failed, and nothing of it happened.
         """
-        if self._closed:
-            raise StorageError("The node's books are closed.")
-        if self._commit_s < IN_PLACE_S and self._jobs.empty() and self._busy.acquire(blocking=False):
-            try:
-                [result] = self._transact([job])
-            finally:
-                self._busy.release()
-            return result
-        loop = asyncio.get_running_loop()
-        done: asyncio.Future[Any] = loop.create_future()
-        self._jobs.put((job, loop, done))
-        return await done
-
-    def _write(self) -> None:
-        while True:
-            first = self._jobs.get()
-            batch = [] if first is None else [first]
-            stop = first is None
-            while len(batch) < _MAX_BATCH and not stop:
-                try:
-                    item = self._jobs.get_nowait()
-                except queue.Empty:
-                    break
-                if item is None:
-                    stop = True
-                else:
-                    batch.append(item)
-            if batch:
-                self._commit(batch)
-            if stop:
-                return
-
-    def _commit(self, batch: list[tuple[Job, asyncio.AbstractEventLoop, asyncio.Future[Any]]]) -> None:
-        results: list[Any] = []
-        failure: StorageError | None = None
-        with self._busy:
-            try:
-                results = self._transact([job for job, _, _ in batch])
-            except StorageError as error:
-                failure = error
-        for index, (_, loop, done) in enumerate(batch):
-            try:
-                loop.call_soon_threadsafe(_resolve, done, failure or results[index])
-            except RuntimeError:
-                continue  # the loop has ended; what is committed is committed
-
-    def _transact(self, jobs: list[Job]) -> list[Any]:
-        """Runs jobs in one transaction; returns their results once it is committed."""
-        start = time.perf_counter()
-        try:
-            self._db.execute("BEGIN IMMEDIATE")
-            results = [job(self._db) for job in jobs]
-            self._db.execute("COMMIT")
-        except Exception as error:
-            if self._db.in_transaction:
-                self._db.execute("ROLLBACK")
-            raise StorageError(f"The node's books could not be written ({error}).") from error
-        self._commit_s = time.perf_counter() - start
-        return results
+        return self._group.run(job)
 
     # Offers
 
@@ -305,10 +232,10 @@ class PayeeStore:
         """
         books = tally.copy()
 
-        async def write(value: Checked) -> None:
-            await self.run(lambda db: _save(db, value.channel_id, value.update, books, written_off))
-
-        return await Durable.awrite(checked, write)
+        return await Durable.awrite(
+            checked,
+            lambda value: self.run(lambda db: _save(db, value.channel_id, value.update, books, written_off)),
+        )
 
     async def save_books(self, channel_id: bytes, tally: Tally, written_off: int) -> None:
         """Writes what was delivered and written off on a channel."""
@@ -392,27 +319,20 @@ def read_earnings(db: sqlite3.Connection) -> Earnings:
     return Earnings(paid, captured, written_off, units, opened, closed)
 
 
-def _resolve(done: asyncio.Future[Any], result: Any) -> None:
-    if done.cancelled():
-        return
-    if isinstance(result, StorageError):
-        done.set_exception(result)
-    else:
-        done.set_result(result)
-
-
 def _save(
     db: sqlite3.Connection, channel_id: bytes, update: SignedUpdate | None, tally: Tally, written_off: int
 ) -> None:
     if update is not None:
         db.execute(
-            "UPDATE channels SET best = ?, best_signature = ? WHERE channel_id = ? AND best < ?",
-            (update.cumulative, update.signature, channel_id, update.cumulative),
+            "UPDATE channels SET best_signature = iif(best < ?1, ?2, best_signature), best = max(best, ?1),"
+            " written_off = ?3 WHERE channel_id = ?4",
+            (update.cumulative, update.signature, written_off, channel_id),
         )
-    db.execute(
-        "UPDATE channels SET written_off = ?1 WHERE channel_id = ?2 AND written_off <> ?1",
-        (written_off, channel_id),
-    )
+    else:
+        db.execute(
+            "UPDATE channels SET written_off = ?1 WHERE channel_id = ?2 AND written_off <> ?1",
+            (written_off, channel_id),
+        )
     save_tally(db, channel_id, tally)
 
 

@@ -8,22 +8,20 @@ channel is used by one process at a time (`claim`); another opens its own.
 
 from __future__ import annotations
 
-import asyncio
 import fcntl
 import os
 import sqlite3
 import threading
-import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from btt.sdk.channel import BanPolicy, Conduct, Durable, Intent, Tally
-from btt.sdk.database import IN_PLACE_S, open_books
+from btt.sdk.database import open_books
 from btt.sdk.errors import BudgetExceeded, StorageError
+from btt.sdk.group_commit import GroupCommit
 from btt.sdk.keys import Address
 from btt.sdk.money import Amount
 from btt.sdk.payment.bans import BANS_SCHEMA, forget_conduct, load_conduct, save_strike
@@ -130,18 +128,17 @@ class PayerStore:
         self._folder = folder
         (folder / "claims").mkdir(parents=True, exist_ok=True, mode=0o700)
         self._lock = threading.RLock()
-        self._commit_s = 0.0
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="payer-store")
         self._db = open_books(
             folder / "payer.db",
             schema=_SCHEMA + COUNTS_SCHEMA + BANS_SCHEMA + TOP_UPS_SCHEMA + HISTORY_SCHEMA,
             version=SCHEMA_VERSION,
             upgrades=_UPGRADES,
         )
+        self._group = GroupCommit(self._db, self._lock, whose="The wallet's books")
 
     def close(self) -> None:
         """Closes the books; claims are given up with the process or by `release`."""
-        self._writer.shutdown()
+        self._group.close()
         self._db.close()
 
     @contextmanager
@@ -183,23 +180,14 @@ class PayerStore:
         Raises:
             StorageError: It is not on disk, so nothing may be signed.
         """
-        if self._commit_s < IN_PLACE_S:
-            return Durable.write(intent, self._save)
-
-        async def write(value: Intent) -> None:
-            await asyncio.get_running_loop().run_in_executor(self._writer, self._save, value)
-
-        return await Durable.awrite(intent, write)
+        return await Durable.awrite(intent, lambda value: self._group.run(lambda _: self._save(value)))
 
     def _save(self, intent: Intent) -> None:
-        start = time.perf_counter()
-        with self._transaction():
-            self._db.execute(
-                "UPDATE channels SET signed = max(signed, ?) WHERE channel_id = ?",
-                (intent.cumulative, intent.channel_id),
-            )
-            save_tally(self._db, intent.channel_id, intent.tally)
-        self._commit_s = time.perf_counter() - start
+        self._db.execute(
+            "UPDATE channels SET signed = max(signed, ?) WHERE channel_id = ?",
+            (intent.cumulative, intent.channel_id),
+        )
+        save_tally(self._db, intent.channel_id, intent.tally)
 
     def tally(self, channel_id: bytes) -> Tally:
         """Returns what was counted on a channel when it was last saved."""
@@ -343,8 +331,9 @@ class PayerStore:
 
     def save_books(self, channel_id: bytes, signed: int, tally: Tally) -> None:
         """Writes what both sides agreed on when a session opened or ended."""
-        # An older intent that is still queued in `save` must not overwrite this.
-        self._writer.submit(self._save, Intent(channel_id, signed, tally.copy())).result()
+        # In the order of `save`: an older intent that is still queued must not overwrite this.
+        intent = Intent(channel_id, signed, tally.copy())
+        self._group.run_now(lambda _: self._save(intent))
 
     def paid_total(self, node: Address) -> int:
         """Returns the base units signed to a node over all channels."""

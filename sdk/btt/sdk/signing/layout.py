@@ -17,6 +17,7 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from hashlib import sha256
+from operator import attrgetter
 from typing import Annotated, Any, ClassVar, Final, Self, TypeVar, cast, dataclass_transform, get_type_hints
 
 from btt.sdk.errors import InvalidRequest
@@ -132,6 +133,8 @@ class Message:
     """Bytes of the encoded body."""
     _FIELDS: ClassVar[tuple[tuple[str, Kind], ...]]
     _STRUCT: ClassVar[struct.Struct]
+    _PLAIN: ClassVar[Callable[..., tuple[Any, ...]] | None]
+    """Reads all fields at once, where `struct` takes them as they are: an update is signed per piece."""
 
     def __post_init__(self) -> None:
         for name, kind in self._FIELDS:
@@ -140,6 +143,8 @@ class Message:
 
     def encode(self) -> bytes:
         """Returns the body, SIZE bytes."""
+        if self._PLAIN is not None:
+            return self._STRUCT.pack(*self._PLAIN(self))
         values = []
         for name, kind in self._FIELDS:
             value = getattr(self, name)
@@ -218,4 +223,6 @@ def message(cls: type[M]) -> type[M]:
     made._FIELDS = tuple(layout)
     made._STRUCT = struct.Struct(">" + "".join(kind.code for _, kind in layout))
     made.SIZE = made._STRUCT.size
+    plain = len(layout) > 1 and all(kind.pack is None for _, kind in layout)
+    made._PLAIN = attrgetter(*(name for name, _ in layout)) if plain else None
     return made

@@ -1,0 +1,143 @@
+"""Writes of many sessions in one transaction: one sync serves all who wait.
+
+What is asked for in one turn of the event loop is committed together, and so is what gathers while
+a commit is under way. Nobody hears "saved" before it is. On a quick disk a group is written in
+place: handing it to a thread and back would take longer, and payment waits for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from typing import Any, Final
+
+from btt.sdk.errors import StorageError
+
+IN_PLACE_S: Final = 0.002
+"""A disk whose last sync took less than this is quick."""
+_MOST: Final = 512
+"""Jobs in one transaction."""
+
+Job = Callable[[sqlite3.Connection], Any]
+_Waiting = tuple[Job, "asyncio.Future[Any]"]
+
+
+class GroupCommit:
+    """Runs jobs on a database, many in one transaction.
+
+    Args:
+        db: Without implicit transactions, usable from any thread; closed by its owner.
+        lock: Held by whoever uses the database.
+        whose: Begins the text of errors, such as "The node's books".
+    """
+
+    def __init__(self, db: sqlite3.Connection, lock: AbstractContextManager[object], *, whose: str) -> None:
+        self._db = db
+        self._lock = lock
+        self._whose = whose
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="books")
+        self._gathered: list[_Waiting] = []
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._under_way = False
+        self._closed = False
+        self._sync_s = 0.0
+
+    def run(self, job: Job) -> asyncio.Future[Any]:
+        """Runs a job; to be awaited for its result, which is there once it is committed.
+
+        Args:
+            job: Called with the connection, inside a transaction, in any thread.
+
+        Raises:
+            StorageError: The transaction failed, and nothing of it happened.
+        """
+        if self._closed:
+            raise StorageError(f"{self._whose} are closed.")
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[Any] = loop.create_future()
+        self._gathered.append((job, done))
+        if self._loop is not loop or len(self._gathered) == 1:
+            self._loop = loop
+            loop.call_soon(self._dispatch)
+        return done
+
+    def run_now(self, job: Job) -> Any:
+        """Runs a job after all that were asked for before, and blocks until it is committed.
+
+        Raises:
+            StorageError: The transaction failed, and nothing of it happened.
+        """
+        before, self._gathered = self._gathered, []
+        self._thread.submit(self._settle, before).result()
+        return self._thread.submit(self._transact, [job]).result()[0]
+
+    def close(self) -> None:
+        """Commits what was asked for; the database is free afterwards."""
+        self._closed = True
+        self._thread.shutdown()
+        self._settle(self._gathered)
+        self._gathered = []
+
+    def _dispatch(self) -> None:
+        if self._under_way or not self._gathered or self._closed:
+            return
+        batch, self._gathered = self._gathered[:_MOST], self._gathered[_MOST:]
+        if self._sync_s < IN_PLACE_S:
+            _tell(batch, self._attempt(batch))
+            self._go_on()
+        else:
+            assert self._loop is not None
+            self._under_way = True
+            self._loop.run_in_executor(self._thread, self._settle, batch)
+
+    def _go_on(self) -> None:
+        if self._gathered and self._loop is not None:
+            self._loop.call_soon(self._dispatch)
+
+    def _settle(self, batch: Sequence[_Waiting]) -> None:
+        """Commits a group, and has everyone in it told by their loop."""
+        found = self._attempt(batch)
+        try:
+            if batch:
+                batch[0][1].get_loop().call_soon_threadsafe(self._arrived, batch, found)
+        except RuntimeError:  # the loop has ended; what is committed is committed
+            self._under_way = False
+
+    def _arrived(self, batch: Sequence[_Waiting], found: Sequence[Any] | StorageError) -> None:
+        self._under_way = False
+        _tell(batch, found)
+        self._go_on()
+
+    def _attempt(self, batch: Sequence[_Waiting]) -> Sequence[Any] | StorageError:
+        try:
+            return self._transact([job for job, _ in batch]) if batch else ()
+        except StorageError as error:
+            return error
+
+    def _transact(self, jobs: Sequence[Job]) -> list[Any]:
+        with self._lock:
+            try:
+                self._db.execute("BEGIN IMMEDIATE")
+                results = [job(self._db) for job in jobs]
+                start = time.perf_counter()
+                self._db.execute("COMMIT")
+            except Exception as error:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+                raise StorageError(f"{self._whose} could not be written ({error}).") from error
+            self._sync_s = time.perf_counter() - start
+            return results
+
+
+def _tell(batch: Sequence[_Waiting], found: Sequence[Any] | StorageError) -> None:
+    for index, (_, done) in enumerate(batch):
+        if done.done():
+            continue
+        if isinstance(found, StorageError):
+            done.set_exception(StorageError(found.message))
+        else:
+            done.set_result(found[index])
