@@ -7,6 +7,7 @@ import os
 import shutil
 import sqlite3
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +33,19 @@ from btt.sdk.signing import (
     document_digest,
     sign,
 )
-from btt.services.ledger import audit, backup, books, export, folder, genesis, journal, mark, schema, store
+from btt.services.ledger import (
+    audit,
+    backup,
+    books,
+    export,
+    folder,
+    genesis,
+    journal,
+    mark,
+    proving,
+    schema,
+    store,
+)
 from btt.services.ledger.audit import AuditFailed
 from btt.services.ledger.books import Terms
 from btt.services.ledger.journal import Entry, Head, Kind, Posting, Side
@@ -287,14 +300,78 @@ def _pay(entries: list[Entry], index: int, payee: int, payer: int) -> None:
     entries[index - 1] = replace(entries[index - 1], postings=legs)
 
 
+class Here:
+    """A pool of processes that is none."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        pass
+
+    def submit(self, work: Callable[..., Any], *args: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(work(*args))
+        return future
+
+    def shutdown(self, *, cancel_futures: bool) -> None:
+        pass
+
+
+@pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("forgery", FORGERIES)
-def test_the_first_wrong_entry_is_named(home: Path, forgery: str) -> None:
+def test_the_first_wrong_entry_is_named(
+    home: Path, forgery: str, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether signatures are verified here or were ahead, in parts of three entries."""
+    monkeypatch.setattr(audit, "_SHORT", 0)
+    monkeypatch.setattr(proving, "CHUNK", 3)
+    monkeypatch.setattr(proving, "ProcessPoolExecutor", Here)
     description, entries = entries_of(home)
     wrong, apply = FORGERIES[forgery]
     apply(entries)
     with pytest.raises(AuditFailed) as failed:
-        audit.audit(description, rehash(entries))
+        audit.audit(description, rehash(entries), workers=workers)
     assert failed.value.seq == wrong
+
+
+def test_other_processes_verify_a_long_journal(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(audit, "_SHORT", 1)
+    monkeypatch.setattr(proving, "CHUNK", 4)
+    monkeypatch.setattr(Verifier, "_holds", lambda *_: False)
+    description, entries = entries_of(home)
+    report, _ = audit.audit(description, entries[:8], workers=1)
+    assert report.entries == 8
+    with pytest.raises(AuditFailed) as failed:
+        audit.audit(description, entries[:8])
+    assert failed.value.seq == 2
+
+
+def test_a_proof_of_another_signature_proves_nothing(home: Path) -> None:
+    description, entries = entries_of(home)
+    ledger_id = genesis.ledger_id(description)
+    proven = proving.claims(ledger_id, [(entries[1].kind, entries[1].body, entries[1].signatures, b"")])
+    assert len(proven) == 1
+    _flip(entries, 2, "signatures", 50)
+    auditor = audit.Auditor(description)
+    auditor.believe(proven)
+    auditor.take(entries[0])
+    with pytest.raises(AuditFailed, match="not signed"):
+        auditor.take(entries[1])
+
+
+def test_an_entry_that_cannot_be_read_is_named_after_those_before_it(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(audit, "_SHORT", 0)
+    monkeypatch.setattr(proving, "ProcessPoolExecutor", Here)
+    description, entries = entries_of(home)
+
+    def damaged(upto: int) -> Iterator[Entry]:
+        yield from entries[:upto]
+        raise ValueError("damaged")
+
+    for workers in (0, 2):
+        with pytest.raises(AuditFailed, match="cannot be read") as failed:
+            audit.audit(description, damaged(5), workers=workers)
+        assert failed.value.seq == 6
 
 
 @pytest.mark.parametrize("index", [1, 4, 11])

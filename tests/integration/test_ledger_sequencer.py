@@ -17,6 +17,7 @@ from btt.sdk.errors import (
     InsufficientFunds,
     InvariantBroken,
     RateLimited,
+    SignatureInvalid,
     StorageError,
 )
 from btt.sdk.keys import PrivateKey
@@ -226,3 +227,65 @@ async def test_a_caller_that_leaves_disturbs_nobody(path: Path, line: Sequencer,
     assert isinstance(await staying, EntryRef)
     assert isinstance(await line.submit(order(1, 1)), EntryRef)
     assert stored(path)[1] == 2
+
+
+async def test_one_writer_at_a_time_has_the_books(
+    path: Path,
+    books_and_line: tuple[Store, Sequencer],
+    order: Order,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """While one commits, another has checked its batch, and waits."""
+    ledger, line = books_and_line
+    begin, commit = ledger.begin, ledger.commit
+    inside, both = threading.Semaphore(1), threading.Event()
+
+    def enter(*args: object) -> Batch:
+        if not inside.acquire(blocking=False):
+            both.set()
+        return begin(*args)  # type: ignore[arg-type]
+
+    def leave(batch: Batch) -> None:
+        both.wait(0.3)
+        commit(batch)
+        inside.release()
+
+    monkeypatch.setattr(ledger, "begin", enter)
+    monkeypatch.setattr(ledger, "commit", leave)
+    entries = await all_of(line, *(order(n, 1) for n in range(40)))
+    assert sorted(e.seq for e in entries if isinstance(e, EntryRef)) == list(range(2, 42))
+    assert line.batches > 1
+    assert not both.is_set()
+
+
+async def test_what_fails_its_check_fails_alone(path: Path, line: Sequencer, order: Order) -> None:
+    def forged() -> Operation:
+        raise SignatureInvalid("It is not signed.")
+
+    outcomes = await asyncio.gather(
+        line.carry_out(forged, lambda entry: entry.seq),
+        line.carry_out(lambda: order(1, 5), lambda entry: entry.seq),
+        return_exceptions=True,
+    )
+    assert isinstance(outcomes[0], SignatureInvalid)
+    assert outcomes[1] == 2
+    assert stored(path) == (2, 5)
+
+
+async def test_an_answer_is_made_of_what_is_durable(path: Path, line: Sequencer, order: Order) -> None:
+    assert await line.carry_out(lambda: order(1, 5), lambda entry: (entry.seq, stored(path))) == (2, (2, 5))
+
+
+async def test_looking_up_many_requests_reads_no_table_as_a_whole(
+    books_and_line: tuple[Store, Sequencer], order: Order
+) -> None:
+    ledger, line = books_and_line
+    seen: list[str] = []
+    ledger._connection.set_trace_callback(seen.append)
+    await all_of(line, order(1, 1), order(2, 1))
+    ledger._connection.set_trace_callback(None)
+    queries = [query for query in seen if query.startswith(("SELECT", "WITH"))]
+    assert any("request_id" in query for query in queries)
+    for query in queries:
+        plan = ledger._connection.execute(f"EXPLAIN QUERY PLAN {query}").fetchall()
+        assert not [row[3] for row in plan if row[3].startswith(("SCAN requests", "SCAN entries"))]

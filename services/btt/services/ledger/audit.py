@@ -17,6 +17,7 @@ import struct
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Final, Self
@@ -29,7 +30,8 @@ from btt.services.ledger import books, genesis, journal, rows, rules
 from btt.services.ledger.books import Account, Effect, Request, Terms
 from btt.services.ledger.journal import NO_HASH, Entry, EntryRef, Head, Kind
 from btt.services.ledger.machine import Channel, Phase
-from btt.services.ledger.verify import OpenOperation, Operation, Verifier
+from btt.services.ledger.proving import Provers
+from btt.services.ledger.verify import OpenOperation, Operation, ProvenVerifier
 
 _ANY: Final = Terms(
     min_challenge_ms=0,
@@ -40,6 +42,8 @@ _ANY: Final = Terms(
     max_open_channels=2**62,
 )
 _PARTS: Final = 256
+_SHORT: Final = 4096
+"""Entries that one process has verified before others would have started."""
 _DIGEST: Final = struct.Struct(">32sQ")
 
 
@@ -138,7 +142,7 @@ class Auditor:
         self.channels: dict[bytes, Channel] = {}
         self._locked: dict[bytes, tuple[int, int]] = {}
         self._epoch = 1
-        self._verifier = Verifier(self.ledger_id)
+        self._verifier = ProvenVerifier(self.ledger_id)
 
     def account(self, account: bytes) -> Account | None:
         """Returns an account as the entries so far leave it."""
@@ -159,6 +163,15 @@ class Auditor:
     def entry(self, request_digest: bytes) -> EntryRef | None:
         """Returns nothing: that no digest repeats is checked apart."""
         return None
+
+    def k1_of(self, channel_id: bytes) -> bytes:
+        """Returns the K1 of a channel that is not closed, 33 bytes; nothing when there is none."""
+        channel = self.channels.get(channel_id)
+        return channel.k1 if channel else b""
+
+    def believe(self, proven: Iterable[bytes]) -> None:
+        """Takes over what was verified ahead, for the entries that come next; see `proving`."""
+        self._verifier.proven = frozenset(proven)
 
     def take(self, entry: Entry) -> None:
         """Checks the next entry and what it does.
@@ -283,12 +296,14 @@ class Auditor:
         )
 
 
-def audit(description: bytes, entries: Iterable[Entry]) -> tuple[Report, Auditor]:
+def audit(description: bytes, entries: Iterable[Entry], *, workers: int = 0) -> tuple[Report, Auditor]:
     """Re-verifies a whole journal.
 
     Args:
         description: The canonical description of the ledger.
         entries: All of them, in order.
+        workers: Processes that verify signatures ahead once the journal proves long; 0 for none.
+            What is found is the same.
 
     Raises:
         AuditFailed: An entry is wrong; the first such.
@@ -297,7 +312,7 @@ def audit(description: bytes, entries: Iterable[Entry]) -> tuple[Report, Auditor
     auditor = Auditor(description)
     with _Digests() as digests:
         try:
-            for entry in _counted(entries):
+            for entry in _ahead(auditor, _Counted(entries), workers):
                 auditor.take(entry)
                 digests.add(entry.request_digest, entry.seq)
         except AuditFailed as failed:
@@ -338,16 +353,42 @@ def _repeated(seq: int) -> AuditFailed:
     return AuditFailed(seq, "its request was carried out before.")
 
 
-def _counted(entries: Iterable[Entry]) -> Iterator[Entry]:
-    """Turns an entry that cannot even be read into a named one."""
-    seq = 0
-    iterator = iter(entries)
-    while True:
+def _ahead(auditor: Auditor, entries: _Counted, workers: int) -> Iterator[Entry]:
+    """Yields the entries; those of a long journal when their signatures have been verified."""
+    yield from islice(entries, _SHORT if workers else None)
+    if workers and not entries.ended:
+        with Provers(auditor.ledger_id, workers, auditor.k1_of) as provers:
+            for part, proven in provers.over(entries):
+                auditor.believe(proven)
+                yield from part
+    if entries.failed is not None:
+        raise entries.failed
+
+
+class _Counted:
+    """Entries up to one that cannot even be read, which is named after those before it were judged."""
+
+    def __init__(self, entries: Iterable[Entry]) -> None:
+        self._entries = iter(entries)
+        self._seq = 0
+        self.ended = False
+        self.failed: AuditFailed | None = None
+
+    def __iter__(self) -> Iterator[Entry]:
+        return self
+
+    def __next__(self) -> Entry:
+        if self.ended:
+            raise StopIteration
         try:
-            entry = next(iterator)
+            entry = next(self._entries)
         except StopIteration:
-            return
+            self.ended = True
+            raise
         except (ValueError, BttError) as error:
-            raise AuditFailed(seq + 1, f"it cannot be read: {error}") from error
-        seq = entry.seq
-        yield entry
+            self.ended = True
+            self.failed = AuditFailed(self._seq + 1, f"it cannot be read: {error}")
+            self.failed.__cause__ = error
+            raise StopIteration from None
+        self._seq = entry.seq
+        return entry

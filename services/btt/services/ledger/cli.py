@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
 from pathlib import Path
 from typing import Annotated
@@ -187,6 +188,12 @@ def _printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
+def _cores() -> int:
+    """Returns how many processes are worth starting: none where there is one core."""
+    cores = os.cpu_count() or 1
+    return cores if cores > 1 else 0
+
+
 @app.command()
 def audit(
     journal: Annotated[Path, typer.Argument(help="Folder of a ledger, a backup, or an exported journal.")],
@@ -204,7 +211,7 @@ def audit(
     began = time.monotonic()
     try:
         with export.journal(journal) as (description, entries, database):
-            report, auditor = auditing.audit(description, entries)
+            report, auditor = auditing.audit(description, entries, workers=_cores())
             if database is not None:
                 auditing.compare(auditor, database)
     except InvariantBroken as error:

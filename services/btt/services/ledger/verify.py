@@ -141,6 +141,11 @@ def public_key(data: bytes) -> PublicKey:
     return PublicKey(data)
 
 
+def claim(key: bytes, digest: bytes, signature: bytes) -> bytes:
+    """Returns the claim that a key (33 bytes) signed a digest (32 bytes), as bytes to compare."""
+    return key + digest + signature
+
+
 class Verifier:
     """Checks signed requests for one ledger.
 
@@ -154,9 +159,12 @@ class Verifier:
     def _check(self, key: bytes, message: Message, signature: bytes, body: bytes | None = None) -> bytes:
         """Checks a signature; `body` is what the message was decoded from, if it was."""
         digest = sha256(preimage(message.TAG, self.ledger_id, body or message.encode())).digest()
-        if not public_key(key).verify(digest, signature):
+        if not self._holds(key, digest, signature):
             raise SignatureInvalid(f"The {type(message).__name__} is not signed by this key for this ledger.")
         return digest
+
+    def _holds(self, key: bytes, digest: bytes, signature: bytes) -> bool:
+        return public_key(key).verify(digest, signature)
 
     def transfer(self, body: bytes, *, signer: bytes, signature: bytes) -> TransferOperation:
         """Verifies a transfer.
@@ -400,3 +408,13 @@ class Verifier:
         """
         message = Query.decode(body)
         return message, self._check(signer, message, signature, body)
+
+
+class ProvenVerifier(Verifier):
+    """A verifier that spares itself what was proven before, for this very key, digest and signature."""
+
+    proven: frozenset[bytes] = frozenset()
+    """Claims that hold."""
+
+    def _holds(self, key: bytes, digest: bytes, signature: bytes) -> bool:
+        return claim(key, digest, signature) in self.proven or super()._holds(key, digest, signature)

@@ -1,0 +1,128 @@
+"""Writes that come together share one sync, on quick disks and slow ones; nobody hears before it."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+import threading
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from btt.sdk import group_commit
+from btt.sdk.errors import StorageError
+from btt.sdk.group_commit import GroupCommit, Job
+
+
+class Books:
+    """A table of numbers, and what was said to the database."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        self.db.execute("PRAGMA journal_mode = WAL")
+        self.db.execute("CREATE TABLE numbers(n INTEGER NOT NULL UNIQUE)")
+        self.said: list[str] = []
+        self.db.set_trace_callback(self.said.append)
+        self.group = GroupCommit(self.db, threading.Lock(), whose="The test's books")
+
+    @property
+    def commits(self) -> int:
+        return self.said.count("COMMIT")
+
+    def stored(self) -> list[int]:
+        with closing(sqlite3.connect(self.path)) as other:
+            return [n for (n,) in other.execute("SELECT n FROM numbers ORDER BY rowid")]
+
+
+def put(number: int | None) -> Job:
+    def job(db: sqlite3.Connection) -> int | None:
+        db.execute("INSERT INTO numbers VALUES(?)", (number,))
+        return number
+
+    return job
+
+
+@pytest.fixture(params=["quick", "slow"])
+def books(request: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Books]:
+    monkeypatch.setattr(group_commit, "IN_PLACE_S", 3600.0 if request.param == "quick" else 0.0)
+    made = Books(tmp_path / "books.db")
+    yield made
+    made.group.close()
+    made.db.close()
+
+
+async def test_who_comes_in_one_turn_shares_a_commit(books: Books) -> None:
+    numbers = list(range(300))
+    assert await asyncio.gather(*(books.group.run(put(n)) for n in numbers)) == numbers
+    assert books.stored() == numbers
+    assert books.commits == 1
+
+
+async def test_a_result_is_there_when_it_is_committed(books: Books) -> None:
+    async def save(number: int) -> None:
+        await books.group.run(put(number))
+        assert number in books.stored()
+
+    await asyncio.gather(*(save(n) for n in range(20)))
+
+
+async def test_who_comes_during_a_commit_shares_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(group_commit, "IN_PLACE_S", 0.0)
+    made = Books(tmp_path / "books.db")
+    entered, go = threading.Event(), threading.Event()
+
+    def slow(db: sqlite3.Connection) -> None:
+        entered.set()
+        assert go.wait(30)
+
+    first = made.group.run(slow)
+    await asyncio.to_thread(entered.wait, 30)
+    later = []
+    for n in range(10):
+        later.append(made.group.run(put(n)))
+        await asyncio.sleep(0)
+    assert not any(future.done() for future in (first, *later))
+    go.set()
+    await asyncio.gather(first, *later)
+    assert made.commits == 2
+    made.group.close()
+    made.db.close()
+
+
+async def test_a_transaction_that_fails_is_told_to_all_and_leaves_nothing(books: Books) -> None:
+    found = await asyncio.gather(*(books.group.run(put(n)) for n in (1, None, 2)), return_exceptions=True)
+    assert [type(error) for error in found] == [StorageError] * 3
+    assert len(set(map(id, found))) == 3
+    assert books.stored() == []
+    assert await books.group.run(put(3)) == 3
+
+
+async def test_a_blocking_write_comes_after_those_before_it(books: Books) -> None:
+    before = books.group.run(put(1))
+    books.group.run_now(put(2))
+    assert books.stored() == [1, 2]
+    assert await before == 1
+
+
+async def test_closing_commits_what_waits(books: Books) -> None:
+    waiting = [books.group.run(put(n)) for n in range(3)]
+    books.group.close()
+    assert books.stored() == [0, 1, 2]
+    assert await asyncio.gather(*waiting) == [0, 1, 2]
+    with pytest.raises(StorageError, match="closed"):
+        await books.group.run(put(4))
+
+
+def test_another_loop_goes_on_where_one_ended(books: Books) -> None:
+    async def save(number: int) -> None:
+        await books.group.run(put(number))
+
+    for n in range(5):
+        asyncio.run(save(n))
+    assert books.stored() == [0, 1, 2, 3, 4]
