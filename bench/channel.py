@@ -115,7 +115,20 @@ def _session(store: PayeeStore, key: PrivateKey, number: int) -> Session:
     side.pin(SHEET)
     offer: Any = None  # it is looked at when calls are served only
     book = PayerBook(standing, {record.channel_id: side})
-    return Session(payer=key.address, book=book, payee=side, offer=offer, epoch=1, grace_s=1)
+    return Session(
+        payer=key.address,
+        network="127.0.0.0/24",
+        book=book,
+        payee=side,
+        offer=offer,
+        epoch=1,
+        grace_s=1,
+        unpaid=_never,
+    )
+
+
+async def _never(session: Session) -> None:
+    raise AssertionError("nothing waits for payment here")
 
 
 def raw_verify(folder: Path, each: int) -> Operations:

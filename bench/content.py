@@ -36,9 +36,8 @@ from bench.harness import (
     Run,
     alternate,
     as_json,
-    peak,
     random_file,
-    report,
+    report_ratios,
     workspace,
 )
 from bench.ours import paid, unpaid
@@ -182,6 +181,39 @@ def ratios(results: Results[Run]) -> dict[str, Ratio]:
         "vs_libtorrent": results.paired("btt", "libtorrent"),
         "payment_cpu_overhead": Ratio(more.median - 1, more.low - 1, more.high - 1),
     }
+
+
+def peak(results: Results[Run], name: str, role: str) -> int:
+    """Returns the most memory that a role of a contestant had in any round, bytes of RssAnon."""
+    return max(run.anonymous[role] for run in results.runs[name])
+
+
+def report(
+    title: str, results: Results[Run], ratios: dict[str, Ratio], *, facts: dict[str, Any] | None = None
+) -> None:
+    """Prints the contestants and their ratios as tables."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    table = Table(title=title)
+    for column in ("contestant", "MiB/s (min-max)", "CPU s/GiB", "peak anon MiB"):
+        table.add_column(column)
+    for name, runs in results.runs.items():
+        rates = sorted(run.rate / MIB for run in runs)
+        cpu = {
+            role: results.median(name, lambda run, role=role: run.cpu[role] * GIB / run.bytes)  # type: ignore[misc]
+            for role in results.roles(name)
+        }
+        table.add_row(
+            name,
+            f"{statistics.median(rates):.0f} ({rates[0]:.0f}-{rates[-1]:.0f})",
+            f"{results.median(name, lambda run: run.cpu_per_gib):.2f}: "
+            + ", ".join(f"{role} {value:.2f}" for role, value in cpu.items()),
+            ", ".join(f"{role} {peak(results, name, role) / MIB:.0f}" for role in results.roles(name)),
+        )
+    console.print(table)
+    report_ratios(console, ratios, facts=facts)
 
 
 def _missed(found: dict[str, Ratio]) -> list[str]:

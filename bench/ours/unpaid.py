@@ -95,7 +95,7 @@ async def _fetch(torrent: Path, folder: Path, port: int, certificate: bytes) -> 
     say("ready")
     await asyncio.to_thread(heard)
     start = time.perf_counter()
-    async with Transfer(parsed, folder, RATE, open_session) as transfer:
+    async with Transfer(parsed, folder, RATE, open_session, lambda error: None) as transfer:
         async for _ in transfer.progress():
             pass
     seconds = time.perf_counter() - start

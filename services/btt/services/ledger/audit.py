@@ -30,8 +30,8 @@ from btt.services.ledger import books, genesis, journal, rows, rules
 from btt.services.ledger.books import Account, Effect, Request, Terms
 from btt.services.ledger.journal import NO_HASH, Entry, EntryRef, Head, Kind
 from btt.services.ledger.machine import Channel, Phase
-from btt.services.ledger.proving import Provers
-from btt.services.ledger.verify import OpenOperation, Operation, ProvenVerifier
+from btt.services.ledger.proving import ProvenVerifier, Provers
+from btt.services.ledger.verify import OpenOperation, Operation
 
 _ANY: Final = Terms(
     min_challenge_ms=0,

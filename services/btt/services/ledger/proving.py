@@ -30,7 +30,7 @@ from btt.sdk.signing import (
     Transfer,
 )
 from btt.services.ledger.journal import Entry, Kind
-from btt.services.ledger.verify import claim, public_key
+from btt.services.ledger.verify import Verifier, public_key
 
 CHUNK: Final = 512
 """Entries that a prover gets at once."""
@@ -44,6 +44,11 @@ _MESSAGES: Final[dict[int, type[Message]]] = {
 }
 _Signed = tuple[int, bytes, bytes, bytes]
 _Part = tuple[list[Entry], "Future[list[bytes]]"]
+
+
+def claim(key: bytes, digest: bytes, signature: bytes) -> bytes:
+    """Returns the claim that a key (33 bytes) signed a digest (32 bytes), as bytes to compare."""
+    return key + digest + signature
 
 
 def claims(ledger_id: bytes, entries: Iterable[_Signed]) -> list[bytes]:
@@ -73,6 +78,16 @@ def _claims(ledger_id: bytes, kind: int, body: bytes, proof: bytes, k1: bytes) -
     for key, signed, signature in said:
         if public_key(key).verify(signed, signature):
             yield claim(key, signed, signature)
+
+
+class ProvenVerifier(Verifier):
+    """A verifier that spares itself what was proven before, for this very key, digest and signature."""
+
+    proven: frozenset[bytes] = frozenset()
+    """Claims that hold."""
+
+    def _holds(self, key: bytes, digest: bytes, signature: bytes) -> bool:
+        return claim(key, digest, signature) in self.proven or super()._holds(key, digest, signature)
 
 
 class Provers:

@@ -10,7 +10,6 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from hashlib import sha256
 from typing import Any, Final, TypeVar
 
 import grpc.aio
@@ -30,21 +29,18 @@ from btt.sdk.signing import (
     ChannelFinalize,
     ChannelUpdate,
     Query,
-    Receipt,
-    sign_document,
 )
-from btt.sdk.signing.layout import preimage
 from btt.services.ledger import watching
 from btt.services.ledger.books import HOUR_MS
 from btt.services.ledger.genesis import Identity
 from btt.services.ledger.hub import Hub
-from btt.services.ledger.journal import Entry, EntryRef
 from btt.services.ledger.limits import RateLimiter
 from btt.services.ledger.machine import Channel
 from btt.services.ledger.reading import Reader
 from btt.services.ledger.rules import check_close, check_update, known
 from btt.services.ledger.sequencer import Sequencer
 from btt.services.ledger.verify import Operation, Verifier, public_key
+from btt.services.ledger.voice import Voice
 
 LONGEST_QUERY_MS: Final = HOUR_MS
 """A query may not be valid for longer than this from now."""
@@ -92,12 +88,10 @@ class LedgerService(LedgerServiceServicer):
         self._sequencer = sequencer
         self._reader = reader
         self._identity = identity
-        self._operator_key = operator_key
-        self._certificates = tuple(certificates)
         self._clock = clock
         self._verifier = Verifier(identity.ledger_id)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ledger-reader")
-        self._rotations = [_rotation(entry) for entry in reader.rotations()]
+        self._voice = Voice(identity, operator_key, certificates, reader.rotations())
 
     def close(self) -> None:
         """Ends the reader's thread and closes its connection."""
@@ -281,49 +275,11 @@ class LedgerService(LedgerServiceServicer):
             self._limiter.charge(operation.signer or operation.digest)
             return operation
 
-        return await self._sequencer.carry_out(check, self._receipt)
-
-    def _receipt(self, entry: EntryRef) -> pb.LedgerReceipt:
-        receipt = Receipt(
-            request_digest=entry.request_digest,
-            seq=entry.seq,
-            entry_hash=entry.hash,
-            time_ms=entry.time_ms,
-            code=0,
-            epoch=entry.epoch,
-            operator_key_id=self._operator_key.address,
-        )
-        body = receipt.encode()
-        digest = sha256(preimage(Receipt.TAG, self._identity.ledger_id, body)).digest()
-        return pb.LedgerReceipt(body=body, signature=self._operator_key.sign(digest))
+        return await self._sequencer.carry_out(check, self._voice.receipt)
 
     async def _info(self) -> pb.GetInfoResponse:
         head, _ = await self._read(self._reader.head)
-        identity, terms = self._identity, self._identity.terms
-        info = pb.LedgerInfo(
-            ledger_id=identity.ledger_id,
-            name=identity.name,
-            operator_key=self._operator_key.public.data,
-            epoch=head.epoch,
-            certificate_sha256=self._certificates,
-            unbacked=identity.unbacked,
-            min_challenge_ms=terms.min_challenge_ms,
-            max_challenge_ms=terms.max_challenge_ms,
-            min_lifetime_ms=terms.min_lifetime_ms,
-            max_lifetime_ms=terms.max_lifetime_ms,
-            time_ms=max(self._clock(), head.time_ms),
-            head_seq=head.seq,
-            head_hash=head.hash,
-            rotations=self._rotations,
-            open_fee=terms.open_fee,
-            max_locked=terms.max_locked,
-            max_open_channels=terms.max_open_channels,
-            min_update_delta=terms.min_update_delta,
-        )
-        return pb.GetInfoResponse(info=self._document("LedgerInfo", info.SerializeToString()))
-
-    def _document(self, name: str, payload: bytes) -> Any:
-        return sign_document(self._operator_key, name, self._identity.ledger_id, payload)
+        return pb.GetInfoResponse(info=self._voice.info(head, now_ms=max(self._clock(), head.time_ms)))
 
     async def _query(self, signed: pb.SignedBody) -> tuple[Query, bytes, int]:
         query, digest = self._verifier.query(
@@ -348,7 +304,7 @@ class LedgerService(LedgerServiceServicer):
             locked=account.locked if account else 0,
             time_ms=now_ms,
         )
-        return pb.GetAccountResponse(account=self._document("AccountState", state.SerializeToString()))
+        return pb.GetAccountResponse(account=self._voice.document("AccountState", state))
 
     async def _own_channel(self, channel_id: bytes, key: PublicKey) -> Channel:
         channel = known(await self._read(self._reader.channel, channel_id))
@@ -371,7 +327,7 @@ class LedgerService(LedgerServiceServicer):
             time_ms=now_ms,
             best_signature=channel.best_signature,
         )
-        return pb.GetChannelResponse(channel=self._document("ChannelState", state.SerializeToString()))
+        return pb.GetChannelResponse(channel=self._voice.document("ChannelState", state))
 
     async def _close(self, request: pb.CloseChannelRequest) -> pb.CloseChannelResponse:
         signed = request.close
@@ -423,7 +379,7 @@ class LedgerService(LedgerServiceServicer):
             page = pb.LedgerEvents(
                 query_digest=digest, events=events, seen_seq=seen_seq, time_ms=await self._now_ms()
             )
-            yield pb.WatchResponse(events=self._document("LedgerEvents", page.SerializeToString()))
+            yield pb.WatchResponse(events=self._voice.document("LedgerEvents", page))
 
     async def _events(
         self, channel: bytes | None, key: PublicKey, after: int
@@ -436,14 +392,3 @@ class LedgerService(LedgerServiceServicer):
     async def due(self, most: int) -> list[bytes]:
         """Returns ids of at most `most` channels (of each phase) that anybody may pay out now."""
         return await self._read(self._reader.due, await self._now_ms(), most)
-
-
-def _rotation(entry: Entry) -> pb.OperatorRotation:
-    proof = entry.signatures
-    return pb.OperatorRotation(
-        body=entry.body,
-        old_key=proof[:33],
-        old_signature=proof[33:98],
-        new_signature=proof[98:],
-        seq=entry.seq,
-    )

@@ -28,19 +28,18 @@ from btt.sdk.errors import (
 from btt.sdk.keys import Address, PrivateKey
 from btt.sdk.money import SUPPLY
 from btt.sdk.signing import KeyRotation, document_digest
-from btt.services.ledger import genesis, mark, rows, rules, schema
-from btt.services.ledger.books import Account, Effect, Request, Terms
+from btt.services.ledger import genesis, mark, rows, schema
+from btt.services.ledger.books import Effect, Terms
 from btt.services.ledger.check import check_books
+from btt.services.ledger.committed import Committed
 from btt.services.ledger.genesis import Identity
 from btt.services.ledger.journal import NO_HASH, EntryRef, Head, Kind
-from btt.services.ledger.machine import Channel
 from btt.services.ledger.mark import MarkWriter
 from btt.services.ledger.overlay import Batch
 from btt.services.ledger.reading import connect, storage
 from btt.services.ledger.verify import Operation
 
 _log = logging.getLogger(__name__)
-_MOST_CACHED: Final = 100_000
 _PURGE_EVERY_MS: Final = 60_000
 _MOST_PURGED: Final = 1_000
 
@@ -122,7 +121,7 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-class Store:
+class Store(Committed):
     """The writer's side of the books. Not thread-safe: one thread at a time uses it.
 
     Use `Store.open`; close it, or use it as a context manager.
@@ -131,16 +130,11 @@ class Store:
     def __init__(self, path: Path, connection: sqlite3.Connection, lock: int) -> None:
         self.path = path
         self._mark: MarkWriter | None = None
-        self._connection = connection
+        super().__init__(connection)
         self._lock = lock
         self._next_account = 1
         self._writer = secrets.token_bytes(16)
-        self._accounts: dict[bytes, Account] = {}
-        self._channels: dict[bytes, Channel] = {}
         self._next_purge_ms = 0
-        self._entries: dict[bytes, EntryRef] = {}
-        self._requests: dict[tuple[bytes, bytes], Request] = {}
-        self._looked_up: set[bytes | tuple[bytes, bytes]] = set()
         self._stale = True
         self.identity = rows.read_identity(connection)
 
@@ -221,8 +215,7 @@ class Store:
         Raises:
             StorageError: The database cannot be read.
         """
-        self._accounts.clear()
-        self._channels.clear()
+        self._forget()
         with storage():
             if self._connection.in_transaction:
                 self._connection.execute("ROLLBACK")
@@ -231,43 +224,6 @@ class Store:
                 1 + self._connection.execute("SELECT coalesce(max(acct), 0) FROM accounts").fetchone()[0]
             )
         self._stale = False
-
-    def account(self, account: bytes) -> Account | None:
-        """Returns a committed account."""
-        found = self._accounts.get(account)
-        if found is None:
-            with storage():
-                found = rows.read_account(self._connection, account)
-            if found is not None:
-                self._accounts[account] = found
-        return found
-
-    def channel(self, channel_id: bytes) -> Channel | None:
-        """Returns a committed channel."""
-        found = self._channels.get(channel_id)
-        if found is None:
-            with storage():
-                found = rows.read_channel(self._connection, channel_id)
-            if found is not None:
-                self._channels[channel_id] = found
-        return found
-
-    def request(self, account: bytes, request_id: bytes) -> Request | None:
-        """Returns what became of a request id."""
-        if (account, request_id) not in self._looked_up:
-            owner = self.account(account)
-            with storage():
-                return rows.read_requests(self._connection, [(owner, request_id)] if owner else []).get(
-                    (account, request_id)
-                )
-        return self._requests.get((account, request_id))
-
-    def entry(self, request_digest: bytes) -> EntryRef | None:
-        """Returns the entry that a request made."""
-        if request_digest not in self._looked_up:
-            with storage():
-                return rows.read_entries(self._connection, [request_digest]).get(request_digest)
-        return self._entries.get(request_digest)
 
     def begin(self, clock_ms: int, upcoming: Sequence[Operation] = ()) -> Batch:
         """Starts a batch on the committed state.
@@ -284,16 +240,6 @@ class Store:
         self._look_up(upcoming)
         return Batch(self, clock_ms=clock_ms, terms=self.identity.terms)
 
-    def _look_up(self, operations: Sequence[Operation]) -> None:
-        """Reads which of these requests were seen before."""
-        digests = [operation.digest for operation in operations]
-        named = [found for operation in operations if (found := rules.request_of(operation))]
-        owners = [(owner, name) for account, name in named if (owner := self.account(account))]
-        with storage():
-            self._entries = rows.read_entries(self._connection, digests)
-            self._requests = rows.read_requests(self._connection, owners)
-        self._looked_up = {*digests, *named}
-
     def commit(self, batch: Batch) -> None:
         """Makes a batch durable, all of it or nothing.
 
@@ -308,7 +254,6 @@ class Store:
             StorageError: The disk or the database failed; the state is read again.
         """
         connection = self._connection
-        self._looked_up.clear()
         self._stale = True
         try:
             with storage():
@@ -323,11 +268,7 @@ class Store:
                 if connection.in_transaction:
                     connection.execute("ROLLBACK")
             raise
-        if len(self._accounts) + len(self._channels) > _MOST_CACHED:
-            self._accounts.clear()
-            self._channels.clear()
-        self._accounts.update(batch.accounts)
-        self._channels.update(batch.channels)
+        self._remember(batch)
         self._head, self._totals = batch.head, totals
         self._next_account = batch.next_account
         self._stale = False

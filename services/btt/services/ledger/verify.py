@@ -1,8 +1,7 @@
 """The only maker of operations: what exists as an `Operation` has had its signatures checked.
 
-The writer takes nothing else, so an unverified request cannot move money, whatever a front end
-forgets. Cheap checks come before ECDSA (about 30 us each with libsecp256k1); what needs the state
-of the books stays in `books`.
+The writer takes nothing else, so an unverified request cannot move money. Cheap checks come before
+ECDSA (about 30 us each with libsecp256k1); what needs the state of the books stays in `rules`.
 """
 
 from __future__ import annotations
@@ -141,23 +140,14 @@ def public_key(data: bytes) -> PublicKey:
     return PublicKey(data)
 
 
-def claim(key: bytes, digest: bytes, signature: bytes) -> bytes:
-    """Returns the claim that a key (33 bytes) signed a digest (32 bytes), as bytes to compare."""
-    return key + digest + signature
-
-
 class Verifier:
-    """Checks signed requests for one ledger.
-
-    Args:
-        ledger_id: 32 bytes.
-    """
+    """Checks signed requests for one ledger, whose id is 32 bytes."""
 
     def __init__(self, ledger_id: bytes) -> None:
         self.ledger_id = ledger_id
 
     def _check(self, key: bytes, message: Message, signature: bytes, body: bytes | None = None) -> bytes:
-        """Checks a signature; `body` is what the message was decoded from, if it was."""
+        # `body` is what the message was decoded from, if it was.
         digest = sha256(preimage(message.TAG, self.ledger_id, body or message.encode())).digest()
         if not self._holds(key, digest, signature):
             raise SignatureInvalid(f"The {type(message).__name__} is not signed by this key for this ledger.")
@@ -408,13 +398,3 @@ class Verifier:
         """
         message = Query.decode(body)
         return message, self._check(signer, message, signature, body)
-
-
-class ProvenVerifier(Verifier):
-    """A verifier that spares itself what was proven before, for this very key, digest and signature."""
-
-    proven: frozenset[bytes] = frozenset()
-    """Claims that hold."""
-
-    def _holds(self, key: bytes, digest: bytes, signature: bytes) -> bool:
-        return claim(key, digest, signature) in self.proven or super()._holds(key, digest, signature)
