@@ -34,7 +34,7 @@ from btt.sdk.signing import ChannelClose, ChannelCommit, ChannelRefund, ChannelU
 from btt.services.ledger import folder, server
 from btt.services.ledger.books import Terms
 from btt.services.ledger.hub import MOST_PER_KEY
-from btt.services.ledger.service import LedgerService
+from btt.services.ledger.voice import Voice
 
 START = 1_800_000_000_000
 HOUR, WINDOW = 3_600_000, 5000
@@ -327,10 +327,10 @@ class TestWatch:
                 await following
 
     async def test_a_liar(self, ledger: LedgerClient, monkeypatch: Any) -> None:
-        def lie(self: LedgerService, name: str, payload: bytes) -> Any:
-            return sign_document(CAROL, name, self._identity.ledger_id, payload)
+        def lie(self: Voice, name: str, content: Any) -> Any:
+            return sign_document(CAROL, name, self._identity.ledger_id, content.SerializeToString())
 
-        monkeypatch.setattr(LedgerService, "_document", lie)
+        monkeypatch.setattr(Voice, "document", lie)
         with pytest.raises(IdentityError):
             await anext(ledger.watch(ALICE))
 

@@ -55,7 +55,7 @@ from btt.sdk.tls import make_certificate, pinned_channel, read_certificate, serv
 from btt.services.ledger import folder, server
 from btt.services.ledger.books import Terms
 from btt.services.ledger.journal import EntryRef
-from btt.services.ledger.service import LedgerService
+from btt.services.ledger.voice import Voice
 
 START = 1_800_000_000_000
 HOUR = 3_600_000
@@ -329,12 +329,11 @@ class TestIdentity:
     async def test_an_operator_with_two_ledgers(
         self, running: server.RunningLedger, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        def confused(self: LedgerService, name: str, payload: bytes) -> Any:
-            info = pb.LedgerInfo.FromString(payload)
+        def confused(self: Voice, name: str, info: pb.LedgerInfo) -> Any:
             info.ledger_id = bytes(32)
-            return sign_document(self._operator_key, name, self._identity.ledger_id, info.SerializeToString())
+            return sign_document(self._key, name, self._identity.ledger_id, info.SerializeToString())
 
-        monkeypatch.setattr(LedgerService, "_document", confused)
+        monkeypatch.setattr(Voice, "document", confused)
         with pytest.raises(IdentityError, match="another ledger"):
             async with LedgerClient.connect(running.address):
                 pass
@@ -362,23 +361,23 @@ class TestIdentity:
             await middle.stop(0)
 
 
-def _other_request(self: LedgerService, entry: EntryRef) -> pb.LedgerReceipt:
-    return LedgerService._receipt(self, replace(entry, request_digest=bytes(32)))
+def _other_request(self: Voice, entry: EntryRef) -> pb.LedgerReceipt:
+    return Voice.receipt(self, replace(entry, request_digest=bytes(32)))
 
 
-def _other_signer(self: LedgerService, entry: EntryRef) -> pb.LedgerReceipt:
-    body = LedgerService._receipt(self, entry).body
+def _other_signer(self: Voice, entry: EntryRef) -> pb.LedgerReceipt:
+    body = Voice.receipt(self, entry).body
     forged = sign(CAROL, Receipt.decode(body), self._identity.ledger_id)
     return pb.LedgerReceipt(body=body, signature=forged)
 
 
-def _failure_code(self: LedgerService, entry: EntryRef) -> pb.LedgerReceipt:
-    receipt = replace(Receipt.decode(LedgerService._receipt(self, entry).body), code=1)
-    signature = sign(self._operator_key, receipt, self._identity.ledger_id)
+def _failure_code(self: Voice, entry: EntryRef) -> pb.LedgerReceipt:
+    receipt = replace(Receipt.decode(Voice.receipt(self, entry).body), code=1)
+    signature = sign(self._key, receipt, self._identity.ledger_id)
     return pb.LedgerReceipt(body=receipt.encode(), signature=signature)
 
 
-def _garbage(self: LedgerService, entry: EntryRef) -> pb.LedgerReceipt:
+def _garbage(self: Voice, entry: EntryRef) -> pb.LedgerReceipt:
     return pb.LedgerReceipt(body=b"receipt", signature=bytes(65))
 
 
@@ -388,16 +387,16 @@ async def test_lies_in_receipts(
 ) -> None:
     t1, t2 = terms(ledger)
     await ledger.open_channel(t1, ALICE, t2)
-    honest = LedgerService._receipt
+    honest = Voice.receipt
     fake = says.__get__  # the original must stay reachable for the lie
 
-    def lie(self: LedgerService, entry: EntryRef) -> pb.LedgerReceipt:
+    def lie(self: Voice, entry: EntryRef) -> pb.LedgerReceipt:
         with monkeypatch.context() as patch:
-            patch.setattr(LedgerService, "_receipt", honest)
+            patch.setattr(Voice, "receipt", honest)
             made: pb.LedgerReceipt = fake(self)(entry)
             return made
 
-    monkeypatch.setattr(LedgerService, "_receipt", lie)
+    monkeypatch.setattr(Voice, "receipt", lie)
     for call in (
         ledger.transfer(ALICE, BOB.address, 1),
         ledger.open_channel(t1, ALICE, t2),
@@ -414,18 +413,16 @@ async def test_lies_in_states(ledger: LedgerClient, monkeypatch: pytest.MonkeyPa
     other, consent = terms(ledger, nonce=b"\1" * 16)
     await ledger.open_channel(other, ALICE, consent)
 
-    def lie(self: LedgerService, name: str, payload: bytes) -> Any:
-        state = (pb.AccountState if name == "AccountState" else pb.ChannelState)()
-        state.ParseFromString(payload)
+    def lie(self: Voice, name: str, state: pb.AccountState | pb.ChannelState) -> Any:
         if field == "commit" and isinstance(state, pb.ChannelState):
             state.commit = other.encode()
         elif field not in ("commit", "signer", "name") and hasattr(state, field):
             setattr(state, field, bytes(len(getattr(state, field))))
-        key = CAROL if field == "signer" else self._operator_key
+        key = CAROL if field == "signer" else self._key
         name = "LedgerInfo" if field == "name" else name
         return sign_document(key, name, self._identity.ledger_id, state.SerializeToString())
 
-    monkeypatch.setattr(LedgerService, "_document", lie)
+    monkeypatch.setattr(Voice, "document", lie)
     if field not in ("channel_id", "commit"):
         with pytest.raises(IdentityError):
             await ledger.account(ALICE)
