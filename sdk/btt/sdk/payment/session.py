@@ -295,15 +295,17 @@ class PaymentSession:
     async def _guard(self, work: Callable[[PayStream], Awaitable[None]], stream: PayStream) -> None:
         try:
             await work(stream)
-        except grpc.aio.AioRpcError as failure:
-            error = to_error(failure)
-            if isinstance(error, RemoteError):  # a write on a stream that broke does not know why
-                error = SessionEnded("The payment stream broke.")
-            self.fail(error)
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as failure:
+            # A write on a stream that broke does not know why; the reader of the same stream hears it.
+            if work == self._read:
+                error: BttError = SessionEnded("The payment stream broke.")
+                if isinstance(failure, grpc.aio.AioRpcError) and not isinstance(
+                    told := to_error(failure), RemoteError
+                ):
+                    error = told
+                self.fail(error)
         except BttError as error:
             self.fail(error)
-        except asyncio.InvalidStateError:
-            self.fail(SessionEnded("The payment stream is closed."))
         except Exception as error:
             # Whoever waits for this task must not wait for ever.
             self.fail(InternalError(f"The payment session failed here ({error!r})."))
