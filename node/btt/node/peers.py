@@ -136,7 +136,7 @@ def _rows(payers: dict[str, tuple[int, int, int]], conduct: dict[str, Any], now:
 
 
 def _now() -> int:
-    from btt.node.folder import system_ms
+    from btt.node.clock import system_ms
 
     return system_ms()
 

@@ -113,6 +113,7 @@ class Registry:
         self._plugins: dict[str, ServicePlugin] = {}
         self._started: list[str] = []
         self.services: list[str] = []
+        self.owners: dict[str, str] = {}
         self.prices: dict[Line, Price] = {}
         for name, section in sections.items():
             if name not in plugins:
@@ -163,6 +164,7 @@ class Registry:
                 _check_prices(charges, prices, credit_limit)
                 self.prices |= prices
                 self.services += gate.services
+                self.owners |= dict.fromkeys(gate.services, name)
 
     async def stop(self) -> None:
         """Stops what was started, the last first; a failure of one does not keep the others."""

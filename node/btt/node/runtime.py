@@ -19,9 +19,11 @@ from grpc_reflection.v1alpha._async import ReflectionServicer
 
 from btt.node import registry
 from btt.node.admission import Admission
+from btt.node.clock import system_ms
 from btt.node.config import parse_listen
-from btt.node.folder import NodeFolder, Running, system_ms
+from btt.node.folder import NodeFolder, Running
 from btt.node.health import HealthServicer
+from btt.node.observe import Observer
 from btt.node.offers import OfferContent, Offers, OfferServicer
 from btt.node.payments.closing import Closer
 from btt.node.payments.interceptor import PaymentInterceptor, Registrar
@@ -29,6 +31,7 @@ from btt.node.payments.ledger import LedgerOnDemand
 from btt.node.payments.servicer import PaymentServicer
 from btt.node.payments.sessions import CreditPolicy, Sessions
 from btt.node.payments.store import PayeeStore
+from btt.node.refusals import Refusals
 from btt.proto.offer.v1 import offer_pb2, offer_pb2_grpc
 from btt.proto.payment.v1 import payment_pb2, payment_pb2_grpc
 from btt.sdk.errors import BttError, ConfigError, Draining
@@ -129,7 +132,7 @@ class Node:
     async def _start(self, stack: AsyncExitStack) -> None:
         folder, config = self.folder, self.folder.config
         running = stack.enter_context(folder.lock())
-        self.store = PayeeStore(folder.books)
+        self.store = PayeeStore(folder.books, clock=self._clock)
         stack.callback(self.store.close)
         self.ledger = LedgerOnDemand(config.ledger.address)
         stack.push_async_callback(self.ledger.close)
@@ -152,10 +155,12 @@ class Node:
             calls=config.limits.calls,
             calls_per_session=config.limits.calls_per_session,
         )
+        self.refusals = Refusals(store=self.store, clock=self._clock)
+        observer = Observer(services.owners, lambda service, _, reason: self.refusals.count(service, reason))
         metering = PaymentInterceptor(sessions=self.sessions, charges=registrar.charges, clock=self._clock)
         server = grpc.aio.server(
             handlers=collector.handlers,
-            interceptors=[self.admission, metering],
+            interceptors=[observer, self.admission, metering],
             options=[*_OPTIONS, *_keepalive(config.payments.grace)],
         )
         port = self._listen(server)
@@ -166,6 +171,7 @@ class Node:
         self._watch(self.closer.run(_SWEEP_EVERY_S, watch_s))
         self._watch(self.offers.run(_OFFER_EVERY_S))
         self._watch(self.sessions.bans.run(self.sessions.peers, self.sessions.disconnect))
+        self._watch(self.refusals.run())
         self._watch(self._greet_ledger())
         await self._tell(running, port, services)
 
@@ -293,6 +299,8 @@ class Node:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._patiently(self._sweep_last(), _LAST_SWEEP_S)
+        with suppress(BttError):
+            await self.refusals.flush()
         log.info("node.stopped")
 
     async def _patiently(self, work: object, seconds: float) -> None:

@@ -93,6 +93,21 @@ def to_error(failure: grpc.aio.AioRpcError, *, by: str = "node") -> BttError:
     return error
 
 
+def reason_of(metadata: Iterable[tuple[str, str | bytes]] | None) -> str:
+    """Returns the reason that an aborted call is answered with; empty if it has none of ours.
+
+    Args:
+        metadata: The trailing metadata of the call.
+    """
+    for key, value in metadata or ():
+        if key == "grpc-status-details-bin" and isinstance(value, bytes):
+            for detail in status_pb2.Status.FromString(value).details:
+                info = error_details_pb2.ErrorInfo()
+                if detail.Is(info.DESCRIPTOR) and detail.Unpack(info) and info.domain == DOMAIN:
+                    return str(info.reason)
+    return ""
+
+
 def _named(failure: grpc.aio.AioRpcError) -> BttError:
     for key, value in failure.trailing_metadata() or ():
         if key == "grpc-status-details-bin" and isinstance(value, bytes):

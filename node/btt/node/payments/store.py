@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import sqlite3
 import threading
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from btt.node.clock import system_ms
+from btt.node.payments.days import DAYS_SCHEMA, tell_days
+from btt.node.refusals import REFUSALS_SCHEMA
 from btt.sdk.channel import Checked, Durable, Line, SignedUpdate, Tally
 from btt.sdk.database import open_books
 from btt.sdk.group_commit import GroupCommit, Job
@@ -21,7 +24,7 @@ from btt.sdk.money import Unit
 from btt.sdk.payment.bans import BANS_SCHEMA
 from btt.sdk.payment.counts import COUNTS_SCHEMA, load_tally, save_tally
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 OPEN, CLOSING, CLOSED = "open", "closing", "closed"
 
 _SCHEMA = """
@@ -51,7 +54,7 @@ CREATE INDEX channels_payer ON channels(payer);
 CREATE TRIGGER best_never_falls BEFORE UPDATE OF best ON channels WHEN new.best < old.best
 BEGIN SELECT raise(ABORT, 'a best update never falls'); END;
 """
-_UPGRADES = {1: BANS_SCHEMA}
+_UPGRADES = {1: BANS_SCHEMA, 2: DAYS_SCHEMA + REFUSALS_SCHEMA}
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,19 +120,21 @@ class PayeeStore:
 
     Args:
         path: The SQLite file; made if missing.
+        clock: Unix milliseconds.
 
     Raises:
         ConfigError: The books are of a newer version.
         StorageError: They cannot be opened.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, clock: Callable[[], int] = system_ms) -> None:
         self._db = open_books(
             path,
-            schema=_SCHEMA + COUNTS_SCHEMA + BANS_SCHEMA,
+            schema=_SCHEMA + COUNTS_SCHEMA + BANS_SCHEMA + DAYS_SCHEMA + REFUSALS_SCHEMA,
             version=SCHEMA_VERSION,
             upgrades=_UPGRADES,
         )
+        tell_days(self._db, clock)
         self._group = GroupCommit(self._db, threading.Lock(), whose="The node's books")
 
     def close(self) -> None:
@@ -213,13 +218,18 @@ class PayeeStore:
             )
         )
 
-    async def next_epoch(self, channel_id: bytes) -> int:
-        """Counts a session of a channel, and returns its number."""
+    async def next_epoch(self, channel_id: bytes, app: Address | None = None) -> int:
+        """Counts a session of a channel, and returns its number.
+
+        Args:
+            channel_id: 32 bytes.
+            app: The application that opened it; None if it is unknown.
+        """
         return int(
             await self.run(
                 lambda db: db.execute(
-                    "UPDATE channels SET epoch = epoch + 1 WHERE channel_id = ? RETURNING epoch",
-                    (channel_id,),
+                    "UPDATE channels SET epoch = epoch + 1, app = ? WHERE channel_id = ? RETURNING epoch",
+                    (app.data if app else None, channel_id),
                 ).fetchone()[0]
             )
         )

@@ -1,0 +1,1 @@
+"""The commands for operators; each is thin over functions of the node."""

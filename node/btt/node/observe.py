@@ -1,0 +1,109 @@
+"""The outermost interceptor: sees how every call ends, whatever refused it.
+
+It is the one place where refusals and requests are counted, so that no part of the chain can
+forget to. It reads the reason from what the call is answered with, which costs nothing for calls
+that are served.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import aclosing, contextmanager
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+import grpc
+import grpc.aio
+
+from btt.node.refusals import SERVED
+from btt.sdk.rpc import reason_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+CANCELLED: Final = "CANCELLED"
+PLATFORM: Final = {
+    "btt.proto.payment.v1.PaymentService": "payments",
+    "btt.proto.offer.v1.OfferService": "offers",
+}
+
+
+_GOOD_END: Final = ("payments", "Pay", "SESSION_ENDED")
+"""How the payment stream of a session ends when its channel is closed: nobody was refused."""
+
+
+class Watcher(Protocol):
+    """Hears how calls end."""
+
+    def __call__(self, service: str, method: str, reason: str) -> None:
+        """Takes note of one call: its service's name, its method, and SERVED, CANCELLED or a reason."""
+
+
+class Observer(grpc.aio.ServerInterceptor):
+    """Tells watchers how each call ended.
+
+    Args:
+        owners: Name of the node's service by proto service; it may grow.
+        watchers: Who wants to know.
+    """
+
+    def __init__(self, owners: Mapping[str, str], *watchers: Watcher) -> None:
+        self._owners = owners
+        self._watchers = watchers
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[Any, Any] | None:
+        """Wraps the handlers of all services but health and reflection."""
+        handler: Any = await continuation(handler_call_details)
+        proto, _, method = handler_call_details.method.lstrip("/").partition("/")
+        service = self._owners.get(proto) or PLATFORM.get(proto)
+        if handler is None or service is None:
+            return handler  # type: ignore[no-any-return]
+        name: str = service
+        if handler.response_streaming:
+            inner = handler.stream_stream or handler.unary_stream
+
+            async def stream(request: Any, context: Any) -> AsyncIterator[Any]:
+                with self._watched(name, method, context):
+                    async with aclosing(inner(request, context)) as messages:
+                        async for message in messages:
+                            yield message
+
+            make = (
+                grpc.stream_stream_rpc_method_handler
+                if handler.request_streaming
+                else grpc.unary_stream_rpc_method_handler
+            )
+            return make(stream, handler.request_deserializer, handler.response_serializer)
+        inner_unary = handler.stream_unary or handler.unary_unary
+
+        async def unary(request: Any, context: Any) -> Any:
+            with self._watched(name, method, context):
+                return await inner_unary(request, context)
+
+        make_unary = (
+            grpc.stream_unary_rpc_method_handler
+            if handler.request_streaming
+            else grpc.unary_unary_rpc_method_handler
+        )
+        return make_unary(unary, handler.request_deserializer, handler.response_serializer)
+
+    @contextmanager
+    def _watched(self, service: str, method: str, context: Any) -> Iterator[None]:
+        reason = SERVED
+        try:
+            yield
+        except (asyncio.CancelledError, GeneratorExit):
+            reason = CANCELLED
+            raise
+        except BaseException:
+            reason = reason_of(context.trailing_metadata()) or "INTERNAL"
+            raise
+        finally:
+            if (service, method, reason) == _GOOD_END:
+                reason = SERVED
+            for watcher in self._watchers:
+                watcher(service, method, reason)
