@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from btt.node import config
-from btt.node.config import parse, parse_duration, parse_listen
+from btt.node.config import parse
+from btt.node.values import parse_duration, parse_listen
 from btt.sdk.errors import ConfigError
 from btt.sdk.keys import PrivateKey
 from btt.sdk.ledger import LedgerAddress

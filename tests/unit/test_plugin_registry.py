@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import grpc
 import pytest
 
 from btt.node import registry
 from btt.node.config import ServiceSection
-from btt.node.payments.interceptor import Registrar
-from btt.node.registry import Collector, Registry
-from btt.sdk.errors import ConfigError
+from btt.node.limits.limiter import Limiter
+from btt.node.metrics import NodeMetrics
+from btt.node.plugins.host import State, Surroundings
+from btt.node.plugins.scope import follow_tasks
+from btt.node.registry import Registry
+from btt.sdk.errors import ConfigError, ServiceUnavailable
 from btt.sdk.money import BTT, Rate
 from btt.sdk.plugin import Line, Price, Unit, check_keys
 from btt.services.content.plugin import ContentPlugin
@@ -21,6 +26,8 @@ ROWS = Line(SERVICE, Unit.COUNT)
 MIB = 1 << 20
 PRICES = {BYTES: Price(Rate.parse("1 BTT / GiB"), MIB), ROWS: Price(Rate(1, 1, Unit.COUNT), 1000)}
 ON = ServiceSection(enabled=True)
+NOTHING: dict = {}
+SHORT = {"start_s": 0.05, "stop_s": 0.05, "leak_s": 0.05}
 
 
 class Plugin:
@@ -48,34 +55,49 @@ class Plugin:
         self.events.append("stop")
 
 
-def make(tmp_path, sections=None, **plugins):
+def make(tmp_path, sections=None, *, credit_limit=BTT, **plugins):
     plugins = {name: (lambda cls=cls: cls) for name, cls in plugins.items()}
     sections = dict.fromkeys(plugins, ON) if sections is None else sections
-    return Registry(plugins, sections=sections, folder=tmp_path, clock=lambda: 0)
+    limiter = Limiter(lambda: 0.0)
+    around = Surroundings(
+        folder=tmp_path, clock=lambda: 0, limiter=limiter.of, metrics=NodeMetrics(None).of, **SHORT
+    )
+    made = Registry(plugins, around=around, limiter=limiter, credit_limit=credit_limit)
+    made.configure(sections)
+    return made
 
 
-def register(made, *, credit_limit=BTT):
-    collector = Collector()
-    registrar = Registrar(collector)
-    made.register(registrar, credit_limit=credit_limit)
-    return collector, registrar
+async def register(made):
+    for host in made.hosts.values():
+        await made.begin(host)
+    return made
 
 
-def refusal(tmp_path, plugin, **options) -> str:
+def found(made, method):
+    """Returns the handler of a method as the server finds it."""
+
+    class Details:
+        pass
+
+    Details.method = f"/{SERVICE}/{method}"
+    return made.router.service(Details())
+
+
+async def refusal(tmp_path, plugin, **options) -> str:
     with pytest.raises(ConfigError, match=r"^services\.probe") as caught:
-        register(make(tmp_path, probe=plugin), **options)
+        await register(make(tmp_path, probe=plugin, **options))
     return str(caught.value)
 
 
-def test_a_good_service_is_registered_with_its_charges_and_prices(tmp_path):
+async def test_a_good_service_is_registered_with_its_charges_and_prices(tmp_path):
     made = make(tmp_path, probe=Plugin)
-    collector, registrar = register(made)
+    await register(made)
     assert made.prices == PRICES
-    assert made.services == [SERVICE]
-    assert {path.rpartition("/")[2] for path in registrar.charges} == {
+    assert made.services == made.router.services == (SERVICE,)
+    assert made.owners == {SERVICE: "probe"}
+    assert {path.rpartition("/")[2] for path in made.registrar.charges} == {
         method.name for method in pb.DESCRIPTOR.services_by_name["ProbeService"].methods
     }
-    assert [handler.service_name() for handler in collector.handlers] == [SERVICE]
 
 
 def test_a_service_gets_its_own_folder_and_options_and_nothing_else(tmp_path):
@@ -90,10 +112,12 @@ def test_a_service_gets_its_own_folder_and_options_and_nothing_else(tmp_path):
     assert context.data_dir == tmp_path / "probe"
     assert context.data_dir.is_dir()
     assert context.config == {"rate": "2 BTT / GiB"}
-    assert set(context.__slots__) == {"data_dir", "config", "log", "clock"}
+    assert set(context.__slots__) == {
+        "data_dir", "config", "log", "clock", "tasks", "limiter", "metrics"
+    }  # fmt: skip
 
 
-def test_a_method_without_a_policy(tmp_path):
+async def test_a_method_without_a_policy(tmp_path):
     class Silent(Plugin):
         def register(self, server):
             async def no_policy(request, context):
@@ -102,10 +126,10 @@ def test_a_method_without_a_policy(tmp_path):
             handler = grpc.unary_unary_rpc_method_handler(no_policy)
             server.add_registered_method_handlers("probe.v1.RefusedService", {"NoPolicy": handler})
 
-    assert "RefusedService/NoPolicy does not say what it costs" in refusal(tmp_path, Silent)
+    assert "RefusedService/NoPolicy does not say what it costs" in await refusal(tmp_path, Silent)
 
 
-def test_a_handler_that_writes_its_responses(tmp_path):
+async def test_a_handler_that_writes_its_responses(tmp_path):
     class Writing(Probe):
         async def Many(self, request, context):  # noqa: N802
             await context.write(pb.Bytes())
@@ -114,10 +138,10 @@ def test_a_handler_that_writes_its_responses(tmp_path):
         def register(self, server):
             rpc.add_ProbeServiceServicer_to_server(Writing(), server)
 
-    assert "ProbeService/Many must yield" in refusal(tmp_path, Writer)
+    assert "ProbeService/Many must yield" in await refusal(tmp_path, Writer)
 
 
-def test_a_handler_that_only_gives_itself_as_generic(tmp_path):
+async def test_a_handler_that_only_gives_itself_as_generic(tmp_path):
     class Hidden(Plugin):
         def register(self, server):
             super().register(server)
@@ -132,11 +156,11 @@ def test_a_handler_that_only_gives_itself_as_generic(tmp_path):
             super().register(server)
             server.add_generic_rpc_handlers((Anything(),))
 
-    assert "probe.v1.Other was not registered by method" in refusal(tmp_path, Hidden)
-    assert "A handler was not registered by method" in refusal(tmp_path, Catching)
+    assert "probe.v1.Other was not registered by method" in await refusal(tmp_path, Hidden)
+    assert "A handler was not registered by method" in await refusal(tmp_path, Catching)
 
 
-def test_only_what_was_checked_is_served(tmp_path):
+async def test_only_what_was_checked_is_served(tmp_path):
     """The generic handler of a plugin may hold more methods than it registers."""
 
     class Double(Plugin):
@@ -150,13 +174,9 @@ def test_only_what_was_checked_is_served(tmp_path):
                 )
             )
 
-    collector, _ = register(make(tmp_path, probe=Double))
-
-    class Details:
-        method = f"/{SERVICE}/Secret"
-        invocation_metadata = ()
-
-    assert [handler.service(Details()) for handler in collector.handlers] == [None]
+    made = await register(make(tmp_path, probe=Double))
+    assert found(made, "Secret") is None
+    assert found(made, "Many") is not None
 
 
 @pytest.mark.parametrize(
@@ -172,23 +192,23 @@ def test_only_what_was_checked_is_served(tmp_path):
         ({**PRICES, BYTES: Price(Rate(1, MIB, Unit.COUNT), MIB)}, "priced per another unit"),
     ],
 )
-def test_prices_that_do_not_fit_what_is_charged(tmp_path, prices, reason):
+async def test_prices_that_do_not_fit_what_is_charged(tmp_path, prices, reason):
     class Priced(Plugin):
         offered = prices
 
-    assert reason in refusal(tmp_path, Priced)
+    assert reason in await refusal(tmp_path, Priced)
 
 
-def test_a_credit_limit_below_one_verify_unit(tmp_path):
-    text = refusal(tmp_path, Plugin, credit_limit=999)
+async def test_a_credit_limit_below_one_verify_unit(tmp_path):
+    text = await refusal(tmp_path, Plugin, credit_limit=999)
     assert "costs 0.001 BTT, more than anyone may owe" in text
     assert 'credit_limit = "0.001 BTT"' in text
-    register(make(tmp_path, probe=Plugin), credit_limit=1000)
+    await register(make(tmp_path, probe=Plugin, credit_limit=1000))
 
 
-def test_two_services_of_one_name(tmp_path):
+async def test_two_services_of_one_name(tmp_path):
     with pytest.raises(ConfigError, match=r"^services\.twin: probe\.v1\.ProbeService is served already"):
-        register(make(tmp_path, probe=Plugin, twin=Plugin))
+        await register(make(tmp_path, probe=Plugin, twin=Plugin))
 
 
 def test_a_service_that_is_not_installed(tmp_path):
@@ -197,37 +217,63 @@ def test_a_service_that_is_not_installed(tmp_path):
 
 
 def test_a_service_that_is_off_is_not_imported(tmp_path):
-    def never():
-        raise AssertionError("imported")
+    class Never(Plugin):
+        def __init__(self, context):
+            raise AssertionError("made")
 
-    made = Registry({"probe": never}, sections={"probe": ServiceSection()}, folder=tmp_path, clock=lambda: 0)
-    collector, _ = register(made)
-    assert collector.handlers == []
+    made = make(tmp_path, {"probe": ServiceSection()}, probe=Never)
+    assert made.hosts == {}
     assert not (tmp_path / "probe").exists()
 
 
-@pytest.mark.parametrize("moment", ["import", "init", "register", "prices"])
-def test_a_service_that_fails_is_named(tmp_path, moment):
+@pytest.mark.parametrize("moment", ["import", "init", "start", "register", "prices", "exit", "slow"])
+async def test_a_service_that_fails_is_isolated_and_says_why(tmp_path, moment):
+    def breaks(at):
+        if moment == at:
+            raise RuntimeError("broken")
+
     class Failing(Plugin):
         def __init__(self, context):
-            if moment == "init":
-                raise RuntimeError("broken")
+            breaks("init")
+            self.events = []
+
+        async def start(self):
+            breaks("start")
+            if moment == "exit":
+                raise SystemExit(3)
+            if moment == "slow":
+                await asyncio.Event().wait()
 
         def register(self, server):
-            if moment == "register":
-                raise RuntimeError("broken")
+            breaks("register")
             super().register(server)
 
         def prices(self):
-            raise RuntimeError("broken")
+            breaks("prices")
+            return super().prices()
 
-    def load():
-        if moment == "import":
-            raise RuntimeError("broken")
-        return Failing
+    class Other(Plugin):
+        name = "other"
+        offered = NOTHING
 
-    with pytest.raises(ConfigError, match=r"^services\.probe failed: RuntimeError: broken"):
-        register(Registry({"probe": load}, sections={"probe": ON}, folder=tmp_path, clock=lambda: 0))
+        def register(self, server):
+            pass
+
+    made = make(tmp_path, {}, probe=Failing, other=Other)
+    if moment == "import":
+        made._plugins["probe"] = lambda: breaks("import")
+    made.configure({"probe": ON, "other": ON})
+    undo = follow_tasks(asyncio.get_running_loop())
+    await register(made)
+    undo()
+    probe, other = made.hosts["probe"], made.hosts["other"]
+    assert (probe.state, other.state) == (State.FAILED, State.SERVING)
+    assert {"exit": "end the process", "slow": "did not start within"}.get(moment, "broken") in probe.reason
+    assert probe.failed.is_set()
+    with pytest.raises(ServiceUnavailable, match="probe of this node has failed"):
+        probe.begin_call()
+    await made.stop()
+    assert (probe.state, other.state) == (State.STOPPED, State.STOPPED)
 
 
 async def test_what_started_is_stopped_whatever_else_fails(tmp_path):
@@ -235,6 +281,11 @@ async def test_what_started_is_stopped_whatever_else_fails(tmp_path):
 
     def plugin(label, *, starts=True, stops=True):
         class Noted(Plugin):
+            offered = NOTHING
+
+            def register(self, server):
+                pass
+
             async def start(self):
                 if not starts:
                     raise RuntimeError("no")
@@ -248,10 +299,10 @@ async def test_what_started_is_stopped_whatever_else_fails(tmp_path):
         return Noted
 
     made = make(tmp_path, a=plugin("a"), b=plugin("b", stops=False), c=plugin("c", starts=False))
-    with pytest.raises(ConfigError, match=r"services\.c failed"):
-        await made.start()
+    await register(made)
+    assert made.hosts["c"].state is State.FAILED
     await made.stop()
-    assert events == ["a started", "b started", "b stopped", "a stopped"]
+    assert events == ["a started", "b started", "c stopped", "b stopped", "a stopped"]
 
 
 def test_the_content_service_is_installed_like_any_other():

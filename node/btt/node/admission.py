@@ -40,6 +40,10 @@ class Admission(grpc.aio.ServerInterceptor):
         self._idle.set()
         self.draining = False
 
+    def limit(self, *, calls: int, calls_per_session: int) -> None:
+        """Takes other bounds from now on."""
+        self._calls, self._calls_per_session = calls, calls_per_session
+
     @property
     def running(self) -> int:
         """Paid calls that run now."""

@@ -8,15 +8,15 @@ write. The sections of services are checked by the services themselves.
 from __future__ import annotations
 
 import os
-import re
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
+from btt.node.values import listen_text, parse_amount, parse_duration, parse_speed, parsed
 from btt.sdk.channel import BanPolicy
 from btt.sdk.errors import ConfigError, InvalidRequest
 from btt.sdk.identity import ChannelTerms
@@ -27,71 +27,7 @@ from btt.sdk.plugin import did_you_mean
 
 ENV_PREFIX: Final = "BTT_NODE__"
 
-_DURATION = re.compile(r"([0-9]{1,12})\s*(ms|s|m|h|d)")
-_MILLISECONDS: Final = {"ms": 1, "s": 1000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
-
-
-def parse_duration(text: object) -> int:
-    """Reads a duration such as "90s", "15m", "1h" or "7d".
-
-    Returns:
-        Milliseconds.
-
-    Raises:
-        ValueError: It is no duration.
-    """
-    match = _DURATION.fullmatch(text.strip()) if isinstance(text, str) else None
-    if match is None:
-        raise ValueError('write a duration like "30s", "15m", "1h" or "7d"')
-    return int(match.group(1)) * _MILLISECONDS[match.group(2)]
-
-
-def _parse_amount(text: object) -> Amount:
-    if isinstance(text, Amount):
-        return text
-    if not isinstance(text, str):
-        raise ValueError('write an amount like "0.5 BTT", in quotes')  # noqa: TRY004 - pydantic wants it
-    return Amount.parse(text)
-
-
-def _parsed(parse: Callable[[str], Any]) -> Callable[[object], Any]:
-    def read(text: object) -> Any:
-        if not isinstance(text, str):
-            raise ValueError("write it in quotes")  # noqa: TRY004
-        try:
-            return parse(text)
-        except InvalidRequest as error:
-            raise ValueError(str(error)) from None
-
-    return read
-
-
-def parse_listen(text: str) -> tuple[str, int]:
-    """Reads "host:port"; IPv6 hosts stand in brackets, port 0 takes a free one.
-
-    Raises:
-        ValueError: It is no such thing.
-    """
-    host, colon, port = text.rpartition(":")
-    bare = host.removeprefix("[").removesuffix("]")
-    if (
-        not colon
-        or not bare
-        or (":" in bare and not host.startswith("["))
-        or not (port.isascii() and port.isdigit() and int(port[:6]) < 65536)
-    ):
-        raise ValueError('write it like "0.0.0.0:7800"')
-    return bare, int(port)
-
-
-def _parse_listen(text: object) -> str:
-    if not isinstance(text, str):
-        raise ValueError('write it like "0.0.0.0:7800", in quotes')  # noqa: TRY004
-    parse_listen(text)
-    return text
-
-
-Money = Annotated[Amount, BeforeValidator(_parse_amount)]
+Money = Annotated[Amount, BeforeValidator(parse_amount)]
 Milliseconds = Annotated[int, BeforeValidator(parse_duration)]
 
 
@@ -108,7 +44,7 @@ class NodeSection(_Section):
         name: For people.
     """
 
-    listen: Annotated[str, BeforeValidator(_parse_listen)] = "127.0.0.1:7800"
+    listen: Annotated[str, BeforeValidator(listen_text)] = "127.0.0.1:7800"
     advertise: str = ""
     name: str = Field(default="", max_length=64)
 
@@ -120,7 +56,7 @@ class LedgerSection(_Section):
         address: Of that ledger; it comes from the operator alone, never from a peer.
     """
 
-    address: Annotated[LedgerAddress, BeforeValidator(_parsed(LedgerAddress.parse))]
+    address: Annotated[LedgerAddress, BeforeValidator(parsed(LedgerAddress.parse))]
 
 
 class PaymentsSection(_Section):
@@ -139,7 +75,7 @@ class PaymentsSection(_Section):
         close_margin: How long before its lock time a channel is closed.
     """
 
-    payee: Annotated[Address, BeforeValidator(_parsed(Address.parse))] | None = None
+    payee: Annotated[Address, BeforeValidator(parsed(Address.parse))] | None = None
     credit_limit: Money = Amount(1_000_000)
     strangers_per_hour: Money = Amount(1_000_000)
     strangers_per_network: Money = Amount(100_000)
@@ -198,13 +134,57 @@ class BansSection(_Section):
         return self
 
 
+Speed = Annotated[int, BeforeValidator(parse_speed)]
+
+
+class ServiceLimits(_Section):
+    """What one service may take of what the node has.
+
+    Attributes:
+        up: Bytes a second that leave; 0 for no limit of its own.
+        down: Bytes a second that come.
+    """
+
+    up: Speed = 0
+    down: Speed = 0
+
+
+class LogSection(_Section):
+    """What is logged.
+
+    Attributes:
+        level: debug, info, warning or error.
+        format: "auto" is for people on a terminal and JSON elsewhere; or "human", or "json".
+    """
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["auto", "human", "json"] = "auto"
+
+
+class MetricsSection(_Section):
+    """Where Prometheus may ask.
+
+    Attributes:
+        listen: "host:port" for the operator alone; "" for nowhere.
+    """
+
+    listen: Annotated[str, BeforeValidator(lambda text: text and listen_text(text))] = ""
+
+
 class LimitsSection(_Section):
     """What the node takes on at once.
 
     Attributes:
+        up: Bytes a second of all services that leave; 0 for no limit.
+        down: Bytes a second of all services that come.
+        connections: Connections with calls at once; 0 for no limit.
         calls: Paid calls that run at once.
         calls_per_session: Of those, of one payment session.
     """
+
+    up: Speed = 0
+    down: Speed = 0
+    connections: int = Field(default=0, ge=0, le=1_000_000)
 
     calls: int = Field(default=512, ge=1, le=65536)
     calls_per_session: int = Field(default=32, ge=1, le=65536)
@@ -215,11 +195,13 @@ class ServiceSection(BaseModel):
 
     Attributes:
         enabled: Whether the node runs it.
+        limits: Of its own, within those of the node.
     """
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
     enabled: bool = False
+    limits: ServiceLimits = ServiceLimits()
 
     @property
     def options(self) -> dict[str, Any]:
@@ -236,6 +218,8 @@ class NodeConfig(BaseSettings):
         payments: Credit and channel terms.
         bans: What follows when payment fails again and again.
         limits: What it takes on at once.
+        log: What it logs.
+        metrics: Where Prometheus may ask.
         services: Each service by its name.
     """
 
@@ -252,6 +236,8 @@ class NodeConfig(BaseSettings):
     payments: PaymentsSection = Field(default_factory=PaymentsSection)
     bans: BansSection = Field(default_factory=BansSection)
     limits: LimitsSection = LimitsSection()
+    log: LogSection = LogSection()
+    metrics: MetricsSection = MetricsSection()
     services: dict[str, ServiceSection] = Field(default_factory=dict)
 
     @property

@@ -33,6 +33,7 @@ TLS_KEY: Final = "tls.key"
 CERTIFICATE: Final = "tls.crt"
 BOOKS: Final = "payments.db"
 LOCK: Final = "node.lock"
+_TOLD_BYTES: Final = 16384
 _LOCK_TRIES: Final = 5
 _LOCK_PAUSE_S: Final = 0.02
 PASSWORD_ENV: Final = "BTT_NODE_PASSWORD"  # noqa: S105 - a variable's name
@@ -111,7 +112,9 @@ class NodeFolder:
                     hint="Stop it first, or look at it with `btt node status`.",
                 )
             os.ftruncate(handle, 0)
-            yield Running(handle)
+            running = Running(handle)
+            running.tell()
+            yield running
             os.ftruncate(handle, 0)
         finally:
             os.close(handle)
@@ -137,14 +140,29 @@ class Running:
 
     def __init__(self, handle: int) -> None:
         self._handle = handle
+        self._facts: dict[str, object] = {"pid": os.getpid()}
 
-    def tell(self, address: NodeAddress) -> None:
-        """Writes down where the node listens."""
-        os.pwrite(self._handle, json.dumps({"pid": os.getpid(), "address": str(address)}).encode(), 0)
+    def tell(self, **facts: object) -> None:
+        """Writes down where the node listens, and what else changes while it runs."""
+        self._facts |= facts
+        text = json.dumps(self._facts).encode()
+        os.pwrite(self._handle, text.ljust(_TOLD_BYTES), 0)
 
 
 def running_address(path: Path) -> NodeAddress | None:
     """Returns where the node of a folder said that it listens, or None if no process holds it."""
+    try:
+        return NodeAddress.parse(str((running_facts(path) or {})["address"]))
+    except (KeyError, InvalidRequest):
+        return None
+
+
+def running_facts(path: Path) -> dict[str, Any] | None:
+    """Returns what the node of a folder says about itself, or None if no process holds it.
+
+    Returns:
+        At least its process id `pid`, unless it has only just begun.
+    """
     try:
         handle = os.open(path / LOCK, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
@@ -153,11 +171,12 @@ def running_address(path: Path) -> NodeAddress | None:
         try:
             fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except OSError:
-            return NodeAddress.parse(json.loads(os.pread(handle, 4096, 0))["address"])
+            found = json.loads(os.pread(handle, _TOLD_BYTES, 0))
+            return found if isinstance(found, dict) else {}
         else:
             return None
-    except (ValueError, KeyError, InvalidRequest):
-        return None  # it has not come so far as to listen
+    except ValueError:
+        return {}  # it has not come so far as to listen
     finally:
         os.close(handle)
 
@@ -187,10 +206,10 @@ def init(path: Path, *, config: dict[str, Any]) -> NodeFolder:
         if not (path / CERTIFICATE).exists():
             identity = Keystore.open(path / IDENTITY_KEY, password).key()
             key, certificate = make_certificate(tls_name(identity.address))
-            _write(path / TLS_KEY, key)
-            _write(path / CERTIFICATE, certificate)
+            write_private(path / TLS_KEY, key)
+            write_private(path / CERTIFICATE, certificate)
         # Last: a folder with a configuration is a whole node.
-        _write(path / CONFIG, _toml(config).encode())
+        write_private(path / CONFIG, _toml(config).encode())
     except OSError as error:
         raise StorageError(f"The node's folder {path} cannot be made: {error}.") from error
     return NodeFolder.open(path)
@@ -205,7 +224,7 @@ def _toml(config: dict[str, Any]) -> str:
     return tomlkit.dumps(document)
 
 
-def _write(path: Path, data: bytes) -> None:
+def write_private(path: Path, data: bytes) -> None:
     """Writes a file for its owner alone; it appears complete or not at all."""
     unfinished = path.with_name(path.name + ".new")
     unfinished.unlink(missing_ok=True)

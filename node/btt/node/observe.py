@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 import grpc
 import grpc.aio
 
+from btt.node.connections import Connections
 from btt.node.refusals import SERVED
-from btt.sdk.rpc import reason_of
+from btt.sdk.errors import RateLimited
+from btt.sdk.rpc import abort, reason_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -45,11 +47,13 @@ class Observer(grpc.aio.ServerInterceptor):
     Args:
         owners: Name of the node's service by proto service; it may grow.
         watchers: Who wants to know.
+        connections: Bounds the connections that have calls.
     """
 
-    def __init__(self, owners: Mapping[str, str], *watchers: Watcher) -> None:
+    def __init__(self, owners: Mapping[str, str], *watchers: Watcher, connections: Connections) -> None:
         self._owners = owners
         self._watchers = watchers
+        self._connections = connections
 
     async def intercept_service(
         self,
@@ -68,6 +72,7 @@ class Observer(grpc.aio.ServerInterceptor):
 
             async def stream(request: Any, context: Any) -> AsyncIterator[Any]:
                 with self._watched(name, method, context):
+                    await self._enter(context)
                     async with aclosing(inner(request, context)) as messages:
                         async for message in messages:
                             yield message
@@ -82,6 +87,7 @@ class Observer(grpc.aio.ServerInterceptor):
 
         async def unary(request: Any, context: Any) -> Any:
             with self._watched(name, method, context):
+                await self._enter(context)
                 return await inner_unary(request, context)
 
         make_unary = (
@@ -90,6 +96,12 @@ class Observer(grpc.aio.ServerInterceptor):
             else grpc.unary_unary_rpc_method_handler
         )
         return make_unary(unary, handler.request_deserializer, handler.response_serializer)
+
+    async def _enter(self, context: Any) -> None:
+        try:
+            self._connections.enter(context)
+        except RateLimited as error:
+            await abort(context, error)
 
     @contextmanager
     def _watched(self, service: str, method: str, context: Any) -> Iterator[None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 import structlog
@@ -69,6 +69,24 @@ class Offers:
             return
         self._current = last
         await self._sign()
+
+    async def reprice(self, prices: Mapping[Line, Price]) -> bool:
+        """Offers other prices from now on, and says whether they are others.
+
+        Raises:
+            StorageError: The offer could not be kept; the old one stays.
+        """
+        async with self._signing:
+            before = self._content
+            if dict(before.prices) == dict(prices):
+                return False
+            self._content = replace(before, prices=dict(prices))
+            try:
+                await self._sign()
+            except BttError:
+                self._content = before
+                raise
+            return True
 
     async def _last(self) -> Offer | None:
         row = await self._store.run(_read_last)

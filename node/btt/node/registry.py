@@ -6,23 +6,24 @@ enabled is imported.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import asyncio
+from collections.abc import Callable, Collection, Mapping
 from importlib.metadata import EntryPoint, entry_points
-from pathlib import Path
 from typing import Any, Final, cast
 
 import grpc
 import grpc.aio
-import structlog
 
 from btt.node.config import ServiceSection
+from btt.node.limits.limiter import Limiter
 from btt.node.payments.interceptor import Registrar
+from btt.node.plugins.guard import guarded
+from btt.node.plugins.host import ServiceHost, State, Surroundings
 from btt.sdk.channel import Line, Price
-from btt.sdk.errors import BttError, ConfigError
+from btt.sdk.errors import ConfigError
 from btt.sdk.money import Amount, Unit
 from btt.sdk.payment.charges import MethodCharge
-from btt.sdk.plugin import ServiceContext, ServicePlugin, did_you_mean
+from btt.sdk.plugin import ServicePlugin, did_you_mean
 from btt.sdk.tls import MAX_MESSAGE
 
 GROUP: Final = "btt.services"
@@ -44,20 +45,49 @@ def _importer(point: EntryPoint) -> Callable[[], type[ServicePlugin]]:
     return load
 
 
-class Collector:
-    """Takes handlers where a gRPC server is expected, so that the server is made after its services."""
+class Router(grpc.GenericRpcHandler):
+    """Finds the handler of a call among those of all services; services come and go while it serves.
+
+    It also takes handlers where a gRPC server is expected, so that the server is made after its
+    services.
+    """
 
     def __init__(self) -> None:
-        self.handlers: list[grpc.GenericRpcHandler] = []
+        self._handlers: dict[str, dict[str, grpc.RpcMethodHandler[Any, Any]]] = {}
 
     def add_registered_method_handlers(
         self, service: str, handlers: dict[str, grpc.RpcMethodHandler[Any, Any]]
     ) -> None:
-        """Keeps the handlers of one service."""
-        self.handlers.append(grpc.method_handlers_generic_handler(service, handlers))
+        """Takes the handlers of one service, in place of those that it had."""
+        self._handlers[service] = dict(handlers)
 
     def add_generic_rpc_handlers(self, handlers: tuple[grpc.GenericRpcHandler, ...]) -> None:
         """Does nothing: what is served is what was registered by method, for only that was checked."""
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> Any:
+        """Returns the handler of a call, or None."""
+        service, _, method = handler_call_details.method.lstrip("/").partition("/")
+        return self._handlers.get(service, {}).get(method)
+
+    @property
+    def services(self) -> tuple[str, ...]:
+        """Full names of all that is served."""
+        return tuple(self._handlers)
+
+
+class _Guarding:
+    """Puts the guard around what was checked, on its way to the router."""
+
+    def __init__(self, router: Router, host: ServiceHost, limiter: Limiter) -> None:
+        self._router = router
+        self._host = host
+        self._limiter = limiter
+
+    def add_registered_method_handlers(
+        self, service: str, handlers: dict[str, grpc.RpcMethodHandler[Any, Any]]
+    ) -> None:
+        safe = {name: guarded(handler, self._host, self._limiter) for name, handler in handlers.items()}
+        self._router.add_registered_method_handlers(service, safe)
 
 
 class _Gate:
@@ -75,7 +105,6 @@ class _Gate:
         if service in self._taken:
             raise ConfigError(f"{service} is served already.")
         self._registrar.add_registered_method_handlers(service, handlers)
-        self._taken.add(service)
         self.services.append(service)
 
     def add_generic_rpc_handlers(self, handlers: tuple[grpc.GenericRpcHandler, ...]) -> None:
@@ -94,86 +123,127 @@ class Registry:
 
     Args:
         plugins: What is installed.
-        sections: The services' part of the configuration.
-        folder: Each service gets a folder of its name in it.
-        clock: Unix milliseconds.
+        around: What the node has for each of them.
+        limiter: Of the node.
+        credit_limit: Most that anyone may owe, base units.
 
-    Raises:
-        ConfigError: A service is enabled that is not installed, or cannot be imported or made.
+    Attributes:
+        hosts: Each service that is, or was, enabled; by name.
+        owners: Name of the service by proto service.
     """
 
     def __init__(
-        self,
-        plugins: Plugins,
-        *,
-        sections: Mapping[str, ServiceSection],
-        folder: Path,
-        clock: Callable[[], int],
+        self, plugins: Plugins, *, around: Surroundings, limiter: Limiter, credit_limit: int
     ) -> None:
-        self._plugins: dict[str, ServicePlugin] = {}
-        self._started: list[str] = []
-        self.services: list[str] = []
+        self._plugins = plugins
+        self._around = around
+        self._limiter = limiter
+        self._credit_limit = credit_limit
+        self.hosts: dict[str, ServiceHost] = {}
         self.owners: dict[str, str] = {}
-        self.prices: dict[Line, Price] = {}
-        for name, section in sections.items():
-            if name not in plugins:
-                raise ConfigError(
-                    f'The service "{name}" is configured but not installed.',
-                    hint=did_you_mean(name, list(plugins)),
-                )
-            if not section.enabled:
-                continue
-            with _blame(name):
-                plugin = plugins[name]()
-                data_dir = folder / name
-                data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-                context = ServiceContext(
-                    data_dir=data_dir,
-                    config=section.options,
-                    log=structlog.get_logger(f"btt.services.{name}").bind(service=name),
-                    clock=clock,
-                )
-                self._plugins[name] = plugin(context)
+        self.router = Router()
+        self.registrar = Registrar(cast("grpc.aio.Server", self.router))
 
-    async def start(self) -> None:
-        """Starts every service; those that started are stopped by `stop`."""
-        for name, plugin in self._plugins.items():
-            with _blame(name):
-                await plugin.start()
-            self._started.append(name)
+    @property
+    def prices(self) -> dict[Line, Price]:
+        """Of all lines that are offered; a service that has failed keeps its own."""
+        return {
+            line: price
+            for host in self.hosts.values()
+            if host.state not in (State.DRAINING, State.STOPPED)
+            for line, price in host.prices.items()
+        }
 
-    def register(self, registrar: Registrar, *, credit_limit: int) -> None:
-        """Registers every service, and checks that all it charges is priced and can be lent.
+    @property
+    def services(self) -> tuple[str, ...]:
+        """Full names of the proto services."""
+        return tuple(self.owners)
 
-        Args:
-            registrar: Where what is accepted goes.
-            credit_limit: Most that anyone may owe, base units.
+    @property
+    def packages(self) -> dict[str, str]:
+        """Name of the service by the package of its code."""
+        return {package_of(host.package): host.name for host in self.hosts.values() if host.package}
+
+    def configure(self, sections: Mapping[str, ServiceSection]) -> list[ServiceHost]:
+        """Makes those services that are enabled and not there yet.
 
         Raises:
-            ConfigError: Naming the service and what is wrong.
+            ConfigError: A service is enabled that is not installed, or is configured wrongly.
         """
-        taken: set[str] = set()
-        for name, plugin in self._plugins.items():
-            with _blame(name):
-                before = set(registrar.charges)
-                gate = _Gate(registrar, taken)
-                plugin.register(cast("grpc.aio.Server", gate))
-                gate.check()
-                prices = dict(plugin.prices())
-                charges = [c for path, c in registrar.charges.items() if path not in before]
-                _check_prices(charges, prices, credit_limit)
-                self.prices |= prices
-                self.services += gate.services
-                self.owners |= dict.fromkeys(gate.services, name)
+        made = []
+        for name, section in sections.items():
+            if name not in self._plugins:
+                raise ConfigError(
+                    f'The service "{name}" is configured but not installed.',
+                    hint=did_you_mean(name, list(self._plugins)),
+                )
+            host = self.hosts.get(name)
+            if not section.enabled or (host is not None and host.state is not State.STOPPED):
+                continue
+            host = ServiceHost(name, self._plugins[name], config=section.options, around=self._around)
+            host.configure()
+            made.append(host)
+        self.hosts |= {host.name: host for host in made}
+        return made
+
+    async def begin(self, host: ServiceHost) -> None:
+        """Starts one service and registers it; if it fails, it is isolated.
+
+        Raises:
+            ConfigError: Its configuration does not do, or what it charges does not.
+        """
+        await host.start()
+        if host.state is State.STARTING:
+            with host.blamed():
+                self._register(host)
+
+    def _register(self, host: ServiceHost) -> None:
+        assert host.plugin is not None
+        taken = {service for service, owner in self.owners.items() if owner != host.name}
+        checked = Registrar(cast("grpc.aio.Server", _Guarding(self.router, host, self._limiter)))
+        checked.charges = self.registrar.charges
+        gate = _Gate(checked, taken)
+        host.plugin.register(cast("grpc.aio.Server", gate))
+        gate.check()
+        host.serve(gate.services, self._priced(host.plugin, gate.services))
+        self.owners |= dict.fromkeys(gate.services, host.name)
+
+    def _priced(self, plugin: ServicePlugin, services: Collection[str]) -> dict[Line, Price]:
+        prices = dict(plugin.prices())
+        charges = [c for path, c in self.registrar.charges.items() if path.split("/")[1] in services]
+        _check_prices(charges, prices, self._credit_limit)
+        return prices
+
+    def reload(self, name: str, config: Mapping[str, Any]) -> None:
+        """Gives a service that runs changed options.
+
+        Raises:
+            ConfigError: They do not do; nothing has changed.
+        """
+        host = self.hosts[name]
+        host.reload(config)
+        assert host.plugin is not None
+        try:
+            prices = self._priced(host.plugin, host.services)
+        except ConfigError as error:
+            host.reload(host.config)
+            raise ConfigError(f"services.{name}: {error.message}", hint=error.hint) from error
+        host.config, host.prices = config, prices
 
     async def stop(self) -> None:
-        """Stops what was started, the last first; a failure of one does not keep the others."""
-        for name in reversed(self._started):
-            try:
-                await self._plugins[name].stop()
-            except Exception:  # noqa: BLE001 - third-party code; logged, and the rest is stopped
-                structlog.get_logger(__name__).exception("service.not_stopped", service=name)
-        self._started.clear()
+        """Stops every service, the last first; a failure of one does not keep the others."""
+        for host in reversed(self.hosts.values()):
+            await host.stop()
+
+    @property
+    def abandoned(self) -> list[asyncio.Task[Any]]:
+        """Tasks of services that refused to end."""
+        return [task for host in self.hosts.values() for task in host.abandoned if not task.done()]
+
+
+def package_of(module: str) -> str:
+    """Returns the package of a service's module: code below it is the service's."""
+    return module.rpartition(".")[0] or module
 
 
 def _check_prices(charges: list[MethodCharge], prices: Mapping[Line, Price], credit_limit: int) -> None:
@@ -200,16 +270,3 @@ def _check_prices(charges: list[MethodCharge], prices: Mapping[Line, Price], cre
                     f"One verify unit of {charge.path} costs {Amount(cost)}, more than anyone may owe.",
                     hint=f'Lower its rate, or write, below [payments]: credit_limit = "{Amount(cost)}".',
                 )
-
-
-@contextmanager
-def _blame(name: str) -> Iterator[None]:
-    """Makes any failure of a plugin one that names it."""
-    try:
-        yield
-    except ConfigError as error:
-        raise ConfigError(f"services.{name}: {error.message}", hint=error.hint) from error
-    except BttError:
-        raise
-    except Exception as error:
-        raise ConfigError(f"services.{name} failed: {type(error).__name__}: {error}.") from error

@@ -7,8 +7,9 @@ node bounds the paid calls alone (`Admission`), so that Open and Pay are always 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack, suppress
+from types import MappingProxyType
 from typing import Final, Self, cast
 
 import grpc.aio
@@ -20,9 +21,11 @@ from grpc_reflection.v1alpha._async import ReflectionServicer
 from btt.node import registry
 from btt.node.admission import Admission
 from btt.node.clock import system_ms
-from btt.node.config import parse_listen
+from btt.node.connections import Connections
 from btt.node.folder import NodeFolder, Running
 from btt.node.health import HealthServicer
+from btt.node.limits.limiter import Limiter
+from btt.node.metrics import NodeMetrics, Sample
 from btt.node.observe import Observer
 from btt.node.offers import OfferContent, Offers, OfferServicer
 from btt.node.payments.closing import Closer
@@ -31,7 +34,15 @@ from btt.node.payments.ledger import LedgerOnDemand
 from btt.node.payments.servicer import PaymentServicer
 from btt.node.payments.sessions import CreditPolicy, Sessions
 from btt.node.payments.store import PayeeStore
+from btt.node.plugins.host import ServiceHost, State, Surroundings
+from btt.node.plugins.scope import follow_tasks
+from btt.node.plugins.watchdog import LIMIT_S, Blocked, Watchdog
+from btt.node.plugins.weakly import weakly
 from btt.node.refusals import Refusals
+from btt.node.reload import Reloaded, Reloader
+from btt.node.samples import read_samples
+from btt.node.supervisor import Supervisor, backoff
+from btt.node.values import parse_listen
 from btt.proto.offer.v1 import offer_pb2, offer_pb2_grpc
 from btt.proto.payment.v1 import payment_pb2, payment_pb2_grpc
 from btt.sdk.errors import BttError, ConfigError, Draining
@@ -83,6 +94,9 @@ class Node:
         plugins: The services that exist; by default those that are installed.
         clock: Unix milliseconds.
         grace_s: Seconds that calls may take to end when it stops.
+        backoff: Seconds before a service is restarted that has failed so often.
+        block_s: Seconds that a service may hold up the loop.
+        patience: Seconds that services may take, as in `Surroundings`.
     """
 
     def __init__(
@@ -92,11 +106,20 @@ class Node:
         plugins: registry.Plugins | None = None,
         clock: Callable[[], int] = system_ms,
         grace_s: float = GRACE_S,
+        backoff: Callable[[int], float] = backoff,
+        block_s: float = LIMIT_S,
+        patience: Mapping[str, float] = MappingProxyType({}),
     ) -> None:
         self.folder = folder
         self._plugins = plugins
-        self._clock = clock
+        self.clock = clock
         self._grace_s = grace_s
+        self._backoff = backoff
+        self._block_s = block_s
+        self._patience = patience
+        self._running: Running | None = None
+        self._telling: set[asyncio.Future[None]] = set()
+        self._reloads = 0
         self._hurry = asyncio.Event()
         self._stack = AsyncExitStack()
         self._tasks: list[asyncio.Task[None]] = []
@@ -132,21 +155,16 @@ class Node:
     async def _start(self, stack: AsyncExitStack) -> None:
         folder, config = self.folder, self.folder.config
         running = stack.enter_context(folder.lock())
-        self.store = PayeeStore(folder.books, clock=self._clock)
+        self.store = PayeeStore(folder.books, clock=self.clock)
         stack.callback(self.store.close)
         self.ledger = LedgerOnDemand(config.ledger.address)
         stack.push_async_callback(self.ledger.close)
-        services = registry.Registry(
-            self._plugins if self._plugins is not None else registry.installed(),
-            sections=config.services,
-            folder=folder.path,
-            clock=self._clock,
-        )
-        stack.push_async_callback(services.stop)
-        await services.start()
-        collector = registry.Collector()
-        registrar = Registrar(cast("grpc.aio.Server", collector))
-        services.register(registrar, credit_limit=config.payments.credit_limit)
+        self.health = HealthServicer()
+        self.limiter = Limiter(asyncio.get_running_loop().time)
+        stack.push_async_callback(self.limiter.close)
+        self.metrics = NodeMetrics(weakly(self._samples))
+        services = await self._start_services(stack)
+        registrar = services.registrar
         self.offers = await self._make_offers(services)
         self._make_payments()
         self._serve_platform(registrar, services)
@@ -155,11 +173,17 @@ class Node:
             calls=config.limits.calls,
             calls_per_session=config.limits.calls_per_session,
         )
-        self.refusals = Refusals(store=self.store, clock=self._clock)
-        observer = Observer(services.owners, lambda service, _, reason: self.refusals.count(service, reason))
-        metering = PaymentInterceptor(sessions=self.sessions, charges=registrar.charges, clock=self._clock)
+        self.refusals = Refusals(store=self.store, clock=self.clock)
+        self.connections = Connections(config.limits.connections)
+        observer = Observer(
+            services.owners,
+            lambda service, _, reason: self.refusals.count(service, reason),
+            self.metrics.ended,
+            connections=self.connections,
+        )
+        metering = PaymentInterceptor(sessions=self.sessions, charges=registrar.charges, clock=self.clock)
         server = grpc.aio.server(
-            handlers=collector.handlers,
+            handlers=[services.router],
             interceptors=[observer, self.admission, metering],
             options=[*_OPTIONS, *_keepalive(config.payments.grace)],
         )
@@ -173,7 +197,105 @@ class Node:
         self._watch(self.sessions.bans.run(self.sessions.peers, self.sessions.disconnect))
         self._watch(self.refusals.run())
         self._watch(self._greet_ledger())
+        self.reloader = Reloader(self)
+        stack.push_async_callback(self.reloader.close)
+        self.reloader.apply_limits(config)
+        if config.metrics.listen:
+            self.metrics_port, stop_metrics = self.metrics.serve(*parse_listen(config.metrics.listen))
+            stack.callback(stop_metrics)
         await self._tell(running, port, services)
+
+    async def _start_services(self, stack: AsyncExitStack) -> registry.Registry:
+        stack.callback(follow_tasks(asyncio.get_running_loop()))
+        self.services = services = registry.Registry(
+            self._plugins if self._plugins is not None else registry.installed(),
+            around=Surroundings(
+                folder=self.folder.path,
+                clock=self.clock,
+                limiter=self.limiter.of,
+                metrics=self.metrics.of,
+                changed=weakly(self._service_changed),
+                **self._patience,
+            ),
+            limiter=self.limiter,
+            credit_limit=self.folder.config.payments.credit_limit,
+        )
+        watchdog = Watchdog(lambda: services.packages, self._blocked, limit_s=self._block_s)
+        self.watchdog = watchdog
+        watchdog.start()
+        stack.push_async_callback(watchdog.stop)
+        stack.push_async_callback(services.stop)
+        services.configure(self.folder.config.services)
+        self.supervisor = Supervisor(services, weakly(self.reprice), backoff=self._backoff)
+        stack.push_async_callback(self.supervisor.stop)
+        for host in services.hosts.values():
+            await services.begin(host)
+        return services
+
+    def _blocked(self, what: Blocked) -> None:
+        if what.service in self.services.hosts:
+            self.services.hosts[what.service].blocked(what)
+
+    def _service_changed(self, host: ServiceHost) -> None:
+        if self._running is None:  # it is not served yet
+            return
+        self._tell_services()
+        serving = health_pb2.HealthCheckResponse.SERVING
+        status = serving if host.state is State.SERVING else health_pb2.HealthCheckResponse.NOT_SERVING
+        for service in host.services:
+            task = asyncio.ensure_future(self.health.set(service, status))
+            self._telling.add(task)
+            task.add_done_callback(self._telling.discard)
+
+    def _tell_services(self) -> None:
+        assert self._running is not None
+        self._running.tell(
+            services={
+                name: {"state": host.state, "reason": host.reason[:200], "failures": host.failures}
+                for name, host in self.services.hosts.items()
+            }
+        )
+
+    async def reprice(self) -> None:
+        """Offers what the services ask now.
+
+        Raises:
+            StorageError: The offer could not be kept; the old one stays.
+        """
+        if await self.offers.reprice(self.services.prices):
+            self.sessions.reprice(max(offer.sheet.unit_charge for offer in self.offers.usable()))
+
+    async def reload(self) -> Reloaded:
+        """Reads the configuration again, and takes what can be taken without a restart."""
+        result = await self.reloader.reload()
+        if self._running is not None:
+            self._reloads += 1
+            self._running.tell(reloads=self._reloads, reloaded=result.as_json())
+        return result
+
+    async def drain(self) -> None:
+        """Takes no new session and no new call, lets paid calls end, and closes all channels.
+
+        `hurry` cuts the waiting.
+        """
+        log.info("node.draining", calls=self.admission.running)
+        await self._refuse_new_work()
+        await self._patiently(self.admission.idle(), None)
+        # Payers whose last call has ended close their channels themselves.
+        await self._patiently(self.sessions.gone(), _LAST_CALLS_S)
+        await self._end_sessions()
+        for record, _ in await self.store.channels():
+            async with self.sessions.lock(record.channel_id):
+                try:
+                    await self.closer.close(record.channel_id)
+                except BttError as error:
+                    log.warning("channel.close_failed", channel=record.channel_id.hex(), error=str(error))
+
+    async def _refuse_new_work(self) -> None:
+        await self.health.enter_graceful_shutdown()
+        self.payments.draining = self.admission.draining = True
+        if self._running is not None:
+            self._running.tell(draining=True)
 
     async def _make_offers(self, services: registry.Registry) -> Offers:
         folder, config = self.folder, self.folder.config
@@ -188,7 +310,7 @@ class Node:
                 terms=config.payments.terms,
             ),
             store=self.store,
-            clock=self._clock,
+            clock=self.clock,
         )
         await offers.start()
         return offers
@@ -208,14 +330,14 @@ class Node:
                 grace_s=payments.grace / 1000,
                 bans=folder.config.bans_policy,
             ),
-            clock=self._clock,
+            clock=self.clock,
         )
         self.closer = Closer(
             store=self.store,
             sessions=self.sessions,
             ledger=self.ledger,
             key=folder.payee_key,
-            clock=self._clock,
+            clock=self.clock,
             margin_ms=payments.close_margin,
         )
         self.payments = PaymentServicer(
@@ -227,9 +349,8 @@ class Node:
             sessions=self.sessions,
             closer=self.closer,
             offers=self.offers.usable,
-            clock=self._clock,
+            clock=self.clock,
         )
-        self.health = HealthServicer()
 
     def _serve_platform(self, registrar: Registrar, services: registry.Registry) -> None:
         server = cast("grpc.aio.Server", registrar)
@@ -261,10 +382,15 @@ class Node:
         self.address = NodeAddress(
             self.folder.identity.address, node.advertise or _ANYWHERE.get(host, host), port
         )
-        running.tell(self.address)
-        for service in (*_platform_names(), *services.services):
+        self._running = running
+        running.tell(address=str(self.address))
+        for service in _platform_names():
             await self.health.set(service, health_pb2.HealthCheckResponse.SERVING)
-        log.info("node.serving", address=str(self.address), services=services.services)
+        for service_host in services.hosts.values():
+            self._service_changed(service_host)
+            self.supervisor.follow(service_host)
+        await asyncio.gather(*self._telling)
+        log.info("node.serving", address=str(self.address), services=list(services.services))
 
     async def _greet_ledger(self) -> None:
         """Says early in the log whether the ledger is there; the node serves either way."""
@@ -285,12 +411,15 @@ class Node:
         task.add_done_callback(ended)
         self._tasks.append(task)
 
+    async def _samples(self) -> list[Sample]:
+        return await read_samples(self)
+
     # Stopping
 
     async def _stop(self, server: grpc.aio.Server) -> None:
         log.info("node.stopping", calls=self.admission.running)
-        await self.health.enter_graceful_shutdown()
-        self.payments.draining = self.admission.draining = True
+        await self._refuse_new_work()
+        await self.supervisor.stop()
         await self._patiently(self.admission.idle(), self._grace_s)
         await self._end_sessions()
         # Payment streams end with their sessions; what is left now is cut.
@@ -303,7 +432,7 @@ class Node:
             await self.refusals.flush()
         log.info("node.stopped")
 
-    async def _patiently(self, work: object, seconds: float) -> None:
+    async def _patiently(self, work: object, seconds: float | None) -> None:
         """Waits for some work, for a time, and no longer than until it hurries."""
         task = asyncio.ensure_future(work)  # type: ignore[call-overload]
         hurry = asyncio.ensure_future(self._hurry.wait())

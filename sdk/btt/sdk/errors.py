@@ -25,6 +25,7 @@ BttError
  |        CallRepeated, CountsDiffer
  +-- ServiceError             the service refused
  |    +-- AppRefused, Banned, RateLimited, Draining
+ |    +-- ServiceUnavailable  the node is there, but this service of it is not
  |    +-- ContentUnknown, ContentUnavailable
  |    +-- ContentMismatch     data did not verify; it was not paid
  |    +-- NoProviders         no node could serve this; says why for each
@@ -335,6 +336,14 @@ class Draining(ServiceError):
     """The node is stopping."""
 
     reason = "DRAINING"
+    retryable = True
+    hint = "Try again later, or use another node."
+
+
+class ServiceUnavailable(ServiceError):
+    """The node is there, but this service of it has failed or is switched off."""
+
+    reason = "SERVICE_UNAVAILABLE"
     retryable = True
     hint = "Try again later, or use another node."
 

@@ -2,8 +2,10 @@
 
 A service is a class named by an entry point of the group `btt.services`; built-in services
 register in the same way as those of third parties. It gets a folder, its section of the
-configuration, a log and a clock, and never a key: payment is done by the node's interceptors,
-which read from the proto what a method costs.
+configuration, a log, a clock, metrics, the node's limiter and a group for its tasks, and never a
+key: payment is done by the node's interceptors, which read from the proto what a method costs.
+A service that fails is isolated: its methods answer ServiceUnavailable, the node goes on, and the
+service is made and started again after a while.
 
     class EchoPlugin:
         name = "echo"
@@ -26,25 +28,31 @@ which read from the proto what a method costs.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Coroutine, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 from btt.sdk.channel.prices import Line, Price
 from btt.sdk.errors import ConfigError
 from btt.sdk.money import Rate, Unit
 
 if TYPE_CHECKING:
+    import asyncio
+
     import grpc.aio
 
 __all__ = [
+    "Limiter",
     "Line",
     "Log",
+    "Metrics",
     "Price",
     "Rate",
+    "Reloadable",
     "ServiceContext",
     "ServicePlugin",
+    "Tasks",
     "Unit",
     "check_keys",
     "did_you_mean",
@@ -68,6 +76,46 @@ class Log(Protocol):
         """What the operator must look at."""
 
 
+class Limiter(Protocol):
+    """The node's limits on bytes a second, for traffic that is not gRPC.
+
+    The messages of gRPC methods pass it by themselves.
+    """
+
+    async def send(self, amount: int, *, flow: str = "") -> None:
+        """Returns when bytes may leave.
+
+        Args:
+            amount: Bytes.
+            flow: For whom, such as the address of a peer; flows share fairly.
+        """
+
+    async def receive(self, amount: int, *, flow: str = "") -> None:
+        """Returns when bytes may be taken; arguments as `send`."""
+
+
+class Metrics(Protocol):
+    """What an operator may watch; names are lower_case, with their unit at the end."""
+
+    def count(self, name: str, amount: float = 1) -> None:
+        """Adds to a counter, such as `proofs_total`."""
+
+    def gauge(self, name: str, value: float) -> None:
+        """Sets a gauge, such as `used_bytes`."""
+
+
+class Tasks(Protocol):
+    """The tasks of one service; what is left of them when it stops is cancelled."""
+
+    def create(self, work: Coroutine[Any, Any, Any], *, name: str) -> asyncio.Task[Any]:
+        """Begins work in the background; if it fails, the service has failed.
+
+        Args:
+            work: What to do.
+            name: For the log.
+        """
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServiceContext:
     """What a node gives to one service.
@@ -78,12 +126,18 @@ class ServiceContext:
             checks it. Values from the environment are text.
         log: Where to write what the operator should see.
         clock: Unix milliseconds.
+        tasks: Work in the background.
+        limiter: Bytes a second, for traffic that is not gRPC.
+        metrics: What an operator may watch.
     """
 
     data_dir: Path
     config: Mapping[str, Any]
     log: Log
     clock: Callable[[], int]
+    tasks: Tasks
+    limiter: Limiter
+    metrics: Metrics
 
 
 class ServicePlugin(Protocol):
@@ -100,7 +154,11 @@ class ServicePlugin(Protocol):
         """
 
     async def start(self) -> None:
-        """Opens what the service needs. If it fails, the node does not start."""
+        """Opens what the service needs.
+
+        If it fails it is tried again after a while, with a new object; a ConfigError keeps the
+        node from starting.
+        """
 
     def register(self, server: grpc.aio.Server) -> None:
         """Adds the gRPC services, with the generated `add_...Servicer_to_server` functions.
@@ -110,10 +168,25 @@ class ServicePlugin(Protocol):
         """
 
     def prices(self) -> Mapping[Line, Price]:
-        """Returns the price of each line that the methods charge; called once."""
+        """Returns the price of each line that the methods charge; called again after a reload."""
 
     async def stop(self) -> None:
-        """Closes everything; no call is running any more. Not called if `start` failed."""
+        """Closes everything, within seconds; called also after `start` failed half-way."""
+
+
+@runtime_checkable
+class Reloadable(Protocol):
+    """A service that takes a changed configuration while it runs; others need a restart for that."""
+
+    def reload(self, config: Mapping[str, Any]) -> None:
+        """Takes a changed configuration whole, or raises and changes nothing.
+
+        Args:
+            config: As in ServiceContext.
+
+        Raises:
+            ConfigError: Naming the key and what to write there.
+        """
 
 
 def check_keys(config: Mapping[str, Any], *, known: Collection[str]) -> None:

@@ -5,29 +5,26 @@ from __future__ import annotations
 import csv
 import json
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from btt.node.commands.options import AsJson, FolderOption, existing
 
 if TYPE_CHECKING:
     from btt.node.refusals import Refusal
 
 app = typer.Typer(help="Show what a node earned, and why not more.", invoke_without_command=True)
 
-Folder = Annotated[
-    Path | None, typer.Option("--node", help="Folder of the node.", envvar="BTT_NODE_DIR", show_default=False)
-]
 Since = Annotated[
     str, typer.Option(help='Only this long, such as "30d"; whole days, UTC.', show_default="all of it")
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
 @app.callback()
 def earnings(
     ctx: typer.Context,
-    folder: Folder = None,
+    folder: FolderOption = None,
     since: Since = "",
     by: Annotated[str, typer.Option(help="service, peer, app or day.")] = "service",
     as_json: AsJson = False,
@@ -39,12 +36,12 @@ def earnings(
     from btt.node import config
     from btt.node.books import reading
     from btt.node.earnings import COLUMNS, By, read_entries, read_receipts, told_by, total_of
-    from btt.node.folder import CONFIG, default_folder
+    from btt.node.folder import CONFIG
     from btt.sdk.money import Amount
 
     if by not in list(By):
         raise typer.BadParameter(f"one of {', '.join(By)}", param_hint="--by")
-    path = folder or default_folder()
+    path = existing(folder)
     day = _since_day(since)
     with reading(path) as db:
         proved = read_receipts(db, config.load(path / CONFIG).ledger.address.ledger_id)
@@ -80,16 +77,15 @@ def why_not(
     service: Annotated[
         str, typer.Argument(help="Name of a service, such as content.", show_default="all")
     ] = "",
-    folder: Folder = None,
+    folder: FolderOption = None,
     since: Since = "30d",
     as_json: AsJson = False,
 ) -> None:
     """Say which calls were refused, how often and why, and what to do about it."""
     from btt.node.books import reading
-    from btt.node.folder import default_folder
     from btt.node.refusals import read_refusals
 
-    with reading(folder or default_folder()) as db:
+    with reading(existing(folder)) as db:
         found = read_refusals(db, since_day=_since_day(since), service=service or None)
     rows, served = _summed(found)
     if as_json:
@@ -127,8 +123,8 @@ def _summed(found: list[Refusal]) -> tuple[list[dict[str, Any]], int]:
 
 def _since_day(text: str) -> int:
     from btt.node.clock import system_ms
-    from btt.node.config import parse_duration
     from btt.node.payments.days import DAY_MS
+    from btt.node.values import parse_duration
 
     if not text:
         return 0

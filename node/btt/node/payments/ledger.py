@@ -55,6 +55,11 @@ class LedgerOnDemand:
         self._client: LedgerClient | None = None
         self._connecting: asyncio.Task[LedgerClient] | None = None
 
+    @property
+    def is_connected(self) -> bool:
+        """Says whether it was reached."""
+        return self._client is not None
+
     async def connect(self) -> LedgerClient:
         """Returns the connection; calls at the same time share one attempt.
 

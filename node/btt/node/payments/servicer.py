@@ -127,6 +127,8 @@ class PaymentServicer(payment_pb2_grpc.PaymentServiceServicer):
     ) -> payment_pb2.AgreeRefundResponse:
         """Signs T2 for a channel whose terms suit (paper: step 4)."""
         try:
+            if self.draining:
+                raise Draining("The node is stopping.")
             commit = ChannelCommit.decode(request.commit)
             self._check_terms(commit)
             # Nobody shall lock money in a channel that will be refused.

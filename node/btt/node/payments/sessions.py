@@ -68,6 +68,14 @@ class Sessions:
         self._by_token: dict[bytes, Session] = {}
         self._by_channel: dict[bytes, Session] = {}
         self._opening: dict[bytes, asyncio.Lock] = {}
+        self._none = asyncio.Event()
+        self._none.set()
+
+    def reprice(self, unit: int) -> None:
+        """Lends the cost of another verify unit from now on, base units."""
+        self._policy = replace(self._policy, unit=unit)
+        for book in self._books.values():
+            book.standing.unit = unit
 
     def find(self, token: bytes, call_id: bytes, signature: bytes) -> Session:
         """Returns the live session that a call may use.
@@ -154,6 +162,7 @@ class Sessions:
         book.sessions += 1
         self._by_token[hashlib.sha256(session.token).digest()] = session
         self._by_channel[channel_id] = session
+        self._none.clear()
         return session, settled
 
     async def _book(self, payer: Address, channel_id: bytes) -> PayerBook:
@@ -234,6 +243,8 @@ class Sessions:
         channel_id = session.payee.channel_id
         if self._by_channel.get(channel_id) is session:
             del self._by_channel[channel_id]
+            if not self._by_channel:
+                self._none.set()
         self._return_lease(self._books[session.payer])
 
     # Bans
@@ -268,6 +279,10 @@ class Sessions:
     def live(self, channel_id: bytes) -> Session | None:
         """Returns the live session of a channel."""
         return self._by_channel.get(channel_id)
+
+    async def gone(self) -> None:
+        """Returns when no session is live."""
+        await self._none.wait()
 
     def all(self) -> list[Session]:
         """Returns every live session."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from btt.proto.content.v1 import content_pb2, content_pb2_grpc
 from btt.sdk.content.torrent import RUN
@@ -28,12 +28,16 @@ class ContentPlugin:
     name: ClassVar[str] = "content"
 
     def __init__(self, context: ServiceContext) -> None:
-        check_keys(context.config, known=("rate",))
-        self._rate = read_rate(context.config, "rate", default=DEFAULT_RATE, unit=Unit.BYTE)
+        self.reload(context.config)
         self._folder = context.data_dir
         self._log = context.log
         self._catalogue: Catalogue | None = None
         self._servicer: ContentServicer | None = None
+
+    def reload(self, config: Mapping[str, Any]) -> None:
+        """Takes the price of bytes."""
+        check_keys(config, known=("rate",))
+        self._rate = read_rate(config, "rate", default=DEFAULT_RATE, unit=Unit.BYTE)
 
     async def start(self) -> None:
         """Opens the catalogue."""

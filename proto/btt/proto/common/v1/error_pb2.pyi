@@ -88,6 +88,8 @@ class _ReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Reason.ValueTy
     """The ledger found its own books inconsistent and has stopped."""
     REASON_LEDGER_UNREACHABLE: _Reason.ValueType  # 31
     """The ledger could not be reached, so no credit can be given."""
+    REASON_SERVICE_UNAVAILABLE: _Reason.ValueType  # 33
+    """The service of the node has failed or is switched off."""
 
 class Reason(_Reason, metaclass=_ReasonEnumTypeWrapper):
     """The reasons. Numbers and names are for ever."""
@@ -156,4 +158,6 @@ REASON_INVARIANT_BROKEN: Reason.ValueType  # 30
 """The ledger found its own books inconsistent and has stopped."""
 REASON_LEDGER_UNREACHABLE: Reason.ValueType  # 31
 """The ledger could not be reached, so no credit can be given."""
+REASON_SERVICE_UNAVAILABLE: Reason.ValueType  # 33
+"""The service of the node has failed or is switched off."""
 Global___Reason: _TypeAlias = Reason  # noqa: Y015

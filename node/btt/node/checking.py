@@ -1,0 +1,43 @@
+"""Checks the keys that only services understand, by making each service and throwing it away."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from structlog.testing import capture_logs
+
+from btt.node import registry
+from btt.node.clock import system_ms
+from btt.node.config import NodeConfig
+from btt.node.limits.limiter import Limiter
+from btt.node.metrics import NodeMetrics, Sample
+from btt.node.plugins.host import State, Surroundings
+from btt.sdk.errors import ConfigError
+
+
+def check_services(config: NodeConfig) -> list[str]:
+    """Returns the services that are on.
+
+    Raises:
+        ConfigError: One of them is not installed, cannot be made, or refuses its keys.
+    """
+
+    async def nothing() -> list[Sample]:
+        return []
+
+    limiter = Limiter(lambda: 0.0)
+    # What fails is told by what this raises; standard output belongs to the command.
+    with capture_logs(), tempfile.TemporaryDirectory() as folder:
+        made = registry.Registry(
+            registry.installed(),
+            around=Surroundings(
+                folder=Path(folder), clock=system_ms, limiter=limiter.of, metrics=NodeMetrics(nothing).of
+            ),
+            limiter=limiter,
+            credit_limit=config.payments.credit_limit,
+        ).configure(config.services)
+    for host in made:
+        if host.state is State.FAILED:
+            raise ConfigError(f"services.{host.name} failed: {host.reason}.", hint="Repair or disable it.")
+    return [host.name for host in made]

@@ -1,0 +1,1 @@
+"""The one limiter of a node: bytes a second up and down, of all services together and of each."""

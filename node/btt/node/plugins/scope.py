@@ -1,0 +1,111 @@
+"""Knows which tasks belong to which service, so that none is left when it stops.
+
+Whatever runs on behalf of a service runs in a context that names its scope; tasks inherit the
+context of whoever creates them, so also those that a service made behind our back are known.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+from collections.abc import Callable, Coroutine
+from contextvars import ContextVar
+from typing import Any
+from weakref import WeakSet
+
+_current: ContextVar[Scope | None] = ContextVar("btt_service", default=None)
+
+
+class Scope:
+    """The tasks of one service.
+
+    Args:
+        failed: Called when a task that was created here ends with an exception.
+    """
+
+    def __init__(self, failed: Callable[[BaseException], None]) -> None:
+        self._failed = failed
+        self._tasks: WeakSet[asyncio.Task[Any]] = WeakSet()
+
+    def enter(self) -> None:
+        """From here on this task works for the service."""
+        _current.set(self)
+
+    def create(self, work: Coroutine[Any, Any, Any], *, name: str) -> asyncio.Task[Any]:
+        """Begins work in the background."""
+        task = self.run(work, name=name)
+        task.add_done_callback(self._ended)
+        return task
+
+    def run(self, work: Coroutine[Any, Any, Any], *, name: str) -> asyncio.Task[Any]:
+        """Begins work whose result somebody waits for."""
+        context = contextvars.copy_context()
+        context.run(self.enter)
+        task = asyncio.get_running_loop().create_task(work, name=name, context=context)
+        self._tasks.add(task)
+        return task
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._failed(error)
+
+    def add(self, task: asyncio.Task[Any]) -> None:
+        """Takes in a task that was made in this scope's context."""
+        self._tasks.add(task)
+
+    @property
+    def alive(self) -> list[asyncio.Task[Any]]:
+        """Tasks that have not ended."""
+        return [task for task in self._tasks if not task.done()]
+
+    async def end(self, seconds: float) -> list[asyncio.Task[Any]]:
+        """Cancels what is left.
+
+        Args:
+            seconds: How long it may take to end.
+
+        Returns:
+            Tasks that refuse to.
+        """
+        left = self.alive
+        for task in left:
+            task.cancel()
+        if left:
+            await asyncio.wait(left, timeout=seconds)
+        return self.alive
+
+
+def _factory(
+    loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, Any], **options: Any
+) -> asyncio.Task[Any]:
+    context: contextvars.Context | None = options.get("context")
+    scope = _current.get() if context is None else context.get(_current)
+    if scope is None:
+        return asyncio.Task(work, loop=loop, **options)
+    task = asyncio.Task(_contained(work), loop=loop, **options)
+    scope.add(task)
+    return task
+
+
+async def _contained(work: Coroutine[Any, Any, Any]) -> Any:
+    """Keeps what would end the loop inside the task."""
+    try:
+        return await work
+    except SystemExit as error:
+        raise RuntimeError("It tried to end the process.") from error
+
+
+def follow_tasks(loop: asyncio.AbstractEventLoop) -> Callable[[], None]:
+    """Makes a loop remember which service its tasks belong to.
+
+    Returns:
+        What ends that.
+    """
+    before = loop.get_task_factory()
+    loop.set_task_factory(_factory)  # type: ignore[arg-type]
+
+    def undo() -> None:
+        if loop.get_task_factory() is _factory:
+            loop.set_task_factory(before)
+
+    return undo

@@ -1,0 +1,187 @@
+"""Takes a changed configuration while the node runs: all of what can be taken, or nothing if it is wrong.
+
+Limits, the log level, prices and which services run change at once. The rest, such as keys,
+addresses and the terms of channels, needs a restart, and is named.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import structlog
+
+from btt.node import config as node_config
+from btt.node.config import NodeConfig, ServiceSection
+from btt.node.folder import CONFIG
+from btt.node.logs import LEVEL
+from btt.node.plugins.host import ServiceHost, State
+from btt.sdk.errors import BttError
+from btt.sdk.plugin import Reloadable
+
+if TYPE_CHECKING:
+    from btt.node.runtime import Node
+
+log = structlog.get_logger(__name__)
+
+_AT_ONCE = ("limits.", "log.level", "services.")
+_OFF = ServiceSection()
+
+
+def needs_restart(key: str) -> bool:
+    """Says whether a key, such as "node.listen", is read only when a node starts."""
+    return not key.startswith(_AT_ONCE)
+
+
+@dataclass(frozen=True, slots=True)
+class Reloaded:
+    """What came of a reload.
+
+    Attributes:
+        applied: Keys that changed and hold now.
+        restart: Keys that changed and need a restart.
+        error: Why nothing was taken; empty if it was.
+    """
+
+    applied: tuple[str, ...] = ()
+    restart: tuple[str, ...] = ()
+    error: str = ""
+
+    def as_json(self) -> dict[str, Any]:
+        """Returns it for machines."""
+        return {"applied": list(self.applied), "restart": list(self.restart), "error": self.error}
+
+
+def changed_keys(old: NodeConfig, new: NodeConfig) -> Iterator[str]:
+    """Yields the keys that differ."""
+    for section in NodeConfig.model_fields:
+        before, after = getattr(old, section), getattr(new, section)
+        if section == "services":
+            for name in sorted(before.keys() | after.keys()):
+                yield from (
+                    f"services.{name}.{key}"
+                    for key in _changed_in(before.get(name, _OFF), after.get(name, _OFF))
+                )
+        else:
+            for key in type(after).model_fields:
+                if getattr(before, key) != getattr(after, key):
+                    yield f"{section}.{key}"
+
+
+def _changed_in(before: ServiceSection, after: ServiceSection) -> Iterator[str]:
+    for key in ("enabled", "limits"):
+        if getattr(before, key) != getattr(after, key):
+            yield key
+    options = before.options.keys() | after.options.keys()
+    yield from sorted(key for key in options if before.options.get(key) != after.options.get(key))
+
+
+class Reloader:
+    """Changes one running node.
+
+    Args:
+        node: Which serves already.
+    """
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self._held = node.folder.config
+        self._lock = asyncio.Lock()
+        self._retiring: set[asyncio.Task[None]] = set()
+
+    async def reload(self) -> Reloaded:
+        """Reads the file and the environment, and takes what changed."""
+        async with self._lock:
+            try:
+                result = await self._reload(node_config.load(self._node.folder.path / CONFIG))
+            except BttError as error:
+                result = Reloaded(error=str(error))
+        (log.warning if result.error else log.info)("config.reloaded", **result.as_json())
+        return result
+
+    async def _reload(self, new: NodeConfig) -> Reloaded:
+        services, held = self._node.services, self._held
+        keys = list(changed_keys(held, new))
+        restart = [key for key in keys if needs_restart(key)]
+        # Whatever may be wrong comes first, so that a wrong configuration changes nothing.
+        changed = self._changed_services(new)
+        stuck = [host for host in changed if not self._takes(host)]
+        done: list[tuple[ServiceHost, ServiceSection]] = []
+        try:
+            made = services.configure(new.services)
+            for host in changed:
+                if host not in stuck:
+                    services.reload(host.name, new.services[host.name].options)
+                    done.append((host, held.services[host.name]))
+        except BttError:
+            for host, section in done:
+                services.reload(host.name, section.options)
+            raise
+        for host in stuck:
+            before, after = held.services[host.name], new.services[host.name]
+            restart += [
+                f"services.{host.name}.{key}" for key in _changed_in(before, after) if key != "limits"
+            ]
+        self.apply_limits(new)
+        for host in made:
+            await services.begin(host)
+            self._node.supervisor.follow(host)
+        for host in services.hosts.values():
+            if host.state is not State.STOPPED and not new.services.get(host.name, _OFF).enabled:
+                self._retire(host)
+        await self._node.reprice()
+        kept = {name: new.services[name] for name in new.services if name not in {h.name for h in stuck}}
+        kept |= {host.name: held.services[host.name] for host in stuck}
+        self._held = held.model_copy(
+            update={
+                "limits": new.limits,
+                "log": held.log.model_copy(update={"level": new.log.level}),
+                "services": kept,
+            }
+        )
+        applied = [key for key in keys if key not in restart]
+        return Reloaded(tuple(applied), tuple(restart))
+
+    def _changed_services(self, new: NodeConfig) -> list[ServiceHost]:
+        """Those that run, go on running, and have other options."""
+        return [
+            host
+            for host in self._node.services.hosts.values()
+            if host.state not in (State.STOPPED, State.DRAINING)
+            and new.services.get(host.name, _OFF).enabled
+            and new.services[host.name].options != host.config
+        ]
+
+    def _takes(self, host: ServiceHost) -> bool:
+        return host.state is State.SERVING and isinstance(host.plugin, Reloadable)
+
+    def _retire(self, host: ServiceHost) -> None:
+        async def retire() -> None:
+            await host.drain()
+            await host.stop()
+
+        self._node.supervisor.leave(host)
+        host.begin_drain()
+        task = asyncio.create_task(retire(), name=f"retire {host.name}")
+        self._retiring.add(task)
+        task.add_done_callback(self._retiring.discard)
+
+    def apply_limits(self, config: NodeConfig) -> None:
+        """Makes the limits of a configuration hold."""
+        node, limits = self._node, config.limits
+        node.limiter.limit(
+            up=limits.up,
+            down=limits.down,
+            services={name: (s.limits.up, s.limits.down) for name, s in config.services.items()},
+        )
+        LEVEL.set(config.log.level)
+        node.connections.most = limits.connections
+        node.admission.limit(calls=limits.calls, calls_per_session=limits.calls_per_session)
+
+    async def close(self) -> None:
+        """Waits no longer for services that are being switched off."""
+        for task in self._retiring:
+            task.cancel()
+        await asyncio.gather(*self._retiring, return_exceptions=True)

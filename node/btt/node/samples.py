@@ -1,0 +1,51 @@
+"""Reads a running node's numbers for its metrics."""
+
+from __future__ import annotations
+
+import sqlite3
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from btt.node.earnings import By, read_entries, told_by, total_of
+from btt.node.payments.store import CLOSED
+from btt.node.plugins.host import State
+
+if TYPE_CHECKING:
+    from btt.node.earnings import Sums
+    from btt.node.metrics import Sample
+    from btt.node.runtime import Node
+
+
+async def read_samples(node: Node) -> list[Sample]:
+    """Returns what Prometheus is told about a node, apart from its calls."""
+
+    def earned(db: sqlite3.Connection) -> Sums:
+        return total_of(told_by(read_entries(db), By.DAY))
+
+    sums = await node.store.run(earned)
+    channels = [record for record, _ in await node.store.channels(closed=True)]
+    opened = [record for record in channels if record.state != CLOSED]
+    now = node.clock()
+    samples: list[Sample] = [
+        ("btt_revenue_base_units", {"state": state}, amount) for state, amount in asdict(sums).items()
+    ]
+    samples += [
+        ("btt_channels", {"state": "open"}, len(opened)),
+        ("btt_channels", {"state": "closed"}, len(channels) - len(opened)),
+        ("btt_channel_capacity_base_units", {}, sum(record.deposit for record in opened)),
+        ("btt_unpaid_base_units", {}, sum(max(0, s.payee.meter.excess) for s in node.sessions.all())),
+        ("btt_sessions", {}, len(node.sessions.all())),
+        ("btt_calls_running", {}, node.admission.running),
+        ("btt_loop_lag_seconds", {}, node.watchdog.lag_s),
+        ("btt_ledger_connected", {}, node.ledger.is_connected),
+        ("btt_offer_serial", {}, node.offers.usable()[0].serial),
+    ]
+    if opened:
+        expiry = min(record.expires_ms for record in opened) - now
+        samples.append(("btt_channel_expiry_seconds", {}, expiry / 1000))
+    for name, host in node.services.hosts.items():
+        samples.append(("btt_plugin_failures", {"service": name}, host.failures))
+        samples += [
+            ("btt_plugin_state", {"service": name, "state": state}, host.state is state) for state in State
+        ]
+    return samples

@@ -1,0 +1,120 @@
+"""How values of the configuration are written: durations, speeds, amounts, addresses to listen on."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any, Final
+
+from btt.sdk.errors import InvalidRequest
+from btt.sdk.money import Amount
+
+_DURATION = re.compile(r"([0-9]{1,12})\s*(ms|s|m|h|d)")
+_MILLISECONDS: Final = {"ms": 1, "s": 1000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
+
+
+def parse_duration(text: object) -> int:
+    """Reads a duration such as "90s", "15m", "1h" or "7d".
+
+    Returns:
+        Milliseconds.
+
+    Raises:
+        ValueError: It is no duration.
+    """
+    match = _DURATION.fullmatch(text.strip()) if isinstance(text, str) else None
+    if match is None:
+        raise ValueError('write a duration like "30s", "15m", "1h" or "7d"')
+    return int(match.group(1)) * _MILLISECONDS[match.group(2)]
+
+
+def parse_amount(text: object) -> Amount:
+    """Reads "0.5 BTT".
+
+    Raises:
+        ValueError: It is no amount.
+    """
+    if isinstance(text, Amount):
+        return text
+    if not isinstance(text, str):
+        raise ValueError('write an amount like "0.5 BTT", in quotes')  # noqa: TRY004 - pydantic wants it
+    return Amount.parse(text)
+
+
+def parsed(parse: Callable[[str], Any]) -> Callable[[object], Any]:
+    """Makes a reader of text out of one that raises our errors."""
+
+    def read(text: object) -> Any:
+        if not isinstance(text, str):
+            raise ValueError("write it in quotes")  # noqa: TRY004
+        try:
+            return parse(text)
+        except InvalidRequest as error:
+            raise ValueError(str(error)) from None
+
+    return read
+
+
+def parse_listen(text: str) -> tuple[str, int]:
+    """Reads "host:port"; IPv6 hosts stand in brackets, port 0 takes a free one.
+
+    Raises:
+        ValueError: It is no such thing.
+    """
+    host, colon, port = text.rpartition(":")
+    bare = host.removeprefix("[").removesuffix("]")
+    if (
+        not colon
+        or not bare
+        or (":" in bare and not host.startswith("["))
+        or not (port.isascii() and port.isdigit() and int(port[:6]) < 65536)
+    ):
+        raise ValueError('write it like "0.0.0.0:7800"')
+    return bare, int(port)
+
+
+def listen_text(text: object) -> str:
+    """Checks "host:port", and leaves it as it is.
+
+    Raises:
+        ValueError: It is no such thing.
+    """
+    if not isinstance(text, str):
+        raise ValueError('write it like "0.0.0.0:7800", in quotes')  # noqa: TRY004
+    parse_listen(text)
+    return text
+
+
+_RATE = re.compile(r"([0-9]{1,9})\s*(B|KiB|MiB|GiB)/s")
+_SIZES: Final = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+
+
+def parse_speed(text: object) -> int:
+    """Reads a limit such as "20 MiB/s"; "" is none.
+
+    Returns:
+        Bytes a second; 0 for no limit.
+
+    Raises:
+        ValueError: It is no speed.
+    """
+    if text == "":
+        return 0
+    match = _RATE.fullmatch(text.strip()) if isinstance(text, str) else None
+    if match is None or not int(match.group(1)):
+        raise ValueError('write a speed like "500 KiB/s" or "20 MiB/s", or "" for no limit')
+    return int(match.group(1)) * _SIZES[match.group(2)]
+
+
+def duration_text(ms: int) -> str:
+    """Writes milliseconds as they are read."""
+    unit = next(unit for unit in ("d", "h", "m", "s", "ms") if ms % _MILLISECONDS[unit] == 0)
+    return f"{ms // _MILLISECONDS[unit]}{unit}"
+
+
+def speed_text(rate: int) -> str:
+    """Writes bytes a second as they are read."""
+    if not rate:
+        return ""
+    unit = next(unit for unit in ("GiB", "MiB", "KiB", "B") if rate % _SIZES[unit] == 0)
+    return f"{rate // _SIZES[unit]} {unit}/s"

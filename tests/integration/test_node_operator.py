@@ -1,0 +1,443 @@
+"""An operator changes a running node: prices, limits, services; drains it, and stops it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from dataclasses import replace
+
+import grpc.aio
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from typer.testing import CliRunner
+
+from btt.node import folder as node_folder
+from btt.node import service as node_service
+from btt.node.cli import app as node_app
+from btt.node.commands.service import app as service_app
+from btt.node.editing import edit
+from btt.node.folder import NodeFolder, running_facts
+from btt.node.plugins.host import State
+from btt.node.runtime import Node
+from btt.sdk.budget import Budget
+from btt.sdk.client import Client
+from btt.sdk.errors import BttError, ConfigError, Draining, PriceChanged, RateLimited, ServiceUnavailable
+from btt.sdk.money import Rate, Unit
+from btt.sdk.plugin import check_keys, read_rate
+from btt.sdk.rpc import to_error
+from kit.payers import RawPayer, dial
+from kit.probe import BYTES, PRICES, ROWS, Probe, pb, rpc
+
+
+class Held(Probe):
+    """Sends a row when it is let."""
+
+    def __init__(self):
+        super().__init__()
+        self.let = asyncio.Semaphore(0)
+        self.began = asyncio.Semaphore(0)
+
+    async def Query(self, request, context):  # noqa: N802
+        self.began.release()
+        for _ in range(request.messages):
+            await self.let.acquire()
+            yield pb.Rows(rows=request.size)
+
+
+class ProbePlugin:
+    name = "probe"
+    made: ProbePlugin
+
+    def __init__(self, context):
+        self.context = context
+        self.servicer = Held()
+        self.stopped = False
+        ProbePlugin.made = self
+        self.reload(context.config)
+
+    def reload(self, config):
+        check_keys(config, known=("rate",))
+        self.rate = read_rate(config, "rate", default="0.000001 BTT / call", unit=Unit.COUNT)
+
+    async def start(self):
+        pass
+
+    def register(self, server):
+        rpc.add_ProbeServiceServicer_to_server(self.servicer, server)
+
+    def prices(self):
+        return {**PRICES, ROWS: replace(PRICES[ROWS], rate=self.rate)}
+
+    async def stop(self):
+        self.stopped = True
+
+
+def make_node(economy, path, **tables) -> Node:
+    config = {
+        "node": {"listen": "127.0.0.1:0"},
+        "ledger": {"address": str(economy.running.address)},
+        "payments": {
+            "min_challenge": "1s",
+            "min_lifetime": "10s",
+            "close_margin": "1s",
+            "credit_limit": "1 BTT",
+        },
+        "services": {"probe": {"enabled": True}},
+    }
+    opened = node_folder.init(path, config={**config, **tables})
+    return Node(opened, plugins={"probe": lambda: ProbePlugin}, clock=economy.clock)
+
+
+@pytest.fixture
+def node(economy, tmp_path) -> Node:
+    return make_node(economy, tmp_path / "node")
+
+
+def client_of(economy, node, wallet, **options) -> Client:
+    return Client.connect(
+        str(node.address), budget=Budget("5 BTT"), ledger=str(economy.running.address), wallet=wallet,
+        clock=economy.clock, **options,
+    )  # fmt: skip
+
+
+async def until_draining(node):
+    certificate, address = node.folder.certificate, node.address
+    async with dial(certificate, address.node, address.port) as channel:
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+        while (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING:
+            pass
+        watch.cancel()
+
+
+async def rows(session, messages=1, size=1):
+    call = rpc.ProbeServiceStub(session.channel).Query(
+        pb.Ask(messages=messages, size=size, max_rows=messages * size)
+    )
+    return [message.rows async for message in call]
+
+
+async def payer_of(economy, node, channel) -> RawPayer:
+    offer = await node.offers.current()
+    return await RawPayer(economy, offer, channel).fund()
+
+
+# Prices
+
+
+async def test_a_new_price_is_a_new_offer_and_running_sessions_keep_theirs(economy, node):
+    wallet = await economy.wallet()
+    async with node:
+        probe = ProbePlugin.made.servicer
+        before = await node.offers.current()
+        async with client_of(economy, node, wallet) as btt:
+            session = await btt.session(100_000)
+            running = asyncio.create_task(rows(session, messages=2, size=1000))
+            await probe.began.acquire()
+            edit(node.folder.path, {"services.probe.rate": "0.000003 BTT / call"})
+            told = await node.reload()
+            assert told.as_json() == {"applied": ["services.probe.rate"], "restart": [], "error": ""}
+            probe.let.release()
+            probe.let.release()
+            assert await running == [1000, 1000]
+        now = await node.offers.current()
+        assert now.serial == before.serial + 1
+        assert now.sheet.prices[ROWS].rate == Rate(3, 1, Unit.COUNT)
+        assert btt.receipts[0].paid == 2000, "at the price that was agreed"
+        probe.let.release()
+        async with client_of(economy, node, wallet) as btt:
+            await rows(await btt.session(100_000), size=1000)
+        assert btt.receipts[0].paid == 3000
+    assert ProbePlugin.made.stopped
+
+
+async def test_a_session_with_a_quote_that_is_too_old_is_refused_as_a_price_change(economy, node):
+    async with node:
+        certificate = node.folder.certificate
+        async with dial(certificate, node.address.node, node.address.port) as channel:
+            payer = await payer_of(economy, node, channel)
+            for rate in (2, 3):
+                edit(node.folder.path, {"services.probe.rate": f"0.00000{rate} BTT / call"})
+                assert not (await node.reload()).error
+                if rate == 2:
+                    await payer.open()  # one change later the quote still holds
+            with pytest.raises(PriceChanged):
+                await payer.open()
+
+
+async def test_an_offer_that_ends_during_a_call_does_not_cut_it_but_opens_nothing_more(economy, node):
+    async with node:
+        probe = ProbePlugin.made.servicer
+        async with dial(node.folder.certificate, node.address.node, node.address.port) as channel:
+            payer = await payer_of(economy, node, channel)
+            await payer.open()
+            stream = await payer.attach()
+            call = payer.rows(2)
+            taking = asyncio.create_task(call.read())
+            await probe.began.acquire()
+            economy.clock.ahead_ms += 25 * 3600_000  # the offer is good for a day
+            assert payer.offer.valid_until_ms < economy.clock()
+            probe.let.release()
+            assert (await taking).rows == 1000
+            await stream.write(payer.update(1000))
+            probe.let.release()
+            assert (await call.read()).rows == 1000, "what runs goes on at its price"
+            assert (await node.offers.current()).digest != payer.offer.digest
+            with pytest.raises(PriceChanged):
+                await payer.open()
+            stream.cancel()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "word"),
+    [
+        ("services.probe.rate", "much", "services.probe"),
+        ("services.probe.rat", "1 BTT / call", '"rat"'),
+        ("services.probe.rate", "1 BTT / call", "more than anyone may owe"),
+        ("services.nowhere.enabled", True, "not installed"),
+    ],
+)
+async def test_a_wrong_configuration_changes_nothing(economy, node, key, value, word):
+    async with node:
+        before = await node.offers.current()
+        edit(node.folder.path, {key: value, "limits.calls": 1})
+        told = await node.reload()
+        assert word in told.error
+        assert told.applied == ()
+        assert await node.offers.current() is before
+        assert node.admission._calls == 512
+        assert ProbePlugin.made.rate == Rate(1, 1, Unit.COUNT)
+
+
+async def test_what_needs_a_restart_is_named_and_the_rest_is_taken(economy, node):
+    async with node:
+        edit(node.folder.path, {"payments.grace": "30s", "limits.calls": 7, "limits.up": "1 MiB/s"})
+        told = await node.reload()
+        assert set(told.applied) == {"limits.calls", "limits.up"}
+        assert told.restart == ("payments.grace",)
+        assert (node.admission._calls, node.limiter.up.limits("probe")) == (7, True)
+        edit(node.folder.path, {"payments.grace": "60s"})
+        assert (await node.reload()).as_json() == {"applied": [], "restart": [], "error": ""}
+
+
+# Opting out
+
+
+async def test_a_service_is_switched_off_and_on_while_the_node_runs(economy, node):
+    wallet = await economy.wallet()
+    async with node:
+        probe = ProbePlugin.made
+        async with client_of(economy, node, wallet) as btt:
+            session = await btt.session(100_000)
+            running = asyncio.create_task(rows(session, messages=2))
+            await probe.servicer.began.acquire()
+            edit(node.folder.path, {"services.probe.enabled": False})
+            assert not (await node.reload()).error
+            with pytest.raises(ServiceUnavailable, match="switched off"):
+                await rows(session)
+            assert not probe.stopped, "a paid call runs"
+            assert (await node.offers.current()).sheet.prices == {}
+            assert running_facts(node.folder.path)["services"]["probe"]["state"] == "draining"
+            retiring = list(node.reloader._retiring)
+            probe.servicer.let.release()
+            probe.servicer.let.release()
+            assert await running == [1, 1]
+            await asyncio.gather(*retiring)
+            assert probe.stopped
+            assert running_facts(node.folder.path)["services"]["probe"]["state"] == "stopped"
+        edit(node.folder.path, {"services.probe.enabled": True})
+        assert not (await node.reload()).error
+        assert node.services.hosts["probe"].state is State.SERVING
+        assert ProbePlugin.made is not probe
+        ProbePlugin.made.servicer.let.release()
+        async with client_of(economy, node, wallet) as btt:
+            assert await rows(await btt.session(100_000)) == [1]
+
+
+# Limits
+
+
+async def test_one_limiter_bounds_what_all_calls_send_and_none_costs_nothing(economy, node):
+    wallet = await economy.wallet()
+    asked = []
+    async with node:
+        taken = node.limiter.up.take
+
+        async def watched(service, flow, amount):
+            asked.append((service, amount))
+            await taken(service, flow, amount)
+
+        node.limiter.up.take = watched
+        async with client_of(economy, node, wallet) as btt:
+            stub = rpc.ProbeServiceStub((await btt.session(100_000)).channel)
+            assert [len(m.data) async for m in stub.Many(pb.Ask(messages=2, size=1000))] == [1000] * 2
+            assert asked == []
+            edit(node.folder.path, {"services.probe.limits": {"up": "100 MiB/s"}})
+            assert (await node.reload()).applied == ("services.probe.limits",)
+            assert [len(m.data) async for m in stub.Many(pb.Ask(messages=2, size=1000))] == [1000] * 2
+            assert asked == [("probe", 1003)] * 2
+            assert len((await stub.One(pb.Ask(size=10))).data) == 10
+            assert asked[2:] == [("probe", 12)]
+
+
+async def test_connections_are_bounded(economy, tmp_path):
+    node = make_node(economy, tmp_path / "node", limits={"connections": 1})
+    wallet = await economy.wallet()
+    async with node:
+        async with dial(node.folder.certificate, node.address.node, node.address.port) as channel:
+            payer = await payer_of(economy, node, channel)
+            await payer.open()
+            stream = await payer.attach()
+            async with dial(node.folder.certificate, node.address.node, node.address.port) as other:
+                with pytest.raises(RateLimited, match="1 connections"):
+                    await payer_of(economy, node, other)
+            stream.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await stream.read()
+        assert wallet
+
+
+# Draining
+
+
+async def test_a_drain_under_load_finishes_what_was_paid_and_closes_all_channels(economy, node):
+    wallets = [await economy.wallet() for _ in range(3)]
+    async with node:
+        probe = ProbePlugin.made.servicer
+        clients = [client_of(economy, node, wallet, keep_channels=True) for wallet in wallets]
+        sessions = [await (await client.__aenter__()).session(100_000) for client in clients]
+        running = [asyncio.create_task(rows(session, messages=3, size=1000)) for session in sessions]
+        for _ in running:
+            await probe.began.acquire()
+        draining = asyncio.create_task(node.drain())
+        await until_draining(node)
+        with pytest.raises(Draining):
+            await rows(sessions[0])
+        late = await economy.wallet()
+        async with client_of(economy, node, late) as other:
+            with pytest.raises(Draining):
+                await other.session(100_000)
+        assert (await economy.ledger.account(late.account)).locked == 0, "nothing is locked for nothing"
+        for _ in range(9):
+            probe.let.release()
+        assert await asyncio.gather(*running) == [[1000] * 3] * 3
+        await draining
+        for client, session in zip(clients, sessions, strict=True):
+            await session.abandon()
+            client._session = None
+            await client.__aexit__(None, None, None)
+    totals = await economy.ledger.totals()
+    assert (totals.open_channels, totals.closed_channels) == (0, 3)
+    assert (await economy.ledger.account(node.folder.payee_key)).available == 9000
+
+
+async def test_a_hurried_drain_ends(economy, node):
+    wallet = await economy.wallet()
+    async with node, client_of(economy, node, wallet, keep_channels=True) as btt:
+        session = await btt.session(100_000)
+        running = asyncio.create_task(rows(session))
+        await ProbePlugin.made.servicer.began.acquire()
+        draining = asyncio.create_task(node.drain())
+        node.hurry()
+        await draining
+        with pytest.raises((BttError, grpc.aio.AioRpcError)) as ended:
+            await running
+        assert not isinstance(ended.value, grpc.aio.AioRpcError) or to_error(ended.value)
+        await session.abandon()
+        btt._session = None
+
+
+# The commands
+
+
+def command(app, *words, code=0):
+    done = CliRunner().invoke(app, [str(word) for word in words])
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    assert done.exit_code == code, done.output
+    return done.stdout
+
+
+def test_profiles_and_configuration(economy, tmp_path):
+    home, server = tmp_path / "home", tmp_path / "server"
+    for profile, path in (("home", home), ("server", server)):
+        command(node_app, "init", path, "--profile", profile, "--ledger", economy.running.address)
+    config = NodeFolder.open(home).config
+    assert config.node.listen.startswith("127.0.0.1:")
+    assert config.limits.up == 2 << 20
+    assert NodeFolder.open(server).config.node.listen.startswith("0.0.0.0:")
+
+    path = home / node_folder.CONFIG
+    path.write_text(path.read_text().replace("[limits]", "# what the line bears\n[limits]"))
+    command(node_app, "config", "set", "limits.up", "500 KiB/s", "--node", home)
+    command(node_app, "config", "set", "payments.grace", "30s", "--node", home)
+    assert "# what the line bears\n[limits]" in path.read_text()
+    found = json.loads(command(node_app, "config", "show", "--json", "--node", home))["config"]
+    by_key = {row["key"]: row for row in found}
+    assert by_key["limits.up"] == {
+        "key": "limits.up", "value": "500 KiB/s", "origin": "node.toml", "needs_restart": False,
+    }  # fmt: skip
+    assert by_key["payments.grace"]["value"] == "30s"
+    assert by_key["payments.grace"]["needs_restart"]
+    assert by_key["payments.max_lifetime"] == {
+        "key": "payments.max_lifetime", "value": "30d", "origin": "default", "needs_restart": True,
+    }  # fmt: skip
+    assert by_key["services.content.rate"]["value"] == "1 BTT / GiB"
+    before = path.read_text()
+    for key, value in (("payments.grace", "soon"), ("payments.gruce", "1s"), ("limits.calls", "many")):
+        with pytest.raises(ConfigError, match=key.replace(".", r"\.")):
+            command(node_app, "config", "set", key, value, "--node", home)
+    assert path.read_text() == before
+    command(node_app, "config", "unset", "payments.grace", "--node", home)
+    assert NodeFolder.open(home).config.payments.grace == 60_000
+    assert json.loads(command(node_app, "config", "check", "--json", "--node", home))["services"] == [
+        "content"
+    ]
+    edit(home, {"services.content.rate": "no price"})
+    with pytest.raises(ConfigError, match=r"services\.content"):
+        command(node_app, "config", "check", "--node", home)
+
+
+def test_services_are_switched_and_priced(economy, tmp_path):
+    path = tmp_path / "node"
+    command(node_app, "init", path, "--ledger", economy.running.address)
+    command(service_app, "price", "content", "3 BTT / GiB", "--node", path)
+    command(service_app, "disable", "--all", "--node", path)
+    (row,) = [
+        row
+        for row in json.loads(command(service_app, "list", "--json", "--node", path))["services"]
+        if row["name"] == "content"
+    ]
+    assert (row["enabled"], row["state"], row["prices"]) == (False, "not running", ["3 BTT / GiB"])
+    assert row["package"] == "btt-services"
+    command(service_app, "enable", "content", "--node", path)
+    assert NodeFolder.open(path).config.services["content"].enabled
+    with pytest.raises(ConfigError, match='Did you mean "content"'):
+        command(service_app, "enable", "contnt", "--node", path)
+    command(service_app, "price", "content", "cheap", "--node", path, code=2)
+    assert json.loads(command(node_app, "stop", path, "--json")) == {"was_running": False, "running": False}
+
+
+@pytest.mark.parametrize("how", ["stop", "drain"])
+async def test_a_running_node_is_told_by_commands(economy, tmp_path, how):
+    path = tmp_path / "node"
+    await asyncio.to_thread(
+        command, node_app, "init", path, "--listen", "127.0.0.1:0", "--ledger", economy.running.address
+    )
+    ready = asyncio.Event()
+    serving = asyncio.create_task(node_service.serve(NodeFolder.open(path), ready=lambda _: ready.set()))
+    await ready.wait()
+    said = await asyncio.to_thread(
+        command, service_app, "price", "content", "2 BTT / GiB", "--node", path, "--json"
+    )
+    assert json.loads(said.splitlines()[-1]) == {
+        "running": True, "applied": ["services.content.rate"], "restart": [], "error": "",
+    }  # fmt: skip
+    before = (path / node_folder.CONFIG).read_text()
+    with pytest.raises(ConfigError, match="Nothing has changed"):
+        await asyncio.to_thread(command, service_app, "price", "content", "2 BTT / call", "--node", path)
+    assert (path / node_folder.CONFIG).read_text() == before
+    said = await asyncio.to_thread(command, node_app, "config", "set", "node.name", "nas", "--node", path)
+    assert "After a restart of the node: node.name" in said
+    assert "has stopped" in await asyncio.to_thread(command, node_app, how, path)
+    assert await serving
+    assert BYTES
