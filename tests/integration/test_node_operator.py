@@ -246,7 +246,7 @@ async def test_a_service_is_switched_off_and_on_while_the_node_runs(economy, nod
             assert running_facts(node.folder.path)["services"]["probe"]["state"] == "stopped"
         edit(node.folder.path, {"services.probe.enabled": True})
         assert not (await node.reload()).error
-        assert node.services.hosts["probe"].state is State.SERVING
+        assert node.services.registry.hosts["probe"].state is State.SERVING
         assert ProbePlugin.made is not probe
         ProbePlugin.made.servicer.let.release()
         async with client_of(economy, node, wallet) as btt:

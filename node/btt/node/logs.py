@@ -108,7 +108,6 @@ def configure(section: LogSection, stream: TextIO = sys.stderr) -> None:
     structlog.configure(
         processors=[*shared, renderer],
         logger_factory=structlog.PrintLoggerFactory(stream),
-        cache_logger_on_first_use=True,
     )
     # What libraries say goes the same way.
     handler = logging.StreamHandler(stream)

@@ -102,7 +102,7 @@ class Reloader:
         return result
 
     async def _reload(self, new: NodeConfig) -> Reloaded:
-        services, held = self._node.services, self._held
+        services, held = self._node.services.registry, self._held
         keys = list(changed_keys(held, new))
         restart = [key for key in keys if needs_restart(key)]
         # Whatever may be wrong comes first, so that a wrong configuration changes nothing.
@@ -127,7 +127,7 @@ class Reloader:
         self.apply_limits(new)
         for host in made:
             await services.begin(host)
-            self._node.supervisor.follow(host)
+            self._node.services.supervisor.follow(host)
         for host in services.hosts.values():
             if host.state is not State.STOPPED and not new.services.get(host.name, _OFF).enabled:
                 self._retire(host)
@@ -148,7 +148,7 @@ class Reloader:
         """Those that run, go on running, and have other options."""
         return [
             host
-            for host in self._node.services.hosts.values()
+            for host in self._node.services.registry.hosts.values()
             if host.state not in (State.STOPPED, State.DRAINING)
             and new.services.get(host.name, _OFF).enabled
             and new.services[host.name].options != host.config
@@ -162,7 +162,7 @@ class Reloader:
             await host.drain()
             await host.stop()
 
-        self._node.supervisor.leave(host)
+        self._node.services.supervisor.leave(host)
         host.begin_drain()
         task = asyncio.create_task(retire(), name=f"retire {host.name}")
         self._retiring.add(task)

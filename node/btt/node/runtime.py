@@ -7,9 +7,8 @@ node bounds the paid calls alone (`Admission`), so that Open and Pay are always 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AsyncExitStack, suppress
-from types import MappingProxyType
 from typing import Final, Self, cast
 
 import grpc.aio
@@ -34,14 +33,11 @@ from btt.node.payments.ledger import LedgerOnDemand
 from btt.node.payments.servicer import PaymentServicer
 from btt.node.payments.sessions import CreditPolicy, Sessions
 from btt.node.payments.store import PayeeStore
-from btt.node.plugins.host import ServiceHost, State, Surroundings
-from btt.node.plugins.scope import follow_tasks
-from btt.node.plugins.watchdog import LIMIT_S, Blocked, Watchdog
 from btt.node.plugins.weakly import weakly
 from btt.node.refusals import Refusals
 from btt.node.reload import Reloaded, Reloader
 from btt.node.samples import read_samples
-from btt.node.supervisor import Supervisor, backoff
+from btt.node.services import Patience, Services
 from btt.node.values import parse_listen
 from btt.proto.offer.v1 import offer_pb2, offer_pb2_grpc
 from btt.proto.payment.v1 import payment_pb2, payment_pb2_grpc
@@ -58,6 +54,7 @@ _LAST_SWEEP_S: Final = 5.0
 _SWEEP_EVERY_S: Final = 30.0
 _WATCH_EVERY_S: Final = 300.0
 _OFFER_EVERY_S: Final = 60.0
+DEFAULT_PATIENCE: Final = Patience()
 _ANYWHERE: Final = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - what is printed instead
 
 _OPTIONS: Final = (
@@ -94,9 +91,7 @@ class Node:
         plugins: The services that exist; by default those that are installed.
         clock: Unix milliseconds.
         grace_s: Seconds that calls may take to end when it stops.
-        backoff: Seconds before a service is restarted that has failed so often.
-        block_s: Seconds that a service may hold up the loop.
-        patience: Seconds that services may take, as in `Surroundings`.
+        patience: How long services may take.
     """
 
     def __init__(
@@ -106,19 +101,14 @@ class Node:
         plugins: registry.Plugins | None = None,
         clock: Callable[[], int] = system_ms,
         grace_s: float = GRACE_S,
-        backoff: Callable[[int], float] = backoff,
-        block_s: float = LIMIT_S,
-        patience: Mapping[str, float] = MappingProxyType({}),
+        patience: Patience = DEFAULT_PATIENCE,
     ) -> None:
         self.folder = folder
         self._plugins = plugins
         self.clock = clock
         self._grace_s = grace_s
-        self._backoff = backoff
-        self._block_s = block_s
         self._patience = patience
         self._running: Running | None = None
-        self._telling: set[asyncio.Future[None]] = set()
         self._reloads = 0
         self._hurry = asyncio.Event()
         self._stack = AsyncExitStack()
@@ -163,7 +153,19 @@ class Node:
         self.limiter = Limiter(asyncio.get_running_loop().time)
         stack.push_async_callback(self.limiter.close)
         self.metrics = NodeMetrics(weakly(self._samples))
-        services = await self._start_services(stack)
+        self.services = Services(
+            self._plugins if self._plugins is not None else registry.installed(),
+            folder=folder.path,
+            clock=self.clock,
+            limiter=self.limiter,
+            metrics=self.metrics,
+            health=self.health,
+            credit_limit=config.payments.credit_limit,
+            patience=self._patience,
+            restarted=weakly(self.reprice),
+        )
+        await self.services.start(stack, config.services)
+        services = self.services.registry
         registrar = services.registrar
         self.offers = await self._make_offers(services)
         self._make_payments()
@@ -187,6 +189,9 @@ class Node:
             interceptors=[observer, self.admission, metering],
             options=[*_OPTIONS, *_keepalive(config.payments.grace)],
         )
+        self.reloader = Reloader(self)
+        stack.push_async_callback(self.reloader.close)
+        self.reloader.apply_limits(config)
         port = self._listen(server)
         await server.start()
         stack.push_async_callback(self._stop, server)
@@ -197,64 +202,10 @@ class Node:
         self._watch(self.sessions.bans.run(self.sessions.peers, self.sessions.disconnect))
         self._watch(self.refusals.run())
         self._watch(self._greet_ledger())
-        self.reloader = Reloader(self)
-        stack.push_async_callback(self.reloader.close)
-        self.reloader.apply_limits(config)
         if config.metrics.listen:
             self.metrics_port, stop_metrics = self.metrics.serve(*parse_listen(config.metrics.listen))
             stack.callback(stop_metrics)
         await self._tell(running, port, services)
-
-    async def _start_services(self, stack: AsyncExitStack) -> registry.Registry:
-        stack.callback(follow_tasks(asyncio.get_running_loop()))
-        self.services = services = registry.Registry(
-            self._plugins if self._plugins is not None else registry.installed(),
-            around=Surroundings(
-                folder=self.folder.path,
-                clock=self.clock,
-                limiter=self.limiter.of,
-                metrics=self.metrics.of,
-                changed=weakly(self._service_changed),
-                **self._patience,
-            ),
-            limiter=self.limiter,
-            credit_limit=self.folder.config.payments.credit_limit,
-        )
-        watchdog = Watchdog(lambda: services.packages, self._blocked, limit_s=self._block_s)
-        self.watchdog = watchdog
-        watchdog.start()
-        stack.push_async_callback(watchdog.stop)
-        stack.push_async_callback(services.stop)
-        services.configure(self.folder.config.services)
-        self.supervisor = Supervisor(services, weakly(self.reprice), backoff=self._backoff)
-        stack.push_async_callback(self.supervisor.stop)
-        for host in services.hosts.values():
-            await services.begin(host)
-        return services
-
-    def _blocked(self, what: Blocked) -> None:
-        if what.service in self.services.hosts:
-            self.services.hosts[what.service].blocked(what)
-
-    def _service_changed(self, host: ServiceHost) -> None:
-        if self._running is None:  # it is not served yet
-            return
-        self._tell_services()
-        serving = health_pb2.HealthCheckResponse.SERVING
-        status = serving if host.state is State.SERVING else health_pb2.HealthCheckResponse.NOT_SERVING
-        for service in host.services:
-            task = asyncio.ensure_future(self.health.set(service, status))
-            self._telling.add(task)
-            task.add_done_callback(self._telling.discard)
-
-    def _tell_services(self) -> None:
-        assert self._running is not None
-        self._running.tell(
-            services={
-                name: {"state": host.state, "reason": host.reason[:200], "failures": host.failures}
-                for name, host in self.services.hosts.items()
-            }
-        )
 
     async def reprice(self) -> None:
         """Offers what the services ask now.
@@ -262,7 +213,7 @@ class Node:
         Raises:
             StorageError: The offer could not be kept; the old one stays.
         """
-        if await self.offers.reprice(self.services.prices):
+        if await self.offers.reprice(self.services.registry.prices):
             self.sessions.reprice(max(offer.sheet.unit_charge for offer in self.offers.usable()))
 
     async def reload(self) -> Reloaded:
@@ -386,10 +337,7 @@ class Node:
         running.tell(address=str(self.address))
         for service in _platform_names():
             await self.health.set(service, health_pb2.HealthCheckResponse.SERVING)
-        for service_host in services.hosts.values():
-            self._service_changed(service_host)
-            self.supervisor.follow(service_host)
-        await asyncio.gather(*self._telling)
+        await self.services.serve(running)
         log.info("node.serving", address=str(self.address), services=list(services.services))
 
     async def _greet_ledger(self) -> None:
@@ -419,7 +367,7 @@ class Node:
     async def _stop(self, server: grpc.aio.Server) -> None:
         log.info("node.stopping", calls=self.admission.running)
         await self._refuse_new_work()
-        await self.supervisor.stop()
+        await self.services.supervisor.stop()
         await self._patiently(self.admission.idle(), self._grace_s)
         await self._end_sessions()
         # Payment streams end with their sessions; what is left now is cut.

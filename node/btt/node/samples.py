@@ -36,14 +36,14 @@ async def read_samples(node: Node) -> list[Sample]:
         ("btt_unpaid_base_units", {}, sum(max(0, s.payee.meter.excess) for s in node.sessions.all())),
         ("btt_sessions", {}, len(node.sessions.all())),
         ("btt_calls_running", {}, node.admission.running),
-        ("btt_loop_lag_seconds", {}, node.watchdog.lag_s),
+        ("btt_loop_lag_seconds", {}, node.services.watchdog.lag_s),
         ("btt_ledger_connected", {}, node.ledger.is_connected),
         ("btt_offer_serial", {}, node.offers.usable()[0].serial),
     ]
     if opened:
         expiry = min(record.expires_ms for record in opened) - now
         samples.append(("btt_channel_expiry_seconds", {}, expiry / 1000))
-    for name, host in node.services.hosts.items():
+    for name, host in node.services.registry.hosts.items():
         samples.append(("btt_plugin_failures", {"service": name}, host.failures))
         samples += [
             ("btt_plugin_state", {"service": name, "state": state}, host.state is state) for state in State

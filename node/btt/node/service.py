@@ -71,7 +71,7 @@ async def serve(
         raise failure
     if failure is not None:
         raise InternalError(f"The node gave up: {failure!r}.") from failure
-    return not node.services.abandoned
+    return not node.services.registry.abandoned
 
 
 async def _run(
