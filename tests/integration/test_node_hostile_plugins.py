@@ -252,9 +252,15 @@ async def test_the_process_of_such_a_node_ends(economy, install, tmp_path):
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
         stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
     )  # fmt: skip
-    assert json.loads(await process.stdout.readline())["ready"]
-    process.terminate()
-    _, errors = await process.communicate()
+    try:
+        assert json.loads(await process.stdout.readline())["ready"]
+        process.terminate()
+        async with asyncio.timeout(60):
+            _, errors = await process.communicate()
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
     assert process.returncode == 0, errors.decode()
     assert b"service.tasks_refuse" in errors
 

@@ -308,6 +308,12 @@ async def test_a_drain_under_load_finishes_what_was_paid_and_closes_all_channels
         running = [asyncio.create_task(rows(session, messages=3, size=1000)) for session in sessions]
         for _ in running:
             await probe.began.acquire()
+
+        async def paid():  # what is left to wait for once no call runs
+            while any(session.payee.meter.excess > 0 for session in node.sessions.all()):  # noqa: ASYNC110
+                await asyncio.sleep(0)
+
+        node.sessions.gone = paid
         draining = asyncio.create_task(node.drain())
         await until_draining(node)
         with pytest.raises(Draining):

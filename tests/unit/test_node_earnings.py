@@ -86,7 +86,8 @@ async def test_what_was_accrued_signed_settled_and_lost_by_every_key(books):
     await books.deliver(one, B, 7, Rate(1, 2, Unit.BYTE))  # ceil(3.5) = 4
     await books.deliver(one, A, 5, Rate(4, 1, Unit.COUNT), offer=2)  # a new price counts anew
     await books.sign(one, 50)
-    await books.deliver(two, A, 100, Rate(1, 1, Unit.COUNT))
+    await books.deliver(two, A, 60, Rate(1, 1, Unit.COUNT))
+    await books.deliver(two, A, 40, Rate(1, 1, Unit.COUNT))
     books.now += DAY_MS
     await books.store.begin_close(one, 50, 4)
     await books.store.end_close(one, b"", b"")

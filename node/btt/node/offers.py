@@ -156,14 +156,20 @@ class Offers:
             return [self._current]
         return [self._current, previous]
 
-    async def run(self, interval_s: float) -> None:
-        """Renews the offer in time, for ever."""
+    async def run(self, interval_s: float, looked: Callable[[], None] = lambda: None) -> None:
+        """Renews the offer in time, for ever.
+
+        Args:
+            interval_s: Seconds between looks.
+            looked: Called after each, when another offer may have become current, or have ended.
+        """
         while True:
             await asyncio.sleep(interval_s)
             try:
                 await self.current()
             except BttError as error:
                 log.warning("offer.not_renewed", error=str(error))
+            looked()
 
 
 class OfferServicer(offer_pb2_grpc.OfferServiceServicer):

@@ -14,7 +14,7 @@ from typing import Final, Self, cast
 import grpc.aio
 import structlog
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2_grpc
 from grpc_reflection.v1alpha._async import ReflectionServicer
 
 from btt.node import registry
@@ -33,14 +33,15 @@ from btt.node.payments.ledger import LedgerOnDemand
 from btt.node.payments.servicer import PaymentServicer
 from btt.node.payments.sessions import CreditPolicy, Sessions
 from btt.node.payments.store import PayeeStore
+from btt.node.platform import keepalive, platform_names
 from btt.node.plugins.weakly import weakly
 from btt.node.refusals import Refusals
 from btt.node.reload import Reloaded, Reloader
 from btt.node.samples import read_samples
 from btt.node.services import Patience, Services
 from btt.node.values import parse_listen
-from btt.proto.offer.v1 import offer_pb2, offer_pb2_grpc
-from btt.proto.payment.v1 import payment_pb2, payment_pb2_grpc
+from btt.proto.offer.v1 import offer_pb2_grpc
+from btt.proto.payment.v1 import payment_pb2_grpc
 from btt.sdk.errors import BttError, ConfigError, Draining
 from btt.sdk.identity import NodeAddress
 from btt.sdk.tls import TRANSPORT_OPTIONS, certificate_sha256, server_credentials
@@ -50,6 +51,7 @@ log = structlog.get_logger(__name__)
 GRACE_S: Final = 10.0
 """Seconds that calls may take to end when a node stops."""
 _LAST_CALLS_S: Final = 1.0  # for what is left once no paid call runs
+_LAST_PAYMENTS_S: Final = 5.0
 _LAST_SWEEP_S: Final = 5.0
 _SWEEP_EVERY_S: Final = 30.0
 _WATCH_EVERY_S: Final = 300.0
@@ -64,20 +66,6 @@ _OPTIONS: Final = (
     ("grpc.so_reuseport", 0),
     ("grpc.http2.max_pings_without_data", 0),
 )
-
-
-def _keepalive(grace_ms: int) -> list[tuple[str, int]]:
-    """A payer that vanished does not hold its session, and is not taken for one that does not pay.
-
-    Within the grace time its connection is found to be dead, and the session ends without a
-    word against it. Who answers pings all that time, and pays nothing, does so on purpose.
-    """
-    third = grace_ms // 3
-    return [
-        ("grpc.keepalive_time_ms", third),
-        ("grpc.keepalive_timeout_ms", third),
-        ("grpc.http2.ping_timeout_ms", third),  # a minute otherwise, whatever the one before says
-    ]
 
 
 class Node:
@@ -187,7 +175,7 @@ class Node:
         server = grpc.aio.server(
             handlers=[services.router],
             interceptors=[observer, self.admission, metering],
-            options=[*_OPTIONS, *_keepalive(config.payments.grace)],
+            options=[*_OPTIONS, *keepalive(config.payments.grace)],
         )
         self.reloader = Reloader(self)
         stack.push_async_callback(self.reloader.close)
@@ -198,7 +186,7 @@ class Node:
         # Four questions fit into the shortest window that a payer may close in.
         watch_s = min(_WATCH_EVERY_S, config.payments.terms.min_challenge_ms / 4000)
         self._watch(self.closer.run(_SWEEP_EVERY_S, watch_s))
-        self._watch(self.offers.run(_OFFER_EVERY_S))
+        self._watch(self.offers.run(_OFFER_EVERY_S, self._lend_units))
         self._watch(self.sessions.bans.run(self.sessions.peers, self.sessions.disconnect))
         self._watch(self.refusals.run())
         self._watch(self._greet_ledger())
@@ -214,7 +202,11 @@ class Node:
             StorageError: The offer could not be kept; the old one stays.
         """
         if await self.offers.reprice(self.services.registry.prices):
-            self.sessions.reprice(max(offer.sheet.unit_charge for offer in self.offers.usable()))
+            self._lend_units()
+
+    def _lend_units(self) -> None:
+        # A session may still pin the offer before this one.
+        self.sessions.reprice(max(offer.sheet.unit_charge for offer in self.offers.usable()))
 
     async def reload(self) -> Reloaded:
         """Reads the configuration again, and takes what can be taken without a restart."""
@@ -232,8 +224,8 @@ class Node:
         log.info("node.draining", calls=self.admission.running)
         await self._refuse_new_work()
         await self._patiently(self.admission.idle(), None)
-        # Payers whose last call has ended close their channels themselves.
-        await self._patiently(self.sessions.gone(), _LAST_CALLS_S)
+        # The last payments are on their way; payers who have all they want close their channels.
+        await self._patiently(self.sessions.gone(), _LAST_PAYMENTS_S)
         await self._end_sessions()
         for record, _ in await self.store.channels():
             async with self.sessions.lock(record.channel_id):
@@ -305,7 +297,7 @@ class Node:
 
     def _serve_platform(self, registrar: Registrar, services: registry.Registry) -> None:
         server = cast("grpc.aio.Server", registrar)
-        names = (*_platform_names(), *services.services)
+        names = (*platform_names(), *services.services)
         payment_pb2_grpc.add_PaymentServiceServicer_to_server(self.payments, server)
         offer_pb2_grpc.add_OfferServiceServicer_to_server(OfferServicer(self.offers), server)
         health_pb2_grpc.add_HealthServicer_to_server(self.health, server)
@@ -335,7 +327,7 @@ class Node:
         )
         self._running = running
         running.tell(address=str(self.address))
-        for service in _platform_names():
+        for service in platform_names():
             await self.health.set(service, health_pb2.HealthCheckResponse.SERVING)
         await self.services.serve(running)
         log.info("node.serving", address=str(self.address), services=list(services.services))
@@ -406,12 +398,3 @@ class Node:
                 await self.closer.sweep()
             if records:
                 await self.closer.watch()
-
-
-def _platform_names() -> tuple[str, ...]:
-    return (
-        payment_pb2.DESCRIPTOR.services_by_name["PaymentService"].full_name,
-        offer_pb2.DESCRIPTOR.services_by_name["OfferService"].full_name,
-        health_pb2.DESCRIPTOR.services_by_name["Health"].full_name,
-        reflection_pb2.DESCRIPTOR.services_by_name["ServerReflection"].full_name,
-    )
