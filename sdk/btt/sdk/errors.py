@@ -12,12 +12,14 @@ BttError
  |    +-- WrongLedger         the message belongs to another ledger
  |    +-- RequestExpired      valid_until has passed
  |    +-- RequestConflict     the request id was used with another body
+ |    +-- EvidenceInvalid     a receipt or a signed operation does not prove what it says
  +-- LedgerError              the ledger refused
  |    +-- AccountUnknown, InsufficientFunds
  |    +-- ChannelUnknown, ChannelClosed, ChannelClosing, ChannelExhausted,
  |    |   ChannelExpired, ChannelLocked, TermsRefused
  |    +-- InvariantBroken     the ledger stopped itself
  |    +-- LedgerRolledBack    the ledger's database is older than what it promised
+ |    +-- LedgerEquivocated   the ledger signed two histories; its receipts prove it
  +-- PaymentError             a payment session cannot go on
  |    +-- BudgetExceeded      the budget does not cover it; nothing was requested
  |    +-- CaptureDisputed     a node took more than was signed or stated
@@ -140,6 +142,13 @@ class RequestConflict(InvalidRequest):
     hint = "Use a fresh request id for a new intent."
 
 
+class EvidenceInvalid(InvalidRequest):
+    """A receipt, or an operation kept with it, does not prove what it says."""
+
+    reason = ""
+    hint = "Export it again from the wallet or node that holds it."
+
+
 class LedgerError(BttError):
     """The ledger refused; nothing moved."""
 
@@ -214,7 +223,16 @@ class InvariantBroken(LedgerError):
 class LedgerRolledBack(LedgerError):
     """The ledger's database is older than what the ledger has promised; it does not start."""
 
-    hint = "Restore the newest database; an older one has forgotten receipts that people hold."
+    hint = (
+        "Restore the newest database; an older one has forgotten receipts that people hold. "
+        "If there is none, see `btt ledger recover`."
+    )
+
+
+class LedgerEquivocated(LedgerError):
+    """The ledger's operator signed two histories; the two receipts prove it to anybody."""
+
+    hint = "Keep both receipts. Two copies of the ledger ran, or its operator cheated."
 
 
 class PaymentError(BttError):

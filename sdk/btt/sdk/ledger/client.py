@@ -5,6 +5,7 @@ Every call may be repeated: a request that the ledger has seen gets the receipt 
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from collections.abc import AsyncIterator
 from typing import Final
@@ -16,9 +17,11 @@ from btt.proto.common.v1.document_pb2 import SignedDocument
 from btt.proto.ledger.v1 import ledger_pb2 as pb
 from btt.sdk.errors import (
     IdentityError,
+    InvalidRequest,
 )
 from btt.sdk.keys import Address, PrivateKey
 from btt.sdk.ledger.connection import Connection, explain
+from btt.sdk.ledger.evidence import Evidence
 from btt.sdk.ledger.receipt import SignedReceipt
 from btt.sdk.signing import (
     ChannelClose,
@@ -124,7 +127,7 @@ class LedgerClient(Connection):
             )
             signed = self._signed(key, message)
             response = await self._call(self._stub.Transfer, pb.TransferRequest(transfer=signed))
-            return await self._accepted(response.receipt, message.digest(self.ledger_id))
+            return await self._acknowledged(pb.ENTRY_KIND_TRANSFER, message, _proof(signed), response.receipt)
 
         if valid_until_ms is not None:
             return await move(valid_until_ms)
@@ -145,11 +148,11 @@ class LedgerClient(Connection):
             InsufficientFunds, AccountUnknown, TermsRefused, ChannelExpired: The ledger refuses it.
             SignatureInvalid: The refund is not signed by K2.
         """
-        request = pb.OpenChannelRequest(
-            commit=self._signed(payer_key, commit), refund_signature=refund_signature
-        )
+        signed = self._signed(payer_key, commit)
+        request = pb.OpenChannelRequest(commit=signed, refund_signature=refund_signature)
         response = await self._call(self._stub.OpenChannel, request)
-        return await self._accepted(response.receipt, commit.digest(self.ledger_id))
+        proof = _proof(signed) + refund_signature
+        return await self._acknowledged(pb.ENTRY_KIND_OPEN_CHANNEL, commit, proof, response.receipt)
 
     async def close_channel(
         self,
@@ -171,11 +174,13 @@ class LedgerClient(Connection):
         Raises:
             ChannelUnknown, ChannelClosed, UpdateInvalid: The ledger refuses it.
         """
+        signed = self._signed(k2, close)
         request = pb.CloseChannelRequest(
-            close=self._signed(k2, close), cumulative=update_cumulative, update_signature=update_signature
+            close=signed, cumulative=update_cumulative, update_signature=update_signature
         )
         response = await self._call(self._stub.CloseChannel, request)
-        return await self._accepted(response.receipt, close.digest(self.ledger_id))
+        proof = _proof(signed) + update_cumulative.to_bytes(8, "big") + update_signature
+        return await self._acknowledged(pb.ENTRY_KIND_CLOSE_CHANNEL, close, proof, response.receipt)
 
     async def top_up(
         self,
@@ -206,7 +211,7 @@ class LedgerClient(Connection):
             message = TopUp(channel=channel_id, amount=amount, request_id=name, valid_until_ms=until_ms)
             signed = self._signed(payer_key, message)
             response = await self._call(self._stub.TopUpChannel, pb.TopUpChannelRequest(top_up=signed))
-            return await self._accepted(response.receipt, message.digest(self.ledger_id))
+            return await self._acknowledged(pb.ENTRY_KIND_TOP_UP, message, _proof(signed), response.receipt)
 
         if valid_until_ms is not None:
             return await add(valid_until_ms)
@@ -255,7 +260,9 @@ class LedgerClient(Connection):
             message = CloseRequest(channel=channel_id, request_id=name, valid_until_ms=until_ms)
             signed = self._signed(payer_key, message)
             response = await self._call(self._stub.RequestClose, pb.RequestCloseRequest(request=signed))
-            return await self._accepted(response.receipt, message.digest(self.ledger_id))
+            return await self._acknowledged(
+                pb.ENTRY_KIND_REQUEST_CLOSE, message, _proof(signed), response.receipt
+            )
 
         if valid_until_ms is not None:
             return await ask(valid_until_ms)
@@ -273,8 +280,8 @@ class LedgerClient(Connection):
         """
         request = pb.FinalizeChannelRequest(channel_id=channel_id)
         response = await self._call(self._stub.FinalizeChannel, request)
-        digest = ChannelFinalize(channel=channel_id).digest(self.ledger_id)
-        return await self._accepted(response.receipt, digest)
+        message = ChannelFinalize(channel=channel_id)
+        return await self._acknowledged(pb.ENTRY_KIND_FINALIZE, message, b"", response.receipt)
 
     async def watch(
         self, key: PrivateKey, *, channel_id: bytes | None = None, after_seq: int = 0
@@ -309,6 +316,60 @@ class LedgerClient(Connection):
             finally:
                 stream.cancel()
 
+    async def gather(self, key: PrivateKey, *, channel_id: bytes | None = None) -> int:
+        """Has the keeper keep all that the ledger acknowledged about an account, or one channel.
+
+        What others did is part of it: the transfer that paid us, the T1 of a channel to us, the
+        close that brought the rest back. Without a keeper nothing is asked.
+
+        Args:
+            key: Of the account, or one of the channel's keys.
+            channel_id: 32 bytes; without it, all that concerns the key, as for `watch`.
+
+        Returns:
+            How many operations were told; those of an earlier call are not told again.
+
+        Raises:
+            IdentityError: Something of it is not signed as it must be.
+            LedgerUnreachable: Nobody answers; the next call goes on where this one ended.
+        """
+        if self._keeper is None:
+            return 0
+        subject = bytes(12) + key.address.data if channel_id is None else channel_id
+        told, epoch, after, more = 0, 0, 0, True
+        while more:
+            if epoch != self._keys[-1].epoch:  # the numbers of another epoch mean something else
+                epoch = self._keys[-1].epoch
+                after = await asyncio.to_thread(self._keeper.seen, self.ledger_id, subject, epoch)
+            page, operations = await self._page(key, subject, after)
+            if epoch == self._keys[-1].epoch:
+                after = max(after, page.seen_seq)
+                await self._keep(operations, (subject, epoch, after))
+                told += len(operations)
+            more = page.more or epoch != self._keys[-1].epoch
+        return told
+
+    async def _page(
+        self, key: PrivateKey, subject: bytes, after: int
+    ) -> tuple[pb.GetOperationsResponse, list[Evidence]]:
+        async def ask(now_ms: int) -> pb.GetOperationsResponse:
+            signed, _ = self._query(key, subject, now_ms)
+            request = pb.GetOperationsRequest(query=signed, after_seq=after)
+            return await self._call(self._stub.GetOperations, request)
+
+        page = await self._timely(ask)
+        return page, await self._refreshed(lambda: self._checked(page))
+
+    def _checked(self, page: pb.GetOperationsResponse) -> list[Evidence]:
+        try:
+            found = [Evidence.read(operation) for operation in page.operations]
+            stand = all(one.check(self._keys, self.ledger_id) for one in found)
+        except InvalidRequest as error:
+            raise IdentityError(f"The ledger tells what it cannot prove: {error.message}") from error
+        if not stand:
+            raise IdentityError("The ledger tells what it went back behind.")
+        return found
+
     async def entries(self, key: PrivateKey, *, after_seq: int = 0) -> AsyncIterator[pb.GetEntriesResponse]:
         """Reads the journal to its end, page by page; check it with `btt ledger audit`.
 
@@ -337,3 +398,7 @@ class LedgerClient(Connection):
     async def totals(self) -> pb.GetTotalsResponse:
         """Returns the sums of the books."""
         return await self._call(self._stub.GetTotals, pb.GetTotalsRequest())
+
+
+def _proof(signed: pb.SignedBody) -> bytes:
+    return signed.public_key + signed.signature
