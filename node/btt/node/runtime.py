@@ -33,6 +33,7 @@ from btt.proto.offer.v1 import offer_pb2, offer_pb2_grpc
 from btt.proto.payment.v1 import payment_pb2, payment_pb2_grpc
 from btt.sdk.errors import BttError, ConfigError, Draining
 from btt.sdk.identity import NodeAddress
+from btt.sdk.ledger.keeping import RECEIPTS, EvidenceStore
 from btt.sdk.tls import TRANSPORT_OPTIONS, certificate_sha256, server_credentials
 
 log = structlog.get_logger(__name__)
@@ -131,7 +132,9 @@ class Node:
         running = stack.enter_context(folder.lock())
         self.store = PayeeStore(folder.books)
         stack.callback(self.store.close)
-        self.ledger = LedgerOnDemand(config.ledger.address)
+        keeper = EvidenceStore(folder.path / RECEIPTS)
+        stack.callback(keeper.close)
+        self.ledger = LedgerOnDemand(config.ledger.address, keeper=keeper)
         stack.push_async_callback(self.ledger.close)
         services = registry.Registry(
             self._plugins if self._plugins is not None else registry.installed(),

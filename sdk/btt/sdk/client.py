@@ -33,6 +33,7 @@ from btt.sdk.identity import NodeAddress
 from btt.sdk.keys import Address, PrivateKey
 from btt.sdk.ledger import LedgerAddress, LedgerClient
 from btt.sdk.payment.backoff import retry_after
+from btt.sdk.ledger.keeping import RECEIPTS, EvidenceStore
 from btt.sdk.payment.connection import NodeConnection, connect_node
 from btt.sdk.payment.faults import NODE_BANS, check_node, fault_of
 from btt.sdk.payment.history import known_endpoint
@@ -234,7 +235,11 @@ class Client:
     async def ledger(self) -> LedgerClient:
         """Returns the ledger, proven."""
         if self._ledger is None:
-            self._ledger = await self._stack.enter_async_context(LedgerClient.connect(self._ledger_address))
+            receipts = EvidenceStore(self._wallet.folder / RECEIPTS)
+            self._stack.callback(receipts.close)
+            self._ledger = await self._stack.enter_async_context(
+                LedgerClient.connect(self._ledger_address, keeper=receipts)
+            )
             self._keeper = Keeper(self._purse(self._ledger), lambda: self._session)
             node = self._address.node
             # Idle channels of our own node are for the session that is about to open.
@@ -340,6 +345,8 @@ class Client:
                 if receipt.paid > session.payer.signed or receipt.owed > session.payer.tally.owed:
                     self.blame(CountsDiffer("The node closed with more than was accepted."))
                 self.receipts.append(receipt)
+                with contextlib.suppress(BttError):  # the next time brings it, too
+                    await (await self.ledger()).gather(self._wallet.account)
                 return receipt
         raise AssertionError("the last try returns or raises")
 

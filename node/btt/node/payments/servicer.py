@@ -187,6 +187,8 @@ class PaymentServicer(payment_pb2_grpc.PaymentServiceServicer):
             self._check_channel(commit, offer)
             if known is None:
                 await self._admit(commit, body, request.signature, network)
+                # With T1 and its receipt in our hands, a ledger that forgets it can be reminded.
+                await self._ledger.gather(self._payee_key, channel_id=body.channel)
                 await self._store.add_channel(
                     ChannelRecord(
                         channel_id=body.channel,

@@ -332,6 +332,7 @@ class LedgerClient(Connection):
         Raises:
             IdentityError: Something of it is not signed as it must be.
             LedgerUnreachable: Nobody answers; the next call goes on where this one ended.
+            StorageError: It could not be kept.
         """
         if self._keeper is None:
             return 0
@@ -344,7 +345,8 @@ class LedgerClient(Connection):
             page, operations = await self._page(key, subject, after)
             if epoch == self._keys[-1].epoch:
                 after = max(after, page.seen_seq)
-                await self._keep(operations, (subject, epoch, after))
+                seen = (subject, epoch, after)
+                await asyncio.to_thread(self._keeper.keep, self._header, operations, seen=seen)
                 told += len(operations)
             more = page.more or epoch != self._keys[-1].epoch
         return told

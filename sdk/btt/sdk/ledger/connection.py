@@ -13,7 +13,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Final, Protocol, Self, TypeVar
 
@@ -241,18 +241,15 @@ class Connection:
     ) -> SignedReceipt:
         """Verifies the receipt of a request of ours, and keeps both."""
         receipt = await self._accepted(answer, message.digest(self.ledger_id))
-        await self._keep([Evidence(int(kind), message.encode(), proof, receipt)])
+        if self._keeper is not None:
+            kept = [Evidence(int(kind), message.encode(), proof, receipt)]
+            try:
+                await asyncio.to_thread(self._keeper.keep, self._header, kept)
+            except StorageError as error:
+                # The ledger has done it: to call it a failure would make somebody pay twice. `gather`
+                # fetches it again.
+                _log.warning("%s", error.message)
         return receipt
-
-    async def _keep(self, operations: Sequence[Evidence], seen: tuple[bytes, int, int] | None = None) -> None:
-        if self._keeper is None:
-            return
-        try:
-            await asyncio.to_thread(self._keeper.keep, self._header, operations, seen=seen)
-        except StorageError as error:
-            # The ledger has done it; to call it a failure would make somebody pay twice. `gather`
-            # fetches it again.
-            _log.warning("%s", error.message)
 
     def _receipt(self, answer: pb.LedgerReceipt, digest: bytes) -> SignedReceipt:
         try:

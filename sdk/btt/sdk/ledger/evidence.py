@@ -247,27 +247,28 @@ def load(source: Path, ledger_id: bytes) -> tuple[pb.EvidenceHeader, Iterator[Ev
         StorageError: It cannot be read.
     """
     try:
-        file = source.open("rb")
+        with source.open("rb") as file:
+            if file.read(len(MAGIC)) != MAGIC:
+                raise ConfigError(f"{source} is no evidence of this version.")
+            header = _parsed(_read(file) or b"", pb.EvidenceHeader.FromString)
+            begins = file.tell()
     except FileNotFoundError:
         raise ConfigError(f"There is no file {source}.") from None
     except OSError as error:
         raise StorageError(f"The file {source} cannot be read: {error}.") from error
+    if header.ledger_id != ledger_id:
+        raise WrongLedger(f"{source} is about another ledger.")
+    return header, _records(source, begins)
+
+
+def _records(source: Path, begins: int) -> Iterator[Evidence]:
     try:
-        if file.read(len(MAGIC)) != MAGIC:
-            raise ConfigError(f"{source} is no evidence of this version.")
-        header = _parsed(_read(file) or b"", pb.EvidenceHeader.FromString)
-        if header.ledger_id != ledger_id:
-            raise WrongLedger(f"{source} is about another ledger.")
-    except BaseException:
-        file.close()
-        raise
-    return header, _records(file)
-
-
-def _records(file: IO[bytes]) -> Iterator[Evidence]:
-    with file:
-        while (data := _read(file)) is not None:
-            yield Evidence.read(_parsed(data, pb.AcknowledgedOperation.FromString))
+        with source.open("rb") as file:
+            file.seek(begins)
+            while (data := _read(file)) is not None:
+                yield Evidence.read(_parsed(data, pb.AcknowledgedOperation.FromString))
+    except OSError as error:
+        raise StorageError(f"The file {source} cannot be read: {error}.") from error
 
 
 def _parsed(data: bytes, parse: Callable[[bytes], _Found]) -> _Found:

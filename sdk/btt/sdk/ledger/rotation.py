@@ -126,7 +126,7 @@ def signer_of(receipt: SignedReceipt, keys: Sequence[OperatorKey], ledger_id: by
     if found.last_seq is not None and receipt.seq > found.last_seq:
         raise IdentityError("The ledger's receipt is signed with a key that was handed over before.")
     if receipt.receipt.epoch > found.epoch:
-        raise IdentityError("The ledger's receipt is of an epoch that its key did not sign for.")
+        raise IdentityError("The ledger's receipt is of an epoch that did not begin with its key.")
     try:
         receipt.verify(found.key, ledger_id)
     except InvalidRequest as error:
