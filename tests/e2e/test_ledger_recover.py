@@ -133,6 +133,10 @@ def test_everybody_ends_with_what_they_had(world: World) -> None:
     assert before["bob"] == (3_000_000, 0)
     assert before["alice"][1] > 0
 
+    # Bob did nothing himself; he asks for what proves that he was paid.
+    [paid] = world.as_("bob", "wallet", "receipts", "--update")
+    assert "transfer of 3 BTT" in paid["what"]
+
     world.ledger.kill()
     for path in world.home.glob("ledger.sqlite3*"):
         if path.suffix != ".mark":
