@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from collections.abc import Iterable
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from btt.sdk.errors import (
     BttError,
     ConfigError,
     EvidenceInvalid,
+    IdentityError,
     InsufficientFunds,
     LedgerEquivocated,
     LedgerRolledBack,
@@ -299,6 +302,101 @@ def test_what_is_missing_ends_the_epoch_and_the_rest_is_done_again(ledger: Lost)
     ]  # fmt: skip
     # Each at the time at which it was acknowledged, so that its deadlines mean what they meant.
     assert [entry.time_ms for entry in found[3:]] == [lost[seq - 1].time_ms for seq in (4, 5, 10)]
+
+
+def test_how_far_the_lost_books_had_come(ledger: Lost, capsys: Any) -> None:
+    """The mark knows it even where no holder comes; without it only those who come do."""
+    everything_since(ledger)
+    lost = ledger.lose()
+    one = ledger.file("one", ledger.evidence(lost[3:4]))
+    twin = ledger.root / "twin"
+    shutil.copytree(ledger.home, twin)
+    (twin / "ledger.sqlite3.mark").unlink()
+    for home, missing in ((ledger.home, [(3, 3), (5, 11)]), (twin, [(3, 3)])):
+        report = recover(home, source=ledger.backup, evidence=[one])
+        assert report is not None
+        assert report.missing == missing
+    words = ["ledger", "recover", str(ledger.home)]
+    assert cli(words) == 0
+    told = capsys.readouterr().out
+    assert "entry 2; the lost books had come to 11." in told
+    assert "Nobody showed entry 3." in told
+    assert "Nobody showed 5 to 11." in told
+    assert "Nothing is served yet." in told
+    assert cli([*words, "--finish"]) == 0
+    assert "Epoch 2 begins after entry 2" in capsys.readouterr().out
+    assert cli(words) == 3
+    assert LedgerRecovery.decode(entries_of(ledger)[2].body).reached_seq == 11
+
+
+def test_a_hash_that_was_not_acknowledged_restores_nothing(ledger: Lost) -> None:
+    """The copy is of another history than the receipt: the request counts, its old place does not."""
+    ledger.do(ledger.pay(ALICE, CAROL, 300, 2))
+    lost = ledger.lose()
+    other = ledger.file("other", with_receipt(ledger, lost[2], entry_hash=b"x" * 32))
+    report = recover(ledger.home, source=ledger.backup, evidence=[other], finish=True)
+    assert report is not None
+    assert (report.ended_seq, report.restored, report.repeated) == (2, 0, 1)
+    assert ledger.balance(CAROL) == 300
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_any_history_and_any_part_of_it(tmp_path: Path, seed: int) -> None:
+    """Whatever is shown, the books add up, hold before the audit, and depend on nothing else."""
+    dice = random.Random(seed)
+    ledger = new_ledger(tmp_path / "one")
+    channels: list[bytes] = []
+
+    def any_operation(name: int) -> Operation:
+        people = dice.sample([ALICE, BOB, CAROL], 2)
+        choice = dice.randrange(8) if channels else dice.choice([0, 1])
+        if choice == 0:
+            opening = ledger.open(name, dice.randrange(1, 200))
+            channels.append(opening.digest)
+            return opening
+        if choice <= 3:
+            return ledger.pay(*people, dice.randrange(1, 400), name)
+        channel = dice.choice(channels)
+        if choice == 4:
+            return ledger.update(channel, dice.randrange(1, 150))
+        if choice == 5:
+            return ledger.close(channel, dice.randrange(1, 150))
+        return ledger.ask(channel) if choice == 6 else ledger.finalize(channel)
+
+    cut = dice.randrange(2, 12)
+    with Store.open(ledger.database, durable=False) as books_:
+        for name in range(40):
+            ledger.now_ms += dice.randrange(WINDOW)
+            batch = books_.begin(ledger.now_ms)
+            batch.run(any_operation(name))  # many are refused, and leave no trace
+            if batch.entries:
+                books_.commit(batch)
+            if name == cut:
+                backup(ledger.home, ledger.backup)
+    lost = ledger.lose(mark=dice.random() < 0.5)
+    with closing(connect(ledger.backup, read_only=True)) as connection:
+        last = len(list(stored_entries(connection)))
+    recover(ledger.home, source=ledger.backup)
+    for part in (1.0, 0.5):
+        homes = [ledger.root / f"{part}-{twin}" for twin in (1, 2)]
+        shown = [entry for entry in lost[last:] if dice.random() < part]
+        heads = []
+        for home in homes:
+            shutil.copytree(ledger.home, home)
+            twin = replace(ledger, home=home)
+            dice.shuffle(shown)
+            half = dice.randrange(len(shown) + 1)
+            for n, some in enumerate((shown[:half], shown[half:])):
+                recover(home, evidence=[twin.file(f"{home.name}-{n}", twin.evidence(some))])
+            report = recover(home, finish=True)
+            assert report is not None
+            assert len(shown) == report.restored + report.repeated + len(report.refused)
+            if part == 1.0:
+                assert entries_of(twin)[:-1] == lost
+            assert twin.audit().issued == 1000
+            with Store.open(twin.database) as found:  # checks every row
+                heads.append(found.head)
+        assert heads[0] == heads[1]
 
 
 def test_what_was_paid_cannot_be_spent_again(ledger: Lost) -> None:
@@ -609,10 +707,8 @@ def test_a_lost_change_of_the_operators_key_is_made_again(ledger: Lost) -> None:
 
 
 def entries_of(ledger: Lost) -> list[Entry]:
-    with connect(ledger.database, read_only=True) as connection:
-        found = list(stored_entries(connection))
-    connection.close()
-    return found
+    with closing(connect(ledger.database, read_only=True)) as connection:
+        return list(stored_entries(connection))
 
 
 def header_of(ledger: Lost) -> pb.EvidenceHeader:
@@ -635,6 +731,18 @@ def operator_keys(ledger: Lost, first: PrivateKey) -> Any:
     header = header_of(ledger)
     current = folder.LedgerFolder.open(ledger.home).operator_key.public
     return follow(first.address, current, header.rotations, ledger_id=ledger.ledger_id)
+
+
+def test_a_recovery_among_the_hand_overs_names_its_own_place(ledger: Lost) -> None:
+    first = folder.LedgerFolder.open(ledger.home).operator_key
+    ledger.lose()
+    recover(ledger.home, source=ledger.backup, finish=True)
+    header = header_of(ledger)
+    [_, key] = operator_keys(ledger, first)
+    assert (key.epoch, key.resumed_after) == (2, 2)
+    header.rotations[0].seq = 9
+    with pytest.raises(IdentityError, match="follow one another"):
+        follow(first.address, key.key, header.rotations, ledger_id=ledger.ledger_id)
 
 
 def address_of(ledger: Lost, first: PrivateKey) -> LedgerAddress:

@@ -188,12 +188,12 @@ def receipts(
 
     where = parsed(LedgerAddress.parse, ledger, "--ledger")
     folder = wallet_folder(wallet)
-    opened = open_wallet(folder)
     if update:
+        key = open_wallet(folder).key()
 
         async def gather() -> None:
             async with keeping_ledger(ledger, folder) as client:
-                await client.gather(opened.key())
+                await client.gather(key)
 
         asyncio.run(gather())
     show_receipts(folder, where.ledger_id, export=export, as_json=as_json)

@@ -161,8 +161,6 @@ class Rebuilding:
             )
         except BttError as error:
             return error
-        if operation.signatures != one.signatures:
-            return EvidenceInvalid("Its signatures are not in their layout.")
         outcome = batch.run(operation)
         if isinstance(outcome, BttError):
             return outcome
