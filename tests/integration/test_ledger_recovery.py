@@ -38,6 +38,7 @@ from btt.sdk.signing import (
     ChannelRefund,
     ChannelUpdate,
     CloseRequest,
+    KeyRotation,
     LedgerRecovery,
     Receipt,
     TopUp,
@@ -776,6 +777,13 @@ def test_what_receipts_prove_offline(ledger: Lost, capsys: Any) -> None:
     assert cli([*words, "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)["equivocations"]) == 1
 
+    for forge in ("signed by another operator", "altered", "for another request", "request not signed"):
+        _, make = FORGERIES[forge]
+        bad = ledger.root / forge.replace(" ", "-")
+        evidence.export(bad, before, make(ledger, lost[2]))
+        with pytest.raises(EvidenceInvalid):
+            prove([bad], address)
+
     # A recovery that lost them says so itself; they prove that it did.
     recover(ledger.home, source=ledger.backup, finish=True)
     evidence.export(ledger.root / "after", header_of(ledger), kept)
@@ -783,12 +791,6 @@ def test_what_receipts_prove_offline(ledger: Lost, capsys: Any) -> None:
     assert [one.receipt.seq for one in proof.acknowledged if one.receipt] == [2]
     assert [one.receipt.seq for one in proof.undone if one.receipt] == [3, 4]
 
-    for forge in ("signed by another operator", "altered", "for another request", "request not signed"):
-        _, make = FORGERIES[forge]
-        bad = ledger.root / forge.replace(" ", "-")
-        evidence.export(bad, before, make(ledger, lost[2]))
-        with pytest.raises(EvidenceInvalid):
-            prove([bad], address)
     with pytest.raises(EvidenceInvalid, match="expected operator"):
         prove([path], replace(address, operator=STRANGER.address))
     with pytest.raises(WrongLedger):
@@ -806,12 +808,17 @@ def test_the_audit_judges_a_recovery(ledger: Lost) -> None:
     *before, last = entries_of(ledger)
     said = LedgerRecovery.decode(last.body)
 
-    def check(message: LedgerRecovery, first: PrivateKey = old, second: PrivateKey = new) -> None:
+    def check(
+        message: LedgerRecovery | KeyRotation,
+        first: PrivateKey = old,
+        second: PrivateKey = new,
+        kind: Kind = Kind.RECOVER,
+    ) -> None:
         digest = message.digest(ledger.ledger_id)
         forged = journal.append(
             Head(1, 2, before[-1].hash, before[-1].time_ms),
             time_ms=last.time_ms,
-            kind=Kind.RECOVER,
+            kind=kind,
             request_digest=digest,
             body=message.encode(),
             signatures=old.public.data + first.sign(digest) + second.sign(digest),
@@ -824,6 +831,8 @@ def test_the_audit_judges_a_recovery(ledger: Lost) -> None:
         lambda: check(replace(said, ended_seq=1)),
         lambda: check(replace(said, ended_hash=bytes(32))),
         lambda: check(replace(said, epoch=1)),
+        lambda: check(said, kind=Kind.ROTATE_KEY),
+        lambda: check(KeyRotation(epoch=2, next_key=new.public)),
         lambda: check(said, first=new),
         lambda: check(said, second=old),
     ):
