@@ -310,8 +310,10 @@ def test_kept_receipts_stay(tmp_path: Path) -> None:
             store.keep(header, broken())
         assert [e.receipt.seq for e in store.operations(ledger_id) if e.receipt] == [1, 2, 2]
         assert len(store.equivocations(ledger_id)) == 1
+        store.keep(header, [one(7, b"a")])  # the request of entry 1
+        assert [b.receipt.seq for _, b in store.equivocations(ledger_id) if b.receipt] == [2, 7]
         assert store.rival(ledger_id, one(2, b"d")) is not None
-        assert store.rival(ledger_id, one(3, b"a")) is not None, "one request, two entries"
+        assert store.rival(ledger_id, one(3, b"b")) is not None, "one request, two entries"
         assert store.rival(ledger_id, one(3, b"d")) is None
         threads = [
             threading.Thread(target=store.keep, args=(header, [one(10 + n, bytes([n]))])) for n in range(8)
@@ -320,7 +322,7 @@ def test_kept_receipts_stay(tmp_path: Path) -> None:
             thread.start()
         for thread in threads:
             thread.join()
-        assert len(list(store.operations(ledger_id))) == 11
+        assert len(list(store.operations(ledger_id))) == 12
     db = sqlite3.connect(tmp_path / "receipts.db")
     db.execute("PRAGMA user_version = 9")
     db.close()
