@@ -134,9 +134,7 @@ SIGNED: list[tuple[PrivateKey, Message]] = [
     (OPERATOR, KeyRotation(epoch=2, next_key=NODE.public)),
     (
         OPERATOR,
-        LedgerRecovery(
-            epoch=3, next_key=NODE.public, ended_seq=42, ended_hash=seed("entry"), reached_seq=45
-        ),
+        LedgerRecovery(epoch=3, next_key=NODE.public, ended_seq=42, ended_hash=seed("entry"), reached_seq=45),
     ),
 ]
 

@@ -32,8 +32,8 @@ from btt.sdk.errors import (
 from btt.sdk.identity import NodeAddress
 from btt.sdk.keys import Address, PrivateKey
 from btt.sdk.ledger import LedgerAddress, LedgerClient
-from btt.sdk.payment.backoff import retry_after
 from btt.sdk.ledger.keeping import RECEIPTS, EvidenceStore
+from btt.sdk.payment.backoff import retry_after
 from btt.sdk.payment.connection import NodeConnection, connect_node
 from btt.sdk.payment.faults import NODE_BANS, check_node, fault_of
 from btt.sdk.payment.history import known_endpoint
