@@ -181,11 +181,12 @@ class EvidenceStore:
                 self._db.execute("BEGIN IMMEDIATE")
                 yield self._db
                 self._db.execute("COMMIT")
-            except sqlite3.Error as error:
-                raise StorageError(f"The receipts could not be kept ({error}).") from error
-            finally:
+            except Exception as error:
                 if self._db.in_transaction:
                     self._db.execute("ROLLBACK")
+                if isinstance(error, sqlite3.Error):
+                    raise StorageError(f"The receipts could not be kept ({error}).") from error
+                raise
 
 
 def _row(ledger_id: bytes, operation: Evidence) -> tuple[object, ...]:
