@@ -5,14 +5,14 @@ from __future__ import annotations
 import sqlite3
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, closing
+from contextlib import AsyncExitStack, asynccontextmanager, closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from btt.proto.ledger.v1 import ledger_pb2 as pb
-from btt.sdk.errors import ConfigError, IdentityError, SignerMismatch, StorageError
+from btt.sdk.errors import ConfigError, IdentityError, LedgerUnreachable, SignerMismatch, StorageError
 from btt.sdk.keys import PrivateKey
 from btt.sdk.ledger import LedgerClient, evidence
 from btt.sdk.ledger.evidence import Evidence
@@ -54,8 +54,8 @@ class World:
         )
 
     @asynccontextmanager
-    async def serve(self) -> AsyncIterator[server.RunningLedger]:
-        config = server.LedgerConfig(folder=self.home, sweep_every=3600.0)
+    async def serve(self, port: int = 0) -> AsyncIterator[server.RunningLedger]:
+        config = server.LedgerConfig(folder=self.home, port=port, sweep_every=3600.0)
         async with server.serve(config, clock=lambda: self.now_ms) as self.running:
             yield self.running
 
@@ -213,6 +213,29 @@ async def test_places_of_a_lost_epoch_mean_nothing_in_the_next(world: World) -> 
         assert [(said.epoch, said.seq) for said in seqs] == [(1, 2), (1, 3), (2, 3), (1, 4), (1, 5), (1, 6)]
         proof = prove([world.export("carol")], world.running.address)
         assert (len(proof.acknowledged), len(proof.undone), proof.equivocations) == (1, 5, ())
+
+
+async def test_a_watcher_is_told_that_its_place_is_gone(world: World) -> None:
+    async with AsyncExitStack() as stack:
+        async with world.serve():
+            port = world.running.address.port
+            client = await stack.enter_async_context(world.client("alice"))
+            backup(world.home, world.root / "backup")
+            for _ in range(5):
+                await client.transfer(ALICE, CAROL.address, 1)
+        for path in world.home.glob("ledger.sqlite3*"):
+            path.unlink()
+        recover(world.home, source=world.root / "backup", finish=True)
+        async with world.serve(port):
+            await client.totals()  # it answers again
+            assert client.recovered == 0
+            pages = client.watch(CAROL, after_seq=6)
+            with pytest.raises(LedgerUnreachable, match="recovered"):
+                await anext(pages)
+            assert client.recovered == 2
+            pages = client.watch(CAROL)
+            assert (await anext(pages)).seen_seq == 2
+            await pages.aclose()  # type: ignore[attr-defined]
 
 
 async def test_a_full_disk_of_the_holder_makes_no_failure_of_a_payment(world: World) -> None:

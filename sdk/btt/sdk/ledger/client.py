@@ -5,7 +5,6 @@ Every call may be repeated: a request that the ledger has seen gets the receipt 
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 from collections.abc import AsyncIterator
 from typing import Final
@@ -17,11 +16,11 @@ from btt.proto.common.v1.document_pb2 import SignedDocument
 from btt.proto.ledger.v1 import ledger_pb2 as pb
 from btt.sdk.errors import (
     IdentityError,
-    InvalidRequest,
+    LedgerUnreachable,
 )
 from btt.sdk.keys import Address, PrivateKey
-from btt.sdk.ledger.connection import Connection, explain
-from btt.sdk.ledger.evidence import Evidence
+from btt.sdk.ledger.connection import explain
+from btt.sdk.ledger.gathering import Gathering
 from btt.sdk.ledger.receipt import SignedReceipt
 from btt.sdk.signing import (
     ChannelClose,
@@ -37,7 +36,7 @@ _TRANSFER_MS: Final = 3_600_000
 _WATCH_MS: Final = 1_800_000
 
 
-class LedgerClient(Connection):
+class LedgerClient(Gathering):
     """A connection to one ledger; make it with `LedgerClient.connect`."""
 
     async def account(self, key: PrivateKey) -> pb.AccountState:
@@ -298,15 +297,19 @@ class LedgerClient(Connection):
             Events in order; a page without events says that the ledger is alive.
 
         Raises:
-            LedgerUnreachable: The connection broke; go on with the last `seen_seq`.
+            LedgerUnreachable: The connection broke; go on with the last `seen_seq`, or from the
+                beginning when `recovered` is another than before.
         """
         subject = bytes(12) + key.address.data if channel_id is None else channel_id
+        recovered = self.recovered
         while True:
             signed, digest = self._query(key, subject, self.now_ms(), valid_ms=_WATCH_MS)
             stream = self._stub.Watch(pb.WatchRequest(query=signed, after_seq=after_seq))
             try:
                 async for response in stream:
                     page = await self._opened(response.events, "LedgerEvents", pb.LedgerEvents())
+                    if self.recovered != recovered:
+                        raise LedgerUnreachable("The ledger was recovered; its journal is another one.")
                     if page.query_digest != digest or page.seen_seq < after_seq:
                         raise IdentityError("The ledger answered another question.")
                     after_seq = page.seen_seq
@@ -315,62 +318,6 @@ class LedgerClient(Connection):
                 raise explain(failure) from None
             finally:
                 stream.cancel()
-
-    async def gather(self, key: PrivateKey, *, channel_id: bytes | None = None) -> int:
-        """Has the keeper keep all that the ledger acknowledged about an account, or one channel.
-
-        What others did is part of it: the transfer that paid us, the T1 of a channel to us, the
-        close that brought the rest back. Without a keeper nothing is asked.
-
-        Args:
-            key: Of the account, or one of the channel's keys.
-            channel_id: 32 bytes; without it, all that concerns the key, as for `watch`.
-
-        Returns:
-            How many operations were told; those of an earlier call are not told again.
-
-        Raises:
-            IdentityError: Something of it is not signed as it must be.
-            LedgerUnreachable: Nobody answers; the next call goes on where this one ended.
-            StorageError: It could not be kept.
-        """
-        if self._keeper is None:
-            return 0
-        subject = bytes(12) + key.address.data if channel_id is None else channel_id
-        told, epoch, after, more = 0, 0, 0, True
-        while more:
-            if epoch != self._keys[-1].epoch:  # the numbers of another epoch mean something else
-                epoch = self._keys[-1].epoch
-                after = await asyncio.to_thread(self._keeper.seen, self.ledger_id, subject, epoch)
-            page, operations = await self._page(key, subject, after)
-            if epoch == self._keys[-1].epoch:
-                after = max(after, page.seen_seq)
-                seen = (subject, epoch, after)
-                await asyncio.to_thread(self._keeper.keep, self._header, operations, seen=seen)
-                told += len(operations)
-            more = page.more or epoch != self._keys[-1].epoch
-        return told
-
-    async def _page(
-        self, key: PrivateKey, subject: bytes, after: int
-    ) -> tuple[pb.GetOperationsResponse, list[Evidence]]:
-        async def ask(now_ms: int) -> pb.GetOperationsResponse:
-            signed, _ = self._query(key, subject, now_ms)
-            request = pb.GetOperationsRequest(query=signed, after_seq=after)
-            return await self._call(self._stub.GetOperations, request)
-
-        page = await self._timely(ask)
-        return page, await self._refreshed(lambda: self._checked(page))
-
-    def _checked(self, page: pb.GetOperationsResponse) -> list[Evidence]:
-        try:
-            found = [Evidence.read(operation) for operation in page.operations]
-            stand = all(one.check(self._keys, self.ledger_id) for one in found)
-        except InvalidRequest as error:
-            raise IdentityError(f"The ledger tells what it cannot prove: {error.message}") from error
-        if not stand:
-            raise IdentityError("The ledger tells what it went back behind.")
-        return found
 
     async def entries(self, key: PrivateKey, *, after_seq: int = 0) -> AsyncIterator[pb.GetEntriesResponse]:
         """Reads the journal to its end, page by page; check it with `btt ledger audit`.

@@ -135,6 +135,11 @@ class Connection:
         """All keys of the operator, from the one in the ledger's address to the current one."""
         return self._keys
 
+    @property
+    def recovered(self) -> int:
+        """Epoch of the last recovery, 0 before the first: places in the journal of before mean nothing."""
+        return max((known.epoch for known in self._keys if known.resumed_after is not None), default=0)
+
     def now_ms(self) -> int:
         """Returns about what the ledger's time is, Unix milliseconds; this machine's clock may be wrong."""
         return _wall_ms() + self._clock_offset_ms

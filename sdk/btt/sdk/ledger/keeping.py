@@ -45,7 +45,7 @@ CREATE INDEX operations_by_digest ON operations(ledger_id, digest);
 CREATE TABLE seen(
     ledger_id BLOB NOT NULL,
     subject BLOB NOT NULL,
-    epoch INTEGER NOT NULL,
+    recovered INTEGER NOT NULL,
     seq INTEGER NOT NULL,
     PRIMARY KEY(ledger_id, subject)
 ) STRICT, WITHOUT ROWID;
@@ -84,8 +84,8 @@ class EvidenceStore:
         Args:
             header: Who signs for the ledger now.
             operations: Checked by the caller.
-            seen: A subject (32 bytes), an epoch, and the entry up to which the ledger has told all
-                that concerns the subject.
+            seen: A subject (32 bytes), the epoch of the ledger's last recovery, and the entry up to
+                which it has told all that concerns the subject.
 
         Raises:
             StorageError: Nothing was kept.
@@ -104,11 +104,11 @@ class EvidenceStore:
             if seen is not None:
                 db.execute("INSERT OR REPLACE INTO seen VALUES(?, ?, ?, ?)", (ledger_id, *seen))
 
-    def seen(self, ledger_id: bytes, subject: bytes, epoch: int) -> int:
-        """Returns the entry up to which all about a subject is kept; 0 in an epoch that is new to us."""
+    def seen(self, ledger_id: bytes, subject: bytes, recovered: int) -> int:
+        """Returns the entry up to which all about a subject is kept; 0 after a recovery new to us."""
         row = self._one(
-            "SELECT seq FROM seen WHERE ledger_id = ? AND subject = ? AND epoch = ?",
-            (ledger_id, subject, epoch),
+            "SELECT seq FROM seen WHERE ledger_id = ? AND subject = ? AND recovered = ?",
+            (ledger_id, subject, recovered),
         )
         return int(row[0]) if row else 0
 

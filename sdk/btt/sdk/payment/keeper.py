@@ -71,8 +71,9 @@ class Keeper:
 
     def _watch(self) -> AsyncIterator[pb.LedgerEvents]:
         purse = self._purse
-        seen = seen_seq(purse.store, purse.ledger.ledger_id, purse.account.address)
-        return purse.ledger.watch(purse.account, after_seq=seen)
+        ledger = purse.ledger
+        seen = seen_seq(purse.store, ledger.ledger_id, purse.account.address, ledger.recovered)
+        return ledger.watch(purse.account, after_seq=seen)
 
     async def _handle(self, page: pb.LedgerEvents) -> None:
         for channel_id in {event.channel_id for event in page.events if event.kind in _ENDINGS}:
@@ -90,7 +91,8 @@ class Keeper:
                 self._fail(SessionEnded("The channel was closed on the ledger."), channel_id)
         if page.events:
             purse = self._purse
-            saw_seq(purse.store, purse.ledger.ledger_id, purse.account.address, page.seen_seq)
+            ledger = purse.ledger
+            saw_seq(purse.store, ledger.ledger_id, purse.account.address, ledger.recovered, page.seen_seq)
 
     def _fail(self, error: BttError, channel_id: bytes | None = None) -> None:
         session = self._live()
