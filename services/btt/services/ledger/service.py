@@ -229,7 +229,7 @@ class LedgerService(LedgerServiceServicer):
                     channel=channel, key=key, after=after, most=watching.MOST_OPERATIONS
                 )
             )
-            told = [watching.operation(entry, self._receipt(entry.ref)) for entry in found]
+            told = [watching.operation(entry, self._voice.receipt(entry.ref)) for entry in found]
             return pb.GetOperationsResponse(operations=told, seen_seq=seen_seq, more=more)
 
         return await self._answer(context, operations())
