@@ -84,7 +84,7 @@ class Field:
 
     def paid(self, folder: Path) -> Run:
         """The product."""
-        ledger, node = self._net.pids
+        ledger, node, *_ = self._net.pids
         run = paid.contestant(
             self._source,
             folder,

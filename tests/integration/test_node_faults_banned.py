@@ -110,7 +110,7 @@ async def test_a11_a_node_that_sent_wrong_bytes_is_not_dialled_until_the_ban_is_
 async def test_a_channel_to_a_banned_node_is_still_closed(seller, economy):
     async with economy.client(seller, await economy.wallet()) as btt:
         session = await btt.session(UNIT)
-        btt.blame(CountsDiffer("It lied."))
+        btt.providers[0].blame(CountsDiffer("It lied."))
         session.fail(SessionEnded("The line broke."))
         receipt = await btt.close_session()
         assert receipt.channel_closed

@@ -349,7 +349,7 @@ async def test_another_price_is_another_offer_and_the_old_one_is_honoured(econom
         assert (await node.offers.current()).serial == old.offer.serial + 1
         async with client_of(economy, node, wallet) as btt:
             assert (await btt.content.quote(infohash)).rate == Rate.parse("2 BTT / GiB")
-            btt._node = replace(old, address=node.address)
+            btt.providers[0]._node = replace(old, address=node.address)
             async with btt.content.fetch(infohash, tmp_path / "dest"):
                 pass
         assert btt.receipts[0].paid == Rate.parse("1 BTT / GiB").owed(RUN)
@@ -501,7 +501,7 @@ async def test_a_stop_lets_running_calls_end_and_takes_no_new_ones(economy, gate
             assert len(await running) == 2
             await stopping
             await session.abandon()
-            btt._session = None
+            btt.providers[0].live = None
         assert GatedPlugin.made.stopped
         assert probe.ended == 1
 
@@ -522,7 +522,7 @@ async def test_a_call_that_does_not_end_is_cut_after_the_grace_time_or_at_once(e
             with pytest.raises(BttError):
                 await running
             await session.abandon()
-            btt._session = None
+            btt.providers[0].live = None
         assert GatedPlugin.made.stopped
 
 
@@ -537,7 +537,7 @@ async def test_what_was_delivered_before_a_stop_is_in_the_books_after_it(economy
                 await session.settle()
             await stop()
             await session.abandon()
-            btt._session = None
+            btt.providers[0].live = None
         units = (await read_status(node.folder.path)).earnings.units
     assert units[Line("probe.v1.ProbeService", Unit.BYTE)] == 2 * len(b"first" + b"second")
 
@@ -551,7 +551,7 @@ async def test_a_begun_close_is_finished_by_the_stop(economy, gated):
             await many(session)
             await session.settle()
             await session.abandon()
-            btt._session = None
+            btt.providers[0].live = None
         (channel,) = [record.channel_id for record, _ in await node.store.channels()]
         await node.store.begin_close(channel, 0, 0)
         await stop()

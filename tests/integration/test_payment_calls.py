@@ -41,7 +41,7 @@ async def probe(economy):
             yield session, rpc.ProbeServiceStub(session.channel), btt
             if not close:
                 await session.abandon()
-                btt._session = None
+                btt.providers[0].live = None
 
     node.open = open_session
     return node

@@ -10,7 +10,7 @@ from collections import Counter
 import pytest
 
 from btt.sdk.channel import Payee, Payer
-from btt.sdk.content.transfer import LINE
+from btt.sdk.content.feed import LINE
 from btt.sdk.errors import ConnectError, SessionEnded
 from kit.chaos import Relay
 from kit.economy import CONTENT_PRICE, RUN, content
@@ -324,8 +324,8 @@ async def test_a_thousand_cancels_breaks_and_disconnects_leave_the_books_equal(e
                 except BaseException as error:
                     error.add_note(f"seed {seed}, action {number}, so far {dict(chaos.done)}")
                     error.add_note(chaos.state())
-                    if btt._session is not None:
-                        await btt._session.abandon()
+                    if btt.providers[0].live is not None:
+                        await btt.providers[0].live.abandon()
                     raise
             await chaos.open()
             assert len((await chaos.stub.One(pb.Ask(size=1000))).data) == 1000

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +21,7 @@ from btt.proto.payment.v1 import payment_pb2_grpc
 from btt.sdk.budget import Budget
 from btt.sdk.channel import BanPolicy, Line, Price
 from btt.sdk.client import Client, Wallet
-from btt.sdk.content.transfer import LINE
+from btt.sdk.content.feed import LINE
 from btt.sdk.identity import ChannelTerms, NodeAddress, Offer, sign_offer, tls_name
 from btt.sdk.keys import PrivateKey
 from btt.sdk.ledger import LedgerClient
@@ -222,9 +222,12 @@ class Economy:
         node.servicer = servicer
         return node, infohashes
 
-    def client(self, node: TestNode, wallet: Wallet, budget: str = "5 BTT", **options: object) -> Client:
+    def client(
+        self, nodes: TestNode | Sequence[TestNode], wallet: Wallet, budget: str = "5 BTT", **options: object
+    ) -> Client:
+        several = [nodes] if isinstance(nodes, TestNode) else nodes
         return Client.connect(
-            str(node.address),
+            [str(node.address) for node in several],
             budget=Budget(budget),
             ledger=str(self.running.address),
             wallet=wallet,

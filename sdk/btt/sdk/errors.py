@@ -41,7 +41,12 @@ prefix), whether trying again as is can help (`retryable`), and a `hint`: what t
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from btt.sdk.selection import Rejection
 
 
 class BttError(Exception):
@@ -379,9 +384,27 @@ class ContentMismatch(ServiceError):
 
 
 class NoProviders(ServiceError):
-    """No node could serve this."""
+    """No node could serve this.
+
+    Args:
+        message: What happened, for a person.
+        hint: What to do next.
+        rejections: Why not, for each node.
+    """
 
     reason = "NO_PROVIDERS"
+    hint = "Name other nodes, or change what rules them out."
+
+    def __init__(
+        self, message: str, *, hint: str | None = None, rejections: Sequence[Rejection] = ()
+    ) -> None:
+        super().__init__(message, hint=hint)
+        self.rejections = tuple(rejections)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many nodes were rejected for which reason, the most frequent first."""
+        return dict(Counter(str(rejection.cause) for rejection in self.rejections).most_common())
 
 
 class NodeBanned(NoProviders):

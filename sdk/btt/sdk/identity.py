@@ -72,6 +72,16 @@ class NodeAddress:
             raise InvalidRequest(f'"{text[:200]}" is no address: write btt://<node address>@host:port.')
         return cls(node, host, int(port))
 
+    @classmethod
+    def parse_all(cls, texts: str | Sequence[str]) -> list[NodeAddress]:
+        """Reads several addresses, each once: a list, or a text that separates them by commas.
+
+        Raises:
+            InvalidRequest: One of them is no address.
+        """
+        parts = texts.split(",") if isinstance(texts, str) else texts
+        return list(dict.fromkeys(cls.parse(part.strip()) for part in parts if part.strip()))
+
     def __str__(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"btt://{self.node}@{host}:{self.port}" if self.node else f"{host}:{self.port}"

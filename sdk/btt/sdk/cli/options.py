@@ -29,7 +29,10 @@ LedgerOption = Annotated[
     str, typer.Option("--ledger", envvar="BTT_LEDGER", help="The ledger: btt-ledger://T…@host:port/…")
 ]
 NodeOption = Annotated[
-    str, typer.Option("--node-address", envvar="BTT_NODES", help="The node: btt://T…@host:port")
+    str,
+    typer.Option(
+        "--node-address", envvar="BTT_NODES", help="Nodes, separated by commas: btt://T…@host:port,…"
+    ),
 ]
 TrustNew = Annotated[
     bool, typer.Option("--trust-new", help="Trust an unknown node at a bare host:port, and remember it.")

@@ -8,7 +8,7 @@ by the next one.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Final
 
 from btt.proto.ledger.v1 import ledger_pb2 as pb
@@ -29,10 +29,10 @@ class Keeper:
 
     Args:
         purse: Whose.
-        live: Returns the session that pays now, if any.
+        live: Returns the sessions that pay now.
     """
 
-    def __init__(self, purse: Purse, live: Callable[[], PaymentSession | None]) -> None:
+    def __init__(self, purse: Purse, live: Callable[[], Sequence[PaymentSession]]) -> None:
         self._purse = purse
         self._live = live
         self.disputes: list[CaptureDisputed] = []
@@ -95,6 +95,6 @@ class Keeper:
             saw_seq(purse.store, ledger.ledger_id, purse.account.address, ledger.recovered, page.seen_seq)
 
     def _fail(self, error: BttError, channel_id: bytes | None = None) -> None:
-        session = self._live()
-        if session is not None and channel_id in (None, session.payer.channel_id):
-            session.fail(error)
+        for session in self._live():
+            if channel_id in (None, session.payer.channel_id):
+                session.fail(error)
