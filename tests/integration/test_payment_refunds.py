@@ -11,7 +11,7 @@ import pytest
 from btt.proto.common.v1.document_pb2 import SignedDocument
 from btt.proto.ledger.v1 import ledger_pb2
 from btt.proto.payment.v1 import payment_pb2
-from btt.sdk import client as client_module
+from btt.sdk import provider as provider_module
 from btt.sdk.errors import BttError, CaptureDisputed, LedgerUnreachable, SessionEnded
 from btt.sdk.keys import PublicKey
 from btt.sdk.ledger import LedgerClient
@@ -135,7 +135,7 @@ async def test_a_node_that_vanished_keeps_no_money(probe, economy, purse, monkey
 
 
 async def test_leaving_asks_the_ledger_when_the_node_does_not_close(probe, economy, monkeypatch):
-    monkeypatch.setattr(client_module, "CLOSE_PAUSES_S", (0.0,))
+    monkeypatch.setattr(provider_module, "CLOSE_PAUSES_S", (0.0,))
     with pytest.raises(BttError):
         async with economy.client(probe, probe.wallet) as btt:
             session = await btt.session(9 * UNIT)

@@ -33,7 +33,7 @@ from btt.sdk.payment.receipt import SessionReceipt
 from btt.sdk.payment.refunds import KEEP_MS, Wanted
 from btt.sdk.payment.session import PaymentSession
 from btt.sdk.payment.store import PayerStore
-from btt.sdk.provider import CLOSE_PAUSES_S, Provider
+from btt.sdk.provider import Provider
 from btt.sdk.wallet import Keystore
 
 HURRY_S = 10.0
@@ -261,7 +261,7 @@ class Client:
         Raises:
             BttError: The node or the ledger did not answer; the books keep the channel.
         """
-        return await self.providers[0].close_session(CLOSE_PAUSES_S)
+        return await self.providers[0].close_session()
 
     async def purse(self) -> Purse:
         """Returns what pays the nodes."""

@@ -146,11 +146,11 @@ class Provider:
             self.blame(error)
             raise
 
-    async def close_session(self, pauses: tuple[float, ...] = CLOSE_PAUSES_S) -> SessionReceipt | None:
-        """Pays what is due and ends the session.
+    async def close_session(self, pauses: tuple[float, ...] | None = None) -> SessionReceipt | None:
+        """Pays what is due and ends the session; a node or ledger that is away for a moment is waited for.
 
         Args:
-            pauses: Seconds to wait between tries, for a node or ledger that is away for a moment.
+            pauses: Seconds to wait between tries; some 15 in all if not given.
 
         Returns:
             The receipt; None without a session, or when the node closed the channel and its answer
@@ -160,7 +160,7 @@ class Provider:
             BttError: The node or the ledger did not answer; the books keep the channel.
         """
         async with self._lock:
-            return await self._close(pauses)
+            return await self._close(CLOSE_PAUSES_S if pauses is None else pauses)
 
     async def _close(self, pauses: tuple[float, ...]) -> SessionReceipt | None:
         session, self.live = self.live, None
