@@ -11,7 +11,8 @@ Four contestants in alternating rounds move one file over loopback to a disk and
 Ratios: `vs_bare_grpc` and `vs_libtorrent` compare the rates, `payment_cpu_overhead` is how
 much more CPU time a paid GiB takes than an unpaid one, all processes together and with the
 channel opened and closed; `nodes_vs_one` is the rate from N nodes against that from one: on one
-machine they share its cores and its disk, so this is what sharing costs, not what it brings. `--memory` shows instead that peaks do not grow with the file.
+machine they share its cores and its disk, so this is what sharing costs, not what it brings.
+`--memory` shows instead that peaks do not grow with the file.
 """
 
 from __future__ import annotations
