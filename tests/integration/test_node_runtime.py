@@ -444,7 +444,7 @@ async def test_with_all_slots_taken_sessions_open_and_pay_and_only_paid_calls_ar
 
 async def test_a_session_may_not_take_every_slot(economy, gated):
     one, two = await economy.wallet(), await economy.wallet()
-    async with gated(tables={"limits": {"calls_per_session": 1}}) as node:
+    async with gated(tables={"limits": {"calls_per_payer": 1}}) as node:
         probe = GatedPlugin.made.servicer
         async with client_of(economy, node, one) as first, client_of(economy, node, two) as second:
             session = await first.session(100_000)

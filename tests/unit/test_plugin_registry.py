@@ -7,7 +7,7 @@ import pytest
 
 from btt.node import registry
 from btt.node.config import ServiceSection
-from btt.node.payments.interceptor import Registrar
+from btt.node.payments.registrar import Registrar
 from btt.node.registry import Collector, Registry
 from btt.sdk.errors import ConfigError
 from btt.sdk.money import BTT, Rate
@@ -180,10 +180,10 @@ def test_prices_that_do_not_fit_what_is_charged(tmp_path, prices, reason):
 
 
 def test_a_credit_limit_below_one_verify_unit(tmp_path):
-    text = refusal(tmp_path, Plugin, credit_limit=999)
-    assert "costs 0.001 BTT, more than anyone may owe" in text
-    assert 'credit_limit = "0.001 BTT"' in text
-    register(make(tmp_path, probe=Plugin), credit_limit=1000)
+    text = refusal(tmp_path, Plugin, credit_limit=1976)
+    assert "costs 0.001977 BTT, more than anyone may owe" in text
+    assert 'credit_limit = "0.001977 BTT"' in text
+    register(make(tmp_path, probe=Plugin), credit_limit=1977)
 
 
 def test_two_services_of_one_name(tmp_path):

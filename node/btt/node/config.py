@@ -14,9 +14,19 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
+from btt.node.admission.apps import ANY, parse_app
+from btt.node.admission.limits import Limits
 from btt.sdk.channel import BanPolicy
 from btt.sdk.errors import ConfigError, InvalidRequest
 from btt.sdk.identity import ChannelTerms
@@ -93,6 +103,7 @@ def _parse_listen(text: object) -> str:
 
 Money = Annotated[Amount, BeforeValidator(_parse_amount)]
 Milliseconds = Annotated[int, BeforeValidator(parse_duration)]
+App = Annotated[str, AfterValidator(parse_app)]
 
 
 class _Section(BaseModel):
@@ -198,16 +209,61 @@ class BansSection(_Section):
         return self
 
 
-class LimitsSection(_Section):
-    """What the node takes on at once.
+class AppsSection(_Section):
+    """Which applications the node serves.
 
     Attributes:
-        calls: Paid calls that run at once.
-        calls_per_session: Of those, of one payment session.
+        allow: T-addresses of applications, "unknown" for callers without one, "*" for all.
+        deny: The same; it wins.
+    """
+
+    allow: tuple[App, ...] = (ANY,)
+    deny: tuple[App, ...] = ()
+
+
+class LimitsSection(_Section):
+    """Which paid calls the node takes on.
+
+    Attributes:
+        calls: Those that run at once.
+        calls_per_payer: Of those, of one payer.
+        calls_per_minute: Those that one payer may begin in a minute; 0 is no bound.
+        deadline: How long a call may take whose caller sets no deadline.
     """
 
     calls: int = Field(default=512, ge=1, le=65536)
-    calls_per_session: int = Field(default=32, ge=1, le=65536)
+    calls_per_payer: int = Field(default=32, ge=1, le=65536)
+    calls_per_minute: int = Field(default=0, ge=0, le=10**9)
+    deadline: Milliseconds = 86_400_000
+
+    @property
+    def limits(self) -> Limits:
+        """As the node's admission wants them."""
+        return Limits(
+            calls=self.calls,
+            calls_per_payer=self.calls_per_payer,
+            calls_per_minute=self.calls_per_minute,
+            deadline_s=self.deadline / 1000,
+        )
+
+
+class ServiceLimits(_Section):
+    """The same for one service, below those of the node; what is 0 is left to them."""
+
+    calls: int = Field(default=0, ge=0, le=65536)
+    calls_per_payer: int = Field(default=0, ge=0, le=65536)
+    calls_per_minute: int = Field(default=0, ge=0, le=10**9)
+    deadline: Milliseconds = 0
+
+    def named(self, name: str) -> Limits:
+        """As the node's admission wants them."""
+        return Limits(
+            name=name,
+            calls=self.calls,
+            calls_per_payer=self.calls_per_payer,
+            calls_per_minute=self.calls_per_minute,
+            deadline_s=self.deadline / 1000,
+        )
 
 
 class ServiceSection(BaseModel):
@@ -215,11 +271,13 @@ class ServiceSection(BaseModel):
 
     Attributes:
         enabled: Whether the node runs it.
+        limits: Which of its calls the node takes on.
     """
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
     enabled: bool = False
+    limits: ServiceLimits = ServiceLimits()
 
     @property
     def options(self) -> dict[str, Any]:
@@ -235,6 +293,7 @@ class NodeConfig(BaseSettings):
         ledger: Where it is paid.
         payments: Credit and channel terms.
         bans: What follows when payment fails again and again.
+        apps: For whom.
         limits: What it takes on at once.
         services: Each service by its name.
     """
@@ -251,6 +310,7 @@ class NodeConfig(BaseSettings):
     ledger: LedgerSection
     payments: PaymentsSection = Field(default_factory=PaymentsSection)
     bans: BansSection = Field(default_factory=BansSection)
+    apps: AppsSection = AppsSection()
     limits: LimitsSection = LimitsSection()
     services: dict[str, ServiceSection] = Field(default_factory=dict)
 

@@ -16,9 +16,10 @@ import grpc
 import grpc.aio
 import structlog
 
+from btt.node.admission import Limits
 from btt.node.config import ServiceSection
-from btt.node.payments.interceptor import Registrar
-from btt.sdk.channel import Line, Price
+from btt.node.payments.registrar import Registrar
+from btt.sdk.channel import Line, Price, PriceSheet
 from btt.sdk.errors import BttError, ConfigError
 from btt.sdk.money import Amount, Unit
 from btt.sdk.payment.charges import MethodCharge
@@ -110,9 +111,11 @@ class Registry:
         folder: Path,
         clock: Callable[[], int],
     ) -> None:
+        self._sections = sections
         self._plugins: dict[str, ServicePlugin] = {}
         self._started: list[str] = []
         self.services: list[str] = []
+        self.limits: dict[str, Limits] = {}
         self.prices: dict[Line, Price] = {}
         for name, section in sections.items():
             if name not in plugins:
@@ -163,6 +166,8 @@ class Registry:
                 _check_prices(charges, prices, credit_limit)
                 self.prices |= prices
                 self.services += gate.services
+                limits = self._sections[name].limits.named(name)
+                self.limits |= dict.fromkeys(gate.services, limits)
 
     async def stop(self) -> None:
         """Stops what was started, the last first; a failure of one does not keep the others."""
@@ -175,29 +180,30 @@ class Registry:
 
 
 def _check_prices(charges: list[MethodCharge], prices: Mapping[Line, Price], credit_limit: int) -> None:
-    charged = {field.line: charge for charge in charges for field in charge.fields}
-    for line in prices.keys() - charged.keys():
+    charged = {line for charge in charges for line in charge.largest()}
+    for line in prices.keys() - charged:
         raise ConfigError(f"It prices {line.service} per {line.unit.name}, which no method charges.")
     for charge in charges:
-        for field in charge.fields:
-            price = prices.get(field.line)
+        for line, most in charge.largest().items():
+            price = prices.get(line)
             if price is None:
-                raise ConfigError(f"{charge.path} charges {field.line.unit.name}, which has no price.")
-            if price.rate.unit is not field.line.unit:
-                raise ConfigError(f"{charge.path} charges {field.line.unit.name}, priced per another unit.")
-            if charge.largest_message > price.verify_units:
+                raise ConfigError(f"{charge.path} charges {line.unit.name}, which has no price.")
+            if price.rate.unit is not line.unit:
+                raise ConfigError(f"{charge.path} charges {line.unit.name}, priced per another unit.")
+            if most > price.verify_units:
                 raise ConfigError(
-                    f"{charge.path} sends up to {charge.largest_message} units in a message, more than the "
+                    f"{charge.path} charges up to {most} units at once, more than the "
                     f"{price.verify_units} of the verify unit it offers."
                 )
-            if field.line.unit is Unit.BYTE and charge.largest_message > MAX_MESSAGE - _ENVELOPE:
+            largest = max(charge.largest_message, charge.largest_request)
+            if line.unit is Unit.BYTE and largest > MAX_MESSAGE - _ENVELOPE:
                 raise ConfigError(f"{charge.path} allows messages that are larger than gRPC takes here.")
-            cost = price.rate.owed(price.verify_units)
-            if cost > credit_limit:
-                raise ConfigError(
-                    f"One verify unit of {charge.path} costs {Amount(cost)}, more than anyone may owe.",
-                    hint=f'Lower its rate, or write, below [payments]: credit_limit = "{Amount(cost)}".',
-                )
+    cost = PriceSheet(b"", prices).unit_charge
+    if cost > credit_limit:
+        raise ConfigError(
+            f"A message with one verify unit of each price costs {Amount(cost)}, more than anyone may owe.",
+            hint=f'Lower its rates, or write, below [payments]: credit_limit = "{Amount(cost)}".',
+        )
 
 
 @contextmanager

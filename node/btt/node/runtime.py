@@ -18,14 +18,15 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from grpc_reflection.v1alpha._async import ReflectionServicer
 
 from btt.node import registry
-from btt.node.admission import Admission
+from btt.node.admission import Admission, Apps
 from btt.node.config import parse_listen
 from btt.node.folder import NodeFolder, Running, system_ms
 from btt.node.health import HealthServicer
 from btt.node.offers import OfferContent, Offers, OfferServicer
 from btt.node.payments.closing import Closer
-from btt.node.payments.interceptor import PaymentInterceptor, Registrar
+from btt.node.payments.interceptor import PaymentInterceptor
 from btt.node.payments.ledger import LedgerOnDemand
+from btt.node.payments.registrar import Registrar
 from btt.node.payments.servicer import PaymentServicer
 from btt.node.payments.sessions import CreditPolicy, Sessions
 from btt.node.payments.store import PayeeStore
@@ -148,17 +149,23 @@ class Node:
         registrar = Registrar(cast("grpc.aio.Server", collector))
         services.register(registrar, credit_limit=config.payments.credit_limit)
         self.offers = await self._make_offers(services)
+        self.admission = Admission(
+            apps=Apps(allow=config.apps.allow, deny=config.apps.deny, clock=self._clock),
+            node=config.limits.limits,
+            services=services.limits,
+            clock=self._clock,
+        )
         self._make_payments()
         self._serve_platform(registrar, services)
-        self.admission = Admission(
-            registrar.charges,
-            calls=config.limits.calls,
-            calls_per_session=config.limits.calls_per_session,
+        paid = PaymentInterceptor(
+            sessions=self.sessions,
+            charges=registrar.charges,
+            admit=self.admission.admit,
+            clock=self._clock,
         )
-        metering = PaymentInterceptor(sessions=self.sessions, charges=registrar.charges, clock=self._clock)
         server = grpc.aio.server(
             handlers=collector.handlers,
-            interceptors=[self.admission, metering],
+            interceptors=[paid],
             options=[*_OPTIONS, *_keepalive(config.payments.grace)],
         )
         port = self._listen(server)
@@ -224,6 +231,7 @@ class Node:
             sessions=self.sessions,
             closer=self.closer,
             offers=self.offers.usable,
+            serves=self.admission.apps.check,
             clock=self._clock,
         )
         self.health = HealthServicer()

@@ -26,6 +26,7 @@ from btt.sdk.identity import NodeAddress
 from btt.sdk.keys import PrivateKey
 from btt.sdk.ledger import LedgerAddress, LedgerClient
 from btt.sdk.ledger.keeping import RECEIPTS, EvidenceStore
+from btt.sdk.payment.apps import Granter
 from btt.sdk.payment.connection import NodeConnection
 from btt.sdk.payment.keeper import Keeper
 from btt.sdk.payment.purse import Purse
@@ -102,10 +103,12 @@ class Client:
         trust_new: bool,
         keep_channels: bool,
         clock: Callable[[], int],
+        app: Granter | None,
     ) -> None:
         self._ledger_address = ledger
         self._wallet = wallet
         self._budget = budget
+        self._app = app
         self._stack = AsyncExitStack()
         self._store: PayerStore | None = None
         self._ledger: LedgerClient | None = None
@@ -133,6 +136,7 @@ class Client:
         trust_new: bool = False,
         keep_channels: bool = False,
         clock: Callable[[], int] = system_ms,
+        app: Granter | None = None,
     ) -> Client:
         """Makes a client; nothing is dialled before it is needed.
 
@@ -145,6 +149,7 @@ class Client:
             trust_new: Accept a bare `host:port` that was never met before.
             keep_channels: Leave channels open at the end, for the next client.
             clock: Unix milliseconds.
+            app: Gets the grant of the application that this client is; see `btt.sdk.payment.apps`.
 
         Raises:
             ConfigError: No node, ledger or wallet is configured.
@@ -166,6 +171,7 @@ class Client:
             trust_new=trust_new,
             keep_channels=keep_channels,
             clock=clock,
+            app=app,
         )
 
     async def __aenter__(self) -> Client:
@@ -275,6 +281,7 @@ class Client:
             clock=self.clock,
             budget=self._budget.name,
             granted=self._budget.amount,
+            app=self._app,
         )
 
     @property

@@ -362,6 +362,14 @@ class Draining(ServiceError):
     hint = "Try again later, or use another node."
 
 
+class DeadlineExceeded(ServiceError):
+    """The call took longer than its caller or the service allows."""
+
+    reason = "DEADLINE_EXCEEDED"
+    retryable = True
+    hint = "Ask for less at once, or set a longer deadline."
+
+
 class ContentUnknown(ServiceError):
     """The node serves no such content."""
 

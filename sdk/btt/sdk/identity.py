@@ -97,6 +97,9 @@ class ChannelTerms:
     max_lifetime_ms: int
 
 
+_UNITS: Final = frozenset(int(unit) for unit in Unit)
+
+
 @dataclass(frozen=True, slots=True)
 class Offer:
     """A verified price sheet.
@@ -192,7 +195,7 @@ def _prices(protos: Sequence[PriceProto]) -> dict[Line, Price]:
     prices: dict[Line, Price] = {}
     for proto in protos:
         if (
-            proto.unit not in (Unit.BYTE, Unit.COUNT)
+            proto.unit not in _UNITS
             or not 0 < proto.per < 2**63
             or not 0 < proto.verify_units < 2**63
             or proto.amount > SUPPLY

@@ -18,6 +18,7 @@ from btt.sdk.channel import BanPolicy, Payee, Segment, SignedUpdate, Standing, S
 from btt.sdk.errors import BttError, SessionEnded
 from btt.sdk.identity import Offer
 from btt.sdk.keys import Address
+from btt.sdk.payment.apps import NO_APP, AppGrant
 from btt.sdk.signing import ChannelCommit
 
 MAX_PAYERS = 10_000
@@ -103,6 +104,7 @@ class Sessions:
         network: str,
         best: SignedUpdate | None,
         accepted: Mapping[Segment, int],
+        app: AppGrant = NO_APP,
     ) -> tuple[Session, dict[Segment, int]]:
         """Opens a session of a channel, and ends the one before it; call it under `lock`.
 
@@ -114,6 +116,7 @@ class Sessions:
             network: The caller's /24 or /48.
             best: The highest update the payer has signed.
             accepted: What the payer accepted since the channel opened.
+            app: The application that it is for.
 
         Returns:
             The session, and the units per segment that stay owed.
@@ -150,6 +153,7 @@ class Sessions:
             epoch=epoch,
             grace_s=self._policy.grace_s,
             unpaid=self._unpaid,
+            app=app,
         )
         book.sessions += 1
         self._by_token[hashlib.sha256(session.token).digest()] = session

@@ -88,6 +88,8 @@ class _ReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Reason.ValueTy
     """The ledger found its own books inconsistent and has stopped."""
     REASON_LEDGER_UNREACHABLE: _Reason.ValueType  # 31
     """The ledger could not be reached, so no credit can be given."""
+    REASON_DEADLINE_EXCEEDED: _Reason.ValueType  # 32
+    """The call took longer than it may."""
 
 class Reason(_Reason, metaclass=_ReasonEnumTypeWrapper):
     """The reasons. Numbers and names are for ever."""
@@ -156,4 +158,6 @@ REASON_INVARIANT_BROKEN: Reason.ValueType  # 30
 """The ledger found its own books inconsistent and has stopped."""
 REASON_LEDGER_UNREACHABLE: Reason.ValueType  # 31
 """The ledger could not be reached, so no credit can be given."""
+REASON_DEADLINE_EXCEEDED: Reason.ValueType  # 32
+"""The call took longer than it may."""
 Global___Reason: _TypeAlias = Reason  # noqa: Y015
