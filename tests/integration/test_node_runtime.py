@@ -32,6 +32,7 @@ from btt.sdk.budget import Budget
 from btt.sdk.channel import Line, Price
 from btt.sdk.client import Client
 from btt.sdk.errors import (
+    AppRefused,
     BttError,
     ChannelUnknown,
     ConfigError,
@@ -456,6 +457,32 @@ async def test_a_session_may_not_take_every_slot(economy, gated):
             await probe.waiting.acquire()
             probe.gate.set()
             assert len(await running) == len(await other) == 2
+
+
+async def test_limits_and_applications_of_the_configuration_hold(economy, gated):
+    service = {"enabled": True, "limits": {"calls_per_minute": 2, "deadline": "1h"}}
+    tables = {"services": {"probe": service}, "apps": {"deny": [str(PrivateKey.generate().public.address)]}}
+    async with (
+        gated(tables=tables) as node,
+        client_of(economy, node, await economy.wallet()) as btt,
+    ):
+        stub = rpc.ProbeServiceStub((await btt.session(100_000)).channel)
+        for _ in range(2):
+            await stub.One(pb.Ask(size=1))
+        with pytest.raises(RateLimited, match="2 calls of probe a minute") as limited:
+            await stub.One(pb.Ask(size=1))
+        assert 0 < limited.value.retry_after <= 30
+        economy.clock.ahead_ms += 60_000
+        await stub.One(pb.Ask(size=1))
+
+
+async def test_a_node_that_serves_known_applications_alone(economy, gated):
+    async with (
+        gated(tables={"apps": {"deny": ["unknown"]}}) as node,
+        client_of(economy, node, await economy.wallet()) as btt,
+    ):
+        with pytest.raises(AppRefused, match="without a grant"):
+            await btt.session(100_000)
 
 
 async def test_a_cancelled_call_frees_its_slot(economy, gated):

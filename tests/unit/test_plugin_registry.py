@@ -6,6 +6,7 @@ import grpc
 import pytest
 
 from btt.node import registry
+from btt.node.admission import Limits
 from btt.node.config import ServiceSection
 from btt.node.payments.registrar import Registrar
 from btt.node.registry import Collector, Registry
@@ -13,7 +14,7 @@ from btt.sdk.errors import ConfigError
 from btt.sdk.money import BTT, Rate
 from btt.sdk.plugin import Line, Price, Unit, check_keys
 from btt.services.content.plugin import ContentPlugin
-from kit.probe import Probe, pb, rpc
+from kit.probe import CALL_PRICES, FEES, UP_BYTES, Calls, Probe, pb, rpc
 
 SERVICE = "probe.v1.ProbeService"
 BYTES = Line(SERVICE, Unit.BYTE)
@@ -270,3 +271,61 @@ def test_the_content_service_is_installed_like_any_other():
 def test_the_content_service_checks_its_options(tmp_path, options, reason):
     with pytest.raises(ConfigError, match=rf"^services\.content: .*{reason}"):
         make(tmp_path, {"content": ServiceSection(enabled=True, **options)}, content=ContentPlugin)
+
+
+# Charges of requests and fees
+
+
+CALLS = "probe.v1.CallsService"
+
+
+class CallsPlugin(Plugin):
+    offered = CALL_PRICES
+
+    def register(self, server):
+        rpc.add_CallsServiceServicer_to_server(Calls(), server)
+
+
+def with_price(line, price):
+    return type("Changed", (CallsPlugin,), {"offered": {**CALL_PRICES, line: price}})
+
+
+def test_a_service_that_charges_requests_and_fees(tmp_path):
+    made = make(tmp_path, probe=CallsPlugin)
+    register(made)
+    assert made.prices == CALL_PRICES
+    assert made.limits == {CALLS: Limits(name="probe")}
+
+
+def test_request_and_first_response_together_are_within_the_verify_unit(tmp_path):
+    """They are taken at once when there is one request, so one unit must pay for both."""
+    small = with_price(UP_BYTES, Price(Rate.parse("1 BTT / GiB"), (2 << 20) - 1))
+    assert "Swap charges up to 2097152 units at once" in refusal(tmp_path, small)
+
+
+def test_a_fee_is_within_its_verify_unit_and_has_a_price(tmp_path):
+    small = with_price(FEES, Price(Rate(10, 1, Unit.CALL), 2))
+    assert "Fee charges up to 3 units at once, more than the 2" in refusal(tmp_path, small)
+    without = type("Without", (CallsPlugin,), {"offered": {UP_BYTES: CALL_PRICES[UP_BYTES]}})
+    assert "which has no price" in refusal(tmp_path, without)
+
+
+def test_a_handler_of_another_kind_than_its_proto(tmp_path):
+    class Other(CallsPlugin):
+        def register(self, server):
+            async def put(requests, context):
+                return pb.Done()
+
+            handler = grpc.stream_unary_rpc_method_handler(put)
+            server.add_registered_method_handlers(CALLS, {"Put": handler})
+
+    assert "Put is of another kind than its proto says" in refusal(tmp_path, Other)
+
+
+def test_a_handler_that_is_no_coroutine(tmp_path):
+    class Threaded(CallsPlugin):
+        def register(self, server):
+            handler = grpc.unary_unary_rpc_method_handler(lambda request, context: pb.Done())
+            server.add_registered_method_handlers(CALLS, {"Put": handler})
+
+    assert "Put must be an `async def`" in refusal(tmp_path, Threaded)

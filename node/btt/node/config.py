@@ -410,6 +410,8 @@ def _explain(error: ValidationError, source: str) -> ConfigError:
 def _known(place: list[str]) -> list[str]:
     if len(place) == 1:
         return list(NodeConfig.model_fields)
+    if place[0] == "services":  # of a service itself only its limits are checked here
+        return list(ServiceLimits.model_fields)
     section = NodeConfig.model_fields[place[0]].annotation
     assert isinstance(section, type)
     assert issubclass(section, BaseModel)
