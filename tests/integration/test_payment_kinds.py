@@ -346,3 +346,26 @@ async def test_handlers_reach_no_way_around_the_meter(calls, economy, monkeypatc
                 raise AssertionError("nothing passes")
         await session.settle()
         assert session.payer.tally.owed == 0
+
+
+async def test_a_call_that_overtakes_the_payment_stream_waits_for_it(calls, economy, monkeypatch):
+    """Both have a connection of their own, so either may come first."""
+    from btt.node.payments.session import Session
+
+    arrived, attach, until = asyncio.Event(), Session.attach, Session.until_attached
+    late = []
+    monkeypatch.setattr(Session, "attach", lambda session: late.append(session))
+
+    async def waits(session):
+        arrived.set()
+        await until(session)
+
+    monkeypatch.setattr(Session, "until_attached", waits)
+    async with economy.client(calls, await economy.wallet()) as btt:
+        stub = rpc.CallsServiceStub((await btt.session(1_000_000)).channel)
+        call = asyncio.ensure_future(stub.Put(pb.Up(data=b"1")))
+        await arrived.wait()
+        while not late:
+            await asyncio.wait([call], timeout=0.01)
+        attach(late[0])
+        assert (await call).taken == 1

@@ -78,7 +78,6 @@ class PaymentInterceptor(grpc.aio.ServerInterceptor):
         except SignatureInvalid:
             await self._sessions.bans.network_failed(network_of(context.peer()))
             raise
-        if not session.attached:
-            raise SessionEnded("The payment session has no payment stream.")
         with self._admit(charge, session, context):
+            await session.until_attached()
             yield session, call_id

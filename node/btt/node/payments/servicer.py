@@ -16,7 +16,7 @@ from btt.node.payments.closing import Closer
 from btt.node.payments.deposits import Deposits
 from btt.node.payments.ledger import PayeeLedger
 from btt.node.payments.network import network_of
-from btt.node.payments.session import Session
+from btt.node.payments.session import ATTACH_S, Session
 from btt.node.payments.sessions import Sessions
 from btt.node.payments.store import CLOSED, CLOSING, ChannelRecord, PayeeStore
 from btt.proto.ledger.v1 import ledger_pb2
@@ -62,8 +62,6 @@ log = structlog.get_logger(__name__)
 
 NONCE_LIFE_MS = 60_000
 MAX_NONCES = 4096
-ATTACH_S = 10.0
-"""Seconds that a payment stream may take to name its session."""
 MAX_OPEN_AHEAD_MS = 5 * 60_000
 Context: TypeAlias = "grpc.aio.ServicerContext[object, object]"
 
@@ -334,7 +332,7 @@ class PaymentServicer(payment_pb2_grpc.PaymentServiceServicer):
         session = await self._find(attach, network)
         if session.attached:
             raise SessionEnded("The session has a payment stream already.")
-        session.attached = True
+        session.attach()
         return session
 
     async def _find(self, proof: payment_pb2.Attach | payment_pb2.CloseRequest, network: str) -> Session:

@@ -21,6 +21,8 @@ from btt.sdk.keys import Address
 from btt.sdk.payment.apps import AppGrant
 from btt.sdk.signing import SessionCall, verify
 
+ATTACH_S = 10.0
+"""Seconds that a payment stream may take to name its session, and a call waits for it."""
 TELL_S = 0.05
 """Seconds that a message waits before a payer that should sign by itself is told."""
 
@@ -81,7 +83,7 @@ class Session:
         self.epoch = epoch
         self.app = app
         self.error: BttError | None = None
-        self.attached = False
+        self._attached = asyncio.Event()
         self.asked_at = -math.inf
         """When the ledger was asked about a top-up, seconds of the loop."""
         self.answers: dict[bytes, object] = {}
@@ -96,6 +98,28 @@ class Session:
         self._stale = False
         self._told_credit = payee.standing.credit
         self._news = asyncio.Event()
+
+    @property
+    def attached(self) -> bool:
+        """It has had its payment stream."""
+        return self._attached.is_set()
+
+    def attach(self) -> None:
+        """The payment stream is there."""
+        self._attached.set()
+
+    async def until_attached(self) -> None:
+        """Returns once the payment stream is there: it has a connection of its own, and may come later.
+
+        Raises:
+            SessionEnded: It did not come.
+        """
+        if not self._attached.is_set():
+            try:
+                async with asyncio.timeout(ATTACH_S):
+                    await self._attached.wait()
+            except TimeoutError:
+                raise SessionEnded("The payment session has no payment stream.") from None
 
     def authorise(self, call_id: bytes, signature: bytes, ledger_id: bytes) -> None:
         """Checks that the holder of K1 makes this call.
@@ -291,6 +315,7 @@ class Session:
         """Ends the session: nothing more leaves, and what waits fails with this error."""
         if self.error is None:
             self.error = error
+            self._attached.set()  # who waits for it finds the session ended
             self._book.sessions -= 1
             for waiting in self._waiting:
                 if not waiting.ready.done():
