@@ -283,4 +283,4 @@ async def test_a_reader_that_does_not_read_holds_its_call_no_longer_than_the_dea
             await calls.admission.idle()
         call.cancel()
         await session.abandon()
-        btt._session = None
+        btt.providers[0].live = None

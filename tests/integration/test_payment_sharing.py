@@ -161,7 +161,7 @@ async def test_a_plugin_that_bills_above_the_callers_cap_gets_nothing(economy):
                 pass
         assert session.payer.signed == session.payer.tally.owed == 0
         await session.abandon()
-        btt._session = None
+        btt.providers[0].live = None
 
 
 def test_a_plugin_whose_unit_is_beyond_what_anyone_may_owe_is_not_started(tmp_path):

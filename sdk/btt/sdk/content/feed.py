@@ -35,8 +35,8 @@ from btt.sdk.errors import (
 from btt.sdk.keys import Address
 from btt.sdk.money import Amount, Rate, Unit
 from btt.sdk.payment.backoff import pause_s
-from btt.sdk.payment.verdicts import Verdicts
 from btt.sdk.payment.session import PaymentSession
+from btt.sdk.payment.verdicts import Verdicts
 from btt.sdk.rpc import to_error
 
 LINE = Line("btt.proto.content.v1.ContentService", Unit.BYTE)

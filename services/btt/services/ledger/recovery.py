@@ -13,7 +13,7 @@ evidence, each operation at its own time and under the rules as always:
 * What was shown beyond is carried out again, in the order in which it was acknowledged. What the
   books cannot bear without the missing entries is refused, and reported.
 
-Everything is in the folder `recovery` and can be broken off anywhere; `docs/decisions/0008` says why.
+Everything is in the folder `recovery` and can be broken off anywhere; `docs/decisions/0009` says why.
 """
 
 from __future__ import annotations
