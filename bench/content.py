@@ -6,10 +6,13 @@ Four contestants in alternating rounds move one file over loopback to a disk and
 - `unpaid`: the same service and transfer without payment.
 - `bare gRPC`: the same messages over TLS, no hash, no payment.
 - `libtorrent`: a tuned seeder and leecher of the same torrent, no `seed_mode`.
+- with `--nodes N` also `btt, N nodes`: the same dApp fetches from all of N nodes at once.
 
 Ratios: `vs_bare_grpc` and `vs_libtorrent` compare the rates, `payment_cpu_overhead` is how
 much more CPU time a paid GiB takes than an unpaid one, all processes together and with the
-channel opened and closed. `--memory` shows instead that peaks do not grow with the file.
+channel opened and closed; `nodes_vs_one` is the rate from N nodes against that from one: on one
+machine they share its cores and its disk, so this is what sharing costs, not what it brings.
+`--memory` shows instead that peaks do not grow with the file.
 """
 
 from __future__ import annotations
@@ -69,8 +72,10 @@ class Field:
 
     def contestants(self) -> dict[str, Callable[[Path], Run]]:
         """Returns them all by name."""
+        many = {f"btt, {self._count} nodes": self.paid_many} if self._count > 1 else {}
         return {
             "btt": self.paid,
+            **many,
             "unpaid": self.unpaid,
             "bare gRPC": lambda folder: self._checked(bare_grpc.contestant(self._source, folder), folder),
             "libtorrent": lambda folder: self._checked(
@@ -82,17 +87,29 @@ class Field:
     def _torrent(self) -> Path:
         return self._net.torrent(self._infohash)
 
+    @property
+    def _count(self) -> int:
+        return len(self._net.node_addresses)
+
     def paid(self, folder: Path) -> Run:
         """The product."""
-        ledger, node = self._net.pids
+        return self._paid(folder, 1)
+
+    def paid_many(self, folder: Path) -> Run:
+        """The product, from all nodes at once."""
+        return self._paid(folder, self._count)
+
+    def _paid(self, folder: Path, count: int) -> Run:
+        ledger, *nodes = self._net.pids
+        roles = [("node", nodes[0]), *((f"node {n + 1}", nodes[n]) for n in range(1, count))]
         run = paid.contestant(
             self._source,
             folder,
-            node=self._net.node_address,
+            nodes=self._net.node_addresses[:count],
             ledger=self._net.ledger_address,
             infohash=self._infohash,
             fund=self._fund,
-            servers=[("node", node), ("ledger", ledger)],
+            servers=[*roles, ("ledger", ledger)],
         )
         return self._checked(run, folder)
 
@@ -131,18 +148,22 @@ def _progress(number: int, name: str, run: Run) -> None:
     )
 
 
-async def measure_speed(size: int, rounds: int, *, quiet: bool) -> Results[Run]:
+async def measure_speed(size: int, rounds: int, *, nodes: int = 1, quiet: bool) -> Results[Run]:
     """Runs all contestants.
 
     Args:
         size: Bytes of the file.
         rounds: Runs of each.
+        nodes: How many sell it.
         quiet: Say nothing on the way.
     """
     with workspace() as folder, _beside(folder):
         source = random_file(folder / "content.bin", size)
-        async with Devnet() as net:
-            field = Field(net, asyncio.get_running_loop(), source, await net.publish(source))
+        async with Devnet(nodes=nodes) as net:
+            infohash = await net.publish(source)
+            for node in range(1, nodes):
+                await net.add(infohash, node=node)
+            field = Field(net, asyncio.get_running_loop(), source, infohash)
             return await asyncio.to_thread(
                 alternate,
                 field.contestants(),
@@ -176,7 +197,9 @@ async def measure_memory(sizes: tuple[int, ...], *, quiet: bool) -> dict[int, Ru
 def ratios(results: Results[Run]) -> dict[str, Ratio]:
     """Returns the claims of this module."""
     more = results.paired("btt", "unpaid", lambda run: run.cpu_per_gib)
+    many = next((name for name in results.runs if name.startswith("btt, ")), None)
     return {
+        **({"nodes_vs_one": results.paired(many, "btt")} if many else {}),
         "vs_bare_grpc": results.paired("btt", "bare gRPC"),
         "vs_libtorrent": results.paired("btt", "libtorrent"),
         "payment_cpu_overhead": Ratio(more.median - 1, more.low - 1, more.high - 1),
@@ -226,7 +249,7 @@ def _speed(arguments: argparse.Namespace) -> None:
     quick = arguments.quick
     size = arguments.size or (128 * MIB if quick else GIB)
     rounds = arguments.rounds or (2 if quick else 7)
-    results = asyncio.run(measure_speed(size, rounds, quiet=arguments.json))
+    results = asyncio.run(measure_speed(size, rounds, nodes=arguments.nodes, quiet=arguments.json))
     found = ratios(results)
     peaks = {role: peak(results, "btt", role) for role in results.roles("btt")}
     facts: dict[str, Any] = {
@@ -278,6 +301,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--size", type=_size, help="size of the file; 1GiB by default")
     parser.add_argument("--rounds", type=int, help="runs of each contestant; 7 by default")
+    parser.add_argument("--nodes", type=int, default=1, help="fetch from so many nodes as well")
     parser.add_argument("--quick", action="store_true", help="128 MiB and 2 rounds, under 50 s")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--memory", action="store_true", help="measure peaks at 64 MiB, 1 GiB and 4 GiB")

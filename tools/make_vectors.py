@@ -25,6 +25,7 @@ from btt.sdk.signing import (
     ChannelUpdate,
     CloseRequest,
     KeyRotation,
+    LedgerRecovery,
     Message,
     Query,
     Receipt,
@@ -131,6 +132,10 @@ SIGNED: list[tuple[PrivateKey, Message]] = [
     (PAYER, CloseRequest(channel=CHANNEL, request_id=REQUEST, valid_until_ms=UNTIL)),
     (PAYER, ChannelFinalize(channel=CHANNEL)),
     (OPERATOR, KeyRotation(epoch=2, next_key=NODE.public)),
+    (
+        OPERATOR,
+        LedgerRecovery(epoch=3, next_key=NODE.public, ended_seq=42, ended_hash=seed("entry"), reached_seq=45),
+    ),
 ]
 
 

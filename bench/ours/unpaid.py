@@ -20,8 +20,9 @@ import uvloop
 
 from bench.harness import Child, Run, heard, measure, say
 from btt.proto.content.v1 import content_pb2_grpc
+from btt.sdk.content.feed import LINE, Source
 from btt.sdk.content.torrent import Torrent
-from btt.sdk.content.transfer import LINE, Transfer
+from btt.sdk.content.transfer import Transfer
 from btt.sdk.keys import Address
 from btt.sdk.memory import keep_freed_memory
 from btt.sdk.money import Rate, Unit
@@ -95,7 +96,8 @@ async def _fetch(torrent: Path, folder: Path, port: int, certificate: bytes) -> 
     say("ready")
     await asyncio.to_thread(heard)
     start = time.perf_counter()
-    async with Transfer(parsed, folder, RATE, open_session, lambda error: None) as transfer:
+    seller: Any = SimpleNamespace(session=open_session, name="unpaid")
+    async with Transfer(parsed, folder, [Source(seller, RATE)]) as transfer:
         async for _ in transfer.progress():
             pass
     seconds = time.perf_counter() - start

@@ -88,7 +88,7 @@ class Market:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def net() -> AsyncIterator[Devnet]:
-    async with Devnet() as running:
+    async with Devnet(nodes=2) as running:
         yield running
 
 
@@ -168,6 +168,61 @@ async def test_publishing_needs_a_node(person: Person) -> None:
     assert "btt node init" in done.json["error"]["hint"]
 
 
+def address_of(node: str) -> str:
+    return node.removeprefix("btt://").partition("@")[0]
+
+
+async def test_a_node_buys_content_sells_it_on_and_drops_it(market: Market) -> None:
+    net, person = market.net, market.person
+    first, second = net.node_addresses
+    folder = str(net.node_folders[1])
+    cost = -(-len(market.data) * 10**6 // 2**30)
+    bought = await person.btt(
+        "content", "add", market.infohash, "--node", folder, "--from", first, "--budget", "1 BTT", "--yes"
+    )
+    assert bought.code == 0, bought.err
+    assert "On sale at this node" in bought.out
+    assert await market.balance() == 10_000_000 - cost
+    listed = await person.btt("content", "ls", "--node", folder, "--json")
+    [entry] = [entry for entry in listed.json if entry["infohash"] == market.infohash]
+    place = Path(entry["source"])
+    assert place.read_bytes() == market.data
+    assert market.infohash in (await person.btt("content", "ls", "--node", folder)).out
+
+    person.variables["BTT_NODES"] = f"{first},{second}"
+    quoted = await person.btt("content", "quote", market.infohash, "--json")
+    assert {node["node"] for node in quoted.json["nodes"]} == {address_of(first), address_of(second)}
+    done = await person.btt(
+        "content", "fetch", market.infohash, "--budget", "1 BTT", "--dest", "in", "--json"
+    )
+    assert done.code == 0, done.err
+    assert (person.home / "in" / "film.bin").read_bytes() == market.data
+    assert sum(node["bytes"] for node in done.json["nodes"]) == len(market.data)
+    assert done.json["unsettled"] == {}
+
+    assert (await person.btt("content", "rm", market.infohash, "--node", folder)).code == 0
+    assert not place.exists()
+    gone = await person.btt("content", "rm", market.infohash, "--node", folder, "--json")
+    assert (gone.code, gone.json["error"]["reason"]) == (6, "CONTENT_UNKNOWN")
+    quoted = await person.btt("content", "quote", market.infohash)
+    assert f"{second}, without this content" in quoted.out
+
+
+async def test_no_node_can_serve_it_and_the_command_says_why_for_each(market: Market) -> None:
+    net, person = market.net, market.person
+    person.variables["BTT_NODES"] = ",".join(
+        [*net.node_addresses, "btt://TVKu5aKY5ihcxmcnCmsdHYBW1aw6BLuD2v@127.0.0.1:1"]
+    )
+    words = ("content", "quote", "ab" * 32)
+    failed = await person.btt(*words, "--json")
+    assert failed.code == 6
+    assert failed.json["error"]["counts"] == {"without this content": 2, "unreachable": 1}
+    assert len(failed.json["error"]["rejections"]) == 3
+    told = await person.btt(*words)
+    assert "2 without this content, 1 unreachable" in told.err
+    assert all(f"{node} is without this content" in told.err for node in net.node_addresses)
+
+
 async def test_quote_fetch_resume_and_balance(market: Market) -> None:
     person = market.person
     cost = -(-len(market.data) * 10**6 // 2**30)
@@ -176,7 +231,8 @@ async def test_quote_fetch_resume_and_balance(market: Market) -> None:
     quoted = await person.btt("content", "quote", market.infohash, "--json")
     assert quoted.json == {
         "infohash": market.infohash, "name": "film.bin", "files": 1, "total_bytes": len(market.data),
-        "rate": "1 BTT / GiB", "cost": str(cost), "node": quoted.json["node"],
+        "rate": "1 BTT / GiB", "cost": str(cost), "rejections": [],
+        "nodes": [{"node": address_of(market.net.node_address), "rate": "1 BTT / GiB"}],
     }  # fmt: skip
     shown = await person.btt("content", "quote", f"magnet:?xt=urn:btmh:1220{market.infohash}")
     assert str(Amount(cost)) in shown.out

@@ -22,7 +22,7 @@ pytest.importorskip("libtorrent", reason="the node's parts are not installed")
 DEMO = [sys.executable, "-m", "btt.sdk.cli", "demo"]
 FIELDS = {
     "bytes", "seconds", "paid", "earned", "content_sha256_ok", "supply_conserved", "channels_closed",
-    "meters_agree",
+    "meters_agree", "nodes",
 }  # fmt: skip
 
 
@@ -93,7 +93,28 @@ def test_it_adds_up_and_leaves_nothing(place: Place) -> None:
     assert found["bytes"] > 2**20
     assert 0 < found["seconds"] < 60
     assert found["earned"] == found["paid"] == -(-found["bytes"] * 10**6 // 2**30)
-    assert all(found[name] is True for name in FIELDS - {"bytes", "seconds", "paid", "earned"})
+    assert all(found[name] is True for name in FIELDS - {"bytes", "seconds", "paid", "earned", "nodes"})
+    [node] = found["nodes"]
+    assert (node["served_bytes"], node["earned"], node["spent"]) == (found["bytes"], found["earned"], 0)
+    assert done.stderr == ""
+    assert place.processes() == []
+    assert place.files() == []
+
+
+def test_three_nodes_sell_it_and_one_is_killed_midway(place: Place) -> None:
+    done = place.run("--nodes", "3", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert set(found) == FIELDS
+    assert all(found[name] is True for name in FIELDS - {"bytes", "seconds", "paid", "earned", "nodes"})
+    assert [node["killed"] for node in found["nodes"]] == [False, False, True]
+    first, *others = found["nodes"]
+    cost = -(-found["bytes"] * 10**6 // 2**30)
+    assert [node["spent"] for node in others] == [cost, cost]
+    assert sum(node["earned"] for node in found["nodes"]) == found["paid"] + 2 * cost
+    assert first["earned"] > 2 * cost
+    assert all(node["served_bytes"] > 0 for node in others)
+    assert cost <= found["paid"] == found["earned"] <= cost + 10**6 * len(others) // 1024
     assert done.stderr == ""
     assert place.processes() == []
     assert place.files() == []

@@ -55,3 +55,23 @@ def test_the_product_was_paid_in_full_and_every_process_was_counted(
         for counted in (run["cpu"], run["anonymous"]):
             assert counted.keys() == {"client", "node", "ledger"}
             assert all(value > 0 for value in counted.values())
+
+
+def test_the_benchmark_of_the_platform_reports_what_a_call_and_a_stream_cost(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.platform", "--quick", "--rounds", "1", "--streams", "50", "--json"],
+        cwd=ROOT,
+        env={"PATH": "/usr/bin:/bin", "BTT_BENCH_DIR": str(tmp_path)},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert not list(tmp_path.iterdir()), "it left something behind"
+    found = json.loads(done.stdout)
+    assert found["unary_overhead_us"] == found["unary"]["overhead_us"]
+    assert found["streams"]["streams"] == 50
+    assert 0 < found["streams"]["fairness"] <= 1
+    assert found["streams"]["updates"] > 0, "it was paid under way"

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from btt.proto.content.v1 import content_pb2
+from btt.sdk.content.feed import LINE
 from btt.sdk.content.store import Destination
 from btt.sdk.content.torrent import MAX_INFO, MAX_LAYERS
-from btt.sdk.content.transfer import LINE
-from btt.sdk.errors import ContentMismatch, InvalidRequest
+from btt.sdk.errors import ContentMismatch, InvalidRequest, NodeBanned
 from btt.sdk.payment.faults import NODE_BANS
 from btt.services.content.service import ContentServicer
 from kit import economy as kit
@@ -137,12 +137,13 @@ async def test_more_than_was_asked_for_is_not_paid(liar, economy, tmp_path, extr
     liar.servicer.lie = lambda r: extra(r) if r.run == RUNS else [r]
     async with economy.client(liar, await economy.wallet()) as btt:
         await btt.session(OWED(4 * len(DATA)))  # the channel would cover it; the request does not
-        with pytest.raises(ContentMismatch):
-            await fetch(btt, liar.infohash, tmp_path)
-        liar.servicer.lie = None
+        done = await fetch(btt, liar.infohash, tmp_path)  # all was there before the lie came
+        [part] = done.parts
+        assert isinstance(part.error, ContentMismatch)
+        with pytest.raises(NodeBanned):
+            await btt.content.quote(liar.infohash)
         economy.clock.ahead_ms += BAN_MS
-        again = await fetch(btt, liar.infohash, tmp_path)
-    assert again.fetched_bytes == 0
+        assert (await btt.content.quote(liar.infohash)).total_bytes == len(DATA)
     assert (tmp_path / "film.bin").read_bytes() == DATA
     [receipt] = btt.receipts
     assert receipt.counts_agree

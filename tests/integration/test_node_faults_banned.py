@@ -11,7 +11,7 @@ import pytest
 
 from btt.proto.content.v1 import content_pb2
 from btt.sdk.channel import Meter
-from btt.sdk.content import transfer as transfers
+from btt.sdk.content import feed as feeds
 from btt.sdk.errors import (
     BttError,
     ContentMismatch,
@@ -64,15 +64,15 @@ async def seller(economy, monkeypatch):
 @pytest.fixture
 def dials(monkeypatch):
     """Counts how often a client looks for the node."""
-    from btt.sdk import client
+    from btt.sdk import provider
 
-    seen, real = [], client.connect_node
+    seen, real = [], provider.connect_node
 
     async def connect(address, **options):
         seen.append(address)
         return await real(address, **options)
 
-    monkeypatch.setattr(client, "connect_node", connect)
+    monkeypatch.setattr(provider, "connect_node", connect)
     return seen
 
 
@@ -110,7 +110,7 @@ async def test_a11_a_node_that_sent_wrong_bytes_is_not_dialled_until_the_ban_is_
 async def test_a_channel_to_a_banned_node_is_still_closed(seller, economy):
     async with economy.client(seller, await economy.wallet()) as btt:
         session = await btt.session(UNIT)
-        btt.blame(CountsDiffer("It lied."))
+        btt.providers[0].blame(CountsDiffer("It lied."))
         session.fail(SessionEnded("The line broke."))
         receipt = await btt.close_session()
         assert receipt.channel_closed
@@ -150,8 +150,8 @@ async def test_p7_a_node_that_keeps_refusing_is_left_alone_after_three_tries_in_
 
     wallet = await economy.wallet()
     seller.servicer.mood = refuse
-    monkeypatch.setattr(transfers.asyncio, "sleep", sleep)
-    monkeypatch.setattr(transfers, "TRIES", 3)
+    monkeypatch.setattr(feeds.asyncio, "sleep", sleep)
+    monkeypatch.setattr(feeds, "TRIES", 3)
     for _ in range(3):
         async with economy.client(seller, wallet) as btt:
             with pytest.raises(RateLimited):
@@ -171,7 +171,7 @@ async def test_p7_a_node_that_is_away_or_a_ledger_that_refuses_is_not_held_again
     seller, economy, tmp_path, monkeypatch
 ):
     wallet = await economy.wallet(0)
-    monkeypatch.setattr(transfers, "TRIES", 2)
+    monkeypatch.setattr(feeds, "TRIES", 2)
     for _ in range(4):
         async with economy.client(seller, wallet) as btt:
             with pytest.raises(BttError):

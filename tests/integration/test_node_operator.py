@@ -57,7 +57,7 @@ class ProbePlugin:
 
     def reload(self, config):
         check_keys(config, known=("rate",))
-        self.rate = read_rate(config, "rate", default="0.000001 BTT / call", unit=Unit.COUNT)
+        self.rate = read_rate(config, "rate", default="0.000001 BTT / row", unit=Unit.COUNT)
 
     async def start(self):
         pass
@@ -133,7 +133,7 @@ async def test_a_new_price_is_a_new_offer_and_running_sessions_keep_theirs(econo
             session = await btt.session(100_000)
             running = asyncio.create_task(rows(session, messages=2, size=1000))
             await probe.began.acquire()
-            edit(node.folder.path, {"services.probe.rate": "0.000003 BTT / call"})
+            edit(node.folder.path, {"services.probe.rate": "0.000003 BTT / row"})
             told = await node.reload()
             assert told.as_json() == {"applied": ["services.probe.rate"], "restart": [], "error": ""}
             probe.let.release()
@@ -156,7 +156,7 @@ async def test_a_session_with_a_quote_that_is_too_old_is_refused_as_a_price_chan
         async with dial(certificate, node.address.node, node.address.port) as channel:
             payer = await payer_of(economy, node, channel)
             for rate in (2, 3):
-                edit(node.folder.path, {"services.probe.rate": f"0.00000{rate} BTT / call"})
+                edit(node.folder.path, {"services.probe.rate": f"0.00000{rate} BTT / row"})
                 assert not (await node.reload()).error
                 if rate == 2:
                     await payer.open()  # one change later the quote still holds
@@ -191,8 +191,8 @@ async def test_an_offer_that_ends_during_a_call_does_not_cut_it_but_opens_nothin
     ("key", "value", "word"),
     [
         ("services.probe.rate", "much", "services.probe"),
-        ("services.probe.rat", "1 BTT / call", '"rat"'),
-        ("services.probe.rate", "1 BTT / call", "more than anyone may owe"),
+        ("services.probe.rat", "1 BTT / row", '"rat"'),
+        ("services.probe.rate", "1 BTT / row", "more than anyone may owe"),
         ("services.nowhere.enabled", True, "not installed"),
     ],
 )
@@ -204,7 +204,7 @@ async def test_a_wrong_configuration_changes_nothing(economy, node, key, value, 
         assert word in told.error
         assert told.applied == ()
         assert await node.offers.current() is before
-        assert node.admission._calls == 512
+        assert node.admission._node.calls == 512
         assert ProbePlugin.made.rate == Rate(1, 1, Unit.COUNT)
 
 
@@ -214,7 +214,7 @@ async def test_what_needs_a_restart_is_named_and_the_rest_is_taken(economy, node
         told = await node.reload()
         assert set(told.applied) == {"limits.calls", "limits.up"}
         assert told.restart == ("payments.grace",)
-        assert (node.admission._calls, node.limiter.up.limits("probe")) == (7, True)
+        assert (node.admission._node.calls, node.limiter.up.limits("probe")) == (7, True)
         edit(node.folder.path, {"payments.grace": "60s"})
         assert (await node.reload()).as_json() == {"applied": [], "restart": [], "error": ""}
 

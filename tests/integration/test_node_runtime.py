@@ -32,6 +32,7 @@ from btt.sdk.budget import Budget
 from btt.sdk.channel import Line, Price
 from btt.sdk.client import Client
 from btt.sdk.errors import (
+    AppRefused,
     BttError,
     ChannelUnknown,
     ConfigError,
@@ -349,7 +350,7 @@ async def test_another_price_is_another_offer_and_the_old_one_is_honoured(econom
         assert (await node.offers.current()).serial == old.offer.serial + 1
         async with client_of(economy, node, wallet) as btt:
             assert (await btt.content.quote(infohash)).rate == Rate.parse("2 BTT / GiB")
-            btt._node = replace(old, address=node.address)
+            btt.providers[0]._node = replace(old, address=node.address)
             async with btt.content.fetch(infohash, tmp_path / "dest"):
                 pass
         assert btt.receipts[0].paid == Rate.parse("1 BTT / GiB").owed(RUN)
@@ -444,7 +445,7 @@ async def test_with_all_slots_taken_sessions_open_and_pay_and_only_paid_calls_ar
 
 async def test_a_session_may_not_take_every_slot(economy, gated):
     one, two = await economy.wallet(), await economy.wallet()
-    async with gated(tables={"limits": {"calls_per_session": 1}}) as node:
+    async with gated(tables={"limits": {"calls_per_payer": 1}}) as node:
         probe = GatedPlugin.made.servicer
         async with client_of(economy, node, one) as first, client_of(economy, node, two) as second:
             session = await first.session(100_000)
@@ -456,6 +457,32 @@ async def test_a_session_may_not_take_every_slot(economy, gated):
             await probe.waiting.acquire()
             probe.gate.set()
             assert len(await running) == len(await other) == 2
+
+
+async def test_limits_and_applications_of_the_configuration_hold(economy, gated):
+    service = {"enabled": True, "limits": {"calls_per_minute": 2, "deadline": "1h"}}
+    tables = {"services": {"probe": service}, "apps": {"deny": [str(PrivateKey.generate().public.address)]}}
+    async with (
+        gated(tables=tables) as node,
+        client_of(economy, node, await economy.wallet()) as btt,
+    ):
+        stub = rpc.ProbeServiceStub((await btt.session(100_000)).channel)
+        for _ in range(2):
+            await stub.One(pb.Ask(size=1))
+        with pytest.raises(RateLimited, match="2 calls of probe a minute") as limited:
+            await stub.One(pb.Ask(size=1))
+        assert 0 < limited.value.retry_after <= 30
+        economy.clock.ahead_ms += 60_000
+        await stub.One(pb.Ask(size=1))
+
+
+async def test_a_node_that_serves_known_applications_alone(economy, gated):
+    async with (
+        gated(tables={"apps": {"deny": ["unknown"]}}) as node,
+        client_of(economy, node, await economy.wallet()) as btt,
+    ):
+        with pytest.raises(AppRefused, match="without a grant"):
+            await btt.session(100_000)
 
 
 async def test_a_cancelled_call_frees_its_slot(economy, gated):
@@ -501,7 +528,7 @@ async def test_a_stop_lets_running_calls_end_and_takes_no_new_ones(economy, gate
             assert len(await running) == 2
             await stopping
             await session.abandon()
-            btt._session = None
+            btt.providers[0].live = None
         assert GatedPlugin.made.stopped
         assert probe.ended == 1
 
@@ -522,7 +549,7 @@ async def test_a_call_that_does_not_end_is_cut_after_the_grace_time_or_at_once(e
             with pytest.raises(BttError):
                 await running
             await session.abandon()
-            btt._session = None
+            btt.providers[0].live = None
         assert GatedPlugin.made.stopped
 
 
@@ -537,7 +564,7 @@ async def test_what_was_delivered_before_a_stop_is_in_the_books_after_it(economy
                 await session.settle()
             await stop()
             await session.abandon()
-            btt._session = None
+            btt.providers[0].live = None
         units = (await read_status(node.folder.path)).earnings.units
     assert units[Line("probe.v1.ProbeService", Unit.BYTE)] == 2 * len(b"first" + b"second")
 
@@ -551,7 +578,7 @@ async def test_a_begun_close_is_finished_by_the_stop(economy, gated):
             await many(session)
             await session.settle()
             await session.abandon()
-            btt._session = None
+            btt.providers[0].live = None
         (channel,) = [record.channel_id for record, _ in await node.store.channels()]
         await node.store.begin_close(channel, 0, 0)
         await stop()

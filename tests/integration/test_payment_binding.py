@@ -11,7 +11,7 @@ import pytest
 from btt.proto.payment.v1 import payment_pb2, payment_pb2_grpc
 from btt.sdk.channel import Price
 from btt.sdk.client import Wallet
-from btt.sdk.content.transfer import LINE
+from btt.sdk.content.feed import LINE
 from btt.sdk.errors import (
     AppRefused,
     ChannelClosed,
@@ -114,7 +114,7 @@ async def test_a_session_opens_only_for_k1_of_the_channel_on_this_node(probe, ec
         assert isinstance(refused, SignerMismatch | ChannelUnknown)
         await foreign.close()
         await session.abandon()
-        btt._session = None
+        btt.providers[0].live = None
     await channel.close()
 
 
@@ -179,7 +179,7 @@ async def test_a_new_session_fences_the_old_one(probe, economy):
         with pytest.raises(SessionEnded):
             await rpc.ProbeServiceStub(first.channel).One(pb.Ask(size=10))
         await first.abandon()
-        btt._session = None
+        btt.providers[0].live = None
         await raw.close()
 
 
@@ -333,7 +333,7 @@ async def test_a_changed_price_means_a_new_session(economy, tmp_path):
         quote = await btt.content.quote(infohash["a"])
         node.sign({LINE: Price(Rate.parse("2 BTT / GiB"), RUN)})
         node.sign()
-        btt._node = None
+        btt.providers[0]._node = None
         with pytest.raises(PriceChanged):
             async with btt.content.fetch(quote, tmp_path / "out") as transfer:
                 async for _ in transfer.progress():

@@ -9,7 +9,8 @@ import grpc
 import grpc.aio
 import pytest
 
-from btt.node.payments.interceptor import Registrar
+from btt.node.payments.registrar import Registrar
+from btt.sdk.channel import Line
 from btt.sdk.errors import (
     BudgetExceeded,
     CallRepeated,
@@ -19,8 +20,9 @@ from btt.sdk.errors import (
     RateLimited,
     SessionEnded,
 )
+from btt.sdk.money import Unit
 from btt.sdk.payment.calls import CALL_KEY, PROOF_KEY, TOKEN_KEY
-from btt.sdk.payment.charges import method_charge
+from btt.sdk.payment.options import method_charge
 from btt.sdk.rpc import to_error
 from kit.economy import RUN
 from kit.probe import BYTES, PRICES, Probe, pb, rpc
@@ -41,21 +43,51 @@ async def probe(economy):
             yield session, rpc.ProbeServiceStub(session.channel), btt
             if not close:
                 await session.abandon()
-                btt._session = None
+                btt.providers[0].live = None
 
     node.open = open_session
     return node
 
 
-def refused():
-    methods = pb.DESCRIPTOR.services_by_name["RefusedService"].methods
-    return [f"/{m.containing_service.full_name}/{m.name}" for m in methods]
+REFUSED = {
+    "NoPolicy": "does not say what it costs",
+    "FreeButCharged": "is FREE but has a charged field",
+    "FreeNoBytes": "is FREE without bounds",
+    "FreeNoCalls": "is FREE without bounds",
+    "NothingCharged": "neither a charged field nor a fee",
+    "Unbounded": "must set largest_message",
+    "WithoutMode": "when probe.v1.NoMode.data becomes payable",
+    "WithoutCap": "takes probe.v1.NoCap.rows, a bill",
+    "ChargedText": "cannot charge probe.v1.Text.text",
+    "SignedCount": "cannot charge probe.v1.Signed.rows",
+    "InMap": "cannot count probe.v1.Mapped.parts: a charged field in a map",
+    "Recursive": "cannot count probe.v1.Loops.loop",
+    "DirectlyRecursive": "cannot count probe.v1.Loop",
+    "AckedResponse": "a response as ACKED",
+    "RequestOnReceipt": "probe.v1.Bytes.data of its request but as ACKED",
+    "RequestOnVerdict": "probe.v1.Checked.data of its request but as ACKED",
+    "UnboundedRequest": "must set largest_request",
+    "BoundWithoutCharge": "must set largest_request",
+    "FreeWithFee": "is FREE but has",
+    "RequestInMap": "cannot count probe.v1.MappedUp.ups",
+    "RepeatedCount": "cannot charge probe.v1.ManyRows.rows",
+    "TwoModes": "mixes two modes",
+    "FreeCallsStream": "is FREE but has a charged field",
+}
 
 
-@pytest.mark.parametrize("path", refused())
-def test_a_method_that_cannot_be_charged_for_certain_is_refused(path):
-    with pytest.raises(ConfigError):
-        method_charge(path)
+@pytest.mark.parametrize("name", [m.name for m in pb.DESCRIPTOR.services_by_name["RefusedService"].methods])
+def test_a_method_that_cannot_be_charged_for_certain_is_refused_and_told_why(name):
+    with pytest.raises(ConfigError, match=f"^/probe.v1.RefusedService/{name} .*{REFUSED[name]}"):
+        method_charge(f"/probe.v1.RefusedService/{name}")
+
+
+def test_one_of_several_fields_is_counted_if_it_is_the_one():
+    charge = method_charge("/probe.v1.EitherService/Get")
+    line = Line("probe.v1.EitherService", Unit.BYTE)
+    assert charge.units(pb.Either(data=b"123")) == [(line, 3)]
+    assert charge.units(pb.Either(part=pb.Part(data=[b"1", b"23"]))) == [(line, 3)]
+    assert charge.units(pb.Either(plain=pb.Plain(data=b"free"))) == []
 
 
 def test_nested_and_repeated_fields_are_counted_in_full():
@@ -74,8 +106,8 @@ async def test_registration_refuses_handlers_that_write_past_the_meter():
     server = grpc.aio.server()
     with pytest.raises(ConfigError, match="must yield"):
         rpc.add_ProbeServiceServicer_to_server(Writes(), Registrar(server))
-    with pytest.raises(ConfigError, match="streams requests"):
-        rpc.add_StreamingServiceServicer_to_server(rpc.StreamingServiceServicer(), Registrar(server))
+    with pytest.raises(ConfigError, match="async def"):
+        rpc.add_EitherServiceServicer_to_server(rpc.EitherServiceServicer(), Registrar(server))
     await server.stop(0)
 
 

@@ -28,7 +28,7 @@ from btt.proto.content.v1.content_pb2_grpc import add_ContentServiceServicer_to_
 from btt.sdk.budget import Budget
 from btt.sdk.channel import Payee, Payer
 from btt.sdk.client import Client, Wallet
-from btt.sdk.content.transfer import LINE
+from btt.sdk.content.feed import LINE
 from btt.sdk.errors import BttError
 from btt.sdk.identity import tls_name
 from btt.sdk.keys import PrivateKey

@@ -44,7 +44,7 @@ async def test_without_a_strangers_budget_newcomers_prepay_and_are_still_served(
         ahead = 0
         async with btt.content.fetch(quote, tmp_path) as transfer:
             async for _ in transfer.progress(0.01):
-                payer = btt._session.payer if btt._session else None
+                payer = btt.providers[0].live.payer if btt.providers[0].live else None
                 ahead = max(ahead, payer.ahead if payer else 0)
     assert (tmp_path / "a").read_bytes() == data
     assert ahead <= UNIT, "never more than one verify unit ahead"
@@ -68,7 +68,7 @@ async def _take_and_default(economy, node, wallet):
         assert isinstance(to_error(failure.value), PaymentRequired)
         await raw.close()
         await session.abandon()
-        btt._session = None
+        btt.providers[0].live = None
         return taken
 
 

@@ -4,95 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import random
-from collections import Counter
 
 import pytest
 
-from btt.sdk.channel import Payee, Payer
-from btt.sdk.content.transfer import LINE
-from btt.sdk.errors import ConnectError, SessionEnded
+from btt.sdk.channel import PriceSheet
+from btt.sdk.content.feed import LINE
+from btt.sdk.errors import SessionEnded
 from kit.chaos import Relay
 from kit.economy import CONTENT_PRICE, RUN, content
+from kit.patience import ChaosPayer, Oops, Rules
 from kit.probe import BYTES, PRICES, Probe, pb, rpc
 
 ACTIONS = 1000  # of each seed
-BROKEN = (SessionEnded, ConnectError)
-"""What a caller may see when its line or its session was cut."""
 
 
-class Oops(Exception):
-    pass
-
-
-class Rules:
-    """Watches both sides of every channel, by arithmetic of its own."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, limit: int, unit: int) -> None:
-        self.delivered = self.signed = 0
-        deliver, sign = Payee.deliver, Payer.sign
-
-        def watched_deliver(payee, call_id, segment, units):
-            deliver(payee, call_id, segment, units)
-            self.delivered += 1
-            standing = payee.standing
-            earned = max(standing.paid * 5 // 100, standing.lease)
-            allowed = max(0, min(limit, earned - standing.written_off))
-            unpaid = payee.meter.owed - (payee.best.cumulative if payee.best else 0)
-            assert unpaid <= allowed, "the node lent more than its rules allow"
-            assert payee.meter.owed <= payee.meter.deposit
-
-        def watched_sign(payer, saved):
-            update = sign(payer, saved)
-            self.signed += 1
-            assert update.cumulative <= payer.tally.owed + unit, "more than one unit ahead"
-            return update
-
-        monkeypatch.setattr(Payee, "deliver", watched_deliver)
-        monkeypatch.setattr(Payer, "sign", watched_sign)
-
-
-class Chaos:
-    """One payer that behaves like a person with a bad line and little patience."""
-
-    def __init__(self, seed, node, btt, relay) -> None:
-        self.random = random.Random(seed)
-        self.node, self.btt, self.relay = node, btt, relay
-        self.done: Counter[str] = Counter()
-        self.session = None
-        self.stub = None
-        self.cutting = False
-
-    async def open(self) -> None:
-        while self.session is None or self.session.error is not None:
-            try:
-                self.session = await self.btt.session(PRICES[BYTES].rate.owed(4 << 30))
-            except BROKEN:
-                assert self.cutting
-        self.cutting = False
-        self.stub = rpc.ProbeServiceStub(self.session.channel)
-
+class Chaos(ChaosPayer):
     def ask(self, messages: int | None = None):
         size = self.random.choice([0, 1, 1000, 60_000, 200_000, RUN])
         return pb.Ask(messages=self.random.randint(1, 6) if messages is None else messages, size=size)
-
-    async def step(self) -> None:
-        await self.open()
-        actions = [a for a in dir(self) if a.startswith("act_")]
-        name = self.random.choice(actions)
-        self.done[name] += 1
-        await getattr(self, name)()
-        if self.session.error is not None:
-            assert self.cutting, f"{name} ended the session: {self.session.error!r}"
-            assert isinstance(self.session.error, BROKEN)
-
-    @contextlib.contextmanager
-    def maybe_broken(self):
-        try:
-            yield
-        except BROKEN:
-            if not self.cutting:
-                raise
 
     # Calls that end well
 
@@ -250,101 +179,28 @@ class Chaos:
         if not reader.cancelled():
             reader.result()
 
-    # Helpers
-
-    def state(self) -> str:
-        """Where both sides stand, for whoever must find out why a test failed."""
-        s, p = self.session, self.session.payer
-        ours = f"calls {len(s._calls)} settling {len(s._settling)} owed {p.tally.owed} signed {p.signed}"
-        said = f"said: owed {s._stated} paid {s._paid} credit {s._credit} demand {s._demand}; {s.error!r}"
-        lines = [ours, said]
-        for live in self.node.sessions.all():
-            m = live.payee.meter
-            standing = live.payee.standing
-            lines.append(f"node: calls {len(live.payee.open_calls)} owed {m.owed} paid {m.paid}"
-                         f" waiting {len(live._waiting)} demand {live.demand} {standing}")  # fmt: skip
-        return "\n".join(lines)
-
-    def _cut(self) -> None:
-        self.cutting = True
-        self.relay.cut()
-
-    def _end_at_node(self) -> None:
-        self.cutting = True
-        for session in self.node.sessions.all():
-            self.node.sessions.end(session, SessionEnded("The node had a bad day."))
-
-    async def _until_noticed(self) -> None:
-        """A cut ends the session by itself: its payment stream breaks."""
-        if self.cutting:
-            with contextlib.suppress(*BROKEN):
-                while True:
-                    self.session._changed.clear()
-                    if self.session.error is not None:
-                        break
-                    await self.session._changed.wait()
-
-    async def _turns(self) -> None:
-        for _ in range(self.random.randint(0, 12)):
-            await asyncio.sleep(0)
-
-    async def _drain(self, call) -> None:
-        with self.maybe_broken():
-            async for _ in call:
-                pass
-
-    async def _cancelled(self, work, reached) -> None:
-        task = asyncio.ensure_future(work)
-        wait = asyncio.create_task(reached.wait())
-        await asyncio.wait([task, wait], return_when=asyncio.FIRST_COMPLETED)
-        await self._turns()
-        wait.cancel()
-        task.cancel()
-        await asyncio.wait([task, wait])
-        if not task.cancelled():
-            task.result()
-
 
 @pytest.mark.parametrize("seed", [1, 2])
 async def test_a_thousand_cancels_breaks_and_disconnects_leave_the_books_equal(economy, monkeypatch, seed):
     servicer = Probe()
     node = await economy.node(lambda r: rpc.add_ProbeServiceServicer_to_server(servicer, r), PRICES)
-    unit = max(p.rate.owed(p.verify_units) for p in PRICES.values())
+    unit = PriceSheet(b"", PRICES).unit_charge
     rules = Rules(monkeypatch, limit=unit * 64, unit=unit)
     async with Relay(node.port) as relay:
         port, node.port = node.port, relay.port
         client = economy.client(node, await economy.wallet(), budget="50 BTT")
         node.port = port
         async with client as btt:
-            chaos = Chaos(seed, node, btt, relay)
-            for number in range(ACTIONS):
-                try:
-                    async with asyncio.timeout(30):
-                        await chaos.step()
-                except BaseException as error:
-                    error.add_note(f"seed {seed}, action {number}, so far {dict(chaos.done)}")
-                    error.add_note(chaos.state())
-                    if btt._session is not None:
-                        await btt._session.abandon()
-                    raise
-            await chaos.open()
+            need = PRICES[BYTES].rate.owed(4 << 30)
+            chaos = Chaos(seed, node, btt, relay, rpc.ProbeServiceStub, need)
+            await chaos.run(seed, ACTIONS)
             assert len((await chaos.stub.One(pb.Ask(size=1000))).data) == 1000
-            async with asyncio.timeout(20):
-                await chaos.session.settle()
-            [live] = node.sessions.all()
-            assert not live.payee.open_calls
-            ours = {s: n for s, _, n in chaos.session.payer.tally if n}
-            theirs = {s: n for s, _, n in live.payee.meter.tally if n}
-            assert ours == theirs
-            owed, signed = chaos.session.payer.tally.owed, chaos.session.payer.signed
-            assert live.payee.best.cumulative == signed
-            assert owed <= signed <= owed + unit
+            owed, signed = await chaos.settle(unit)
     [receipt] = btt.receipts
     assert receipt.counts_agree
     assert receipt.channel_closed
     assert (receipt.owed, receipt.paid, receipt.captured) == (owed, signed, min(owed, signed))
     assert (await economy.ledger.account(node.payee_key)).available == receipt.captured
-    assert len(chaos.done) == len([a for a in dir(chaos) if a.startswith("act_")])
     assert rules.delivered > ACTIONS
     assert rules.signed > 100
 

@@ -11,7 +11,7 @@ import pytest
 from btt.proto.common.v1.document_pb2 import SignedDocument
 from btt.proto.ledger.v1 import ledger_pb2
 from btt.proto.payment.v1 import payment_pb2
-from btt.sdk import client as client_module
+from btt.sdk import provider as provider_module
 from btt.sdk.errors import BttError, CaptureDisputed, LedgerUnreachable, SessionEnded
 from btt.sdk.keys import PublicKey
 from btt.sdk.ledger import LedgerClient
@@ -57,9 +57,9 @@ async def buy(session, units: int) -> None:
 
 async def die(btt) -> bytes:
     """Ends a client as a crash would: nothing is said, nothing is closed."""
-    channel_id = btt._session.payer.channel_id
-    await btt._session.abandon()
-    btt._session = None
+    channel_id = btt.providers[0].live.payer.channel_id
+    await btt.providers[0].live.abandon()
+    btt.providers[0].live = None
     await btt._stop_keeping(tidy=False)
     btt._keeper = None
     return channel_id
@@ -135,7 +135,7 @@ async def test_a_node_that_vanished_keeps_no_money(probe, economy, purse, monkey
 
 
 async def test_leaving_asks_the_ledger_when_the_node_does_not_close(probe, economy, monkeypatch):
-    monkeypatch.setattr(client_module, "CLOSE_PAUSES_S", (0.0,))
+    monkeypatch.setattr(provider_module, "CLOSE_PAUSES_S", (0.0,))
     with pytest.raises(BttError):
         async with economy.client(probe, probe.wallet) as btt:
             session = await btt.session(9 * UNIT)
@@ -196,11 +196,11 @@ async def test_a_fetch_goes_on_in_another_channel(economy, tmp_path):
     async with economy.client(node, wallet) as btt:
         async with btt.content.fetch(infohash["film"], tmp_path) as transfer:
             async for step in transfer.progress(0.001):
-                if step.done_bytes and btt._session is not None:
+                if step.done_bytes and btt.providers[0].live is not None:
                     break
-            first = btt._session.payer.channel_id
+            first = btt.providers[0].live.payer.channel_id
             await economy.ledger.request_close(first, wallet.account)
-        assert btt._session.payer.channel_id != first
+        assert btt.providers[0].live.payer.channel_id != first
     assert (tmp_path / "film").read_bytes() == data
 
 
@@ -278,7 +278,7 @@ async def test_a_capture_above_what_was_signed_ends_the_session_with_its_error(p
             await buy(session, 1)
         btt._keeper.disputes.clear()
         await session.abandon()
-        btt._session = None
+        btt.providers[0].live = None
     assert (await evidence(probe.wallet))["channel"] == session.payer.channel_id.hex()
 
 

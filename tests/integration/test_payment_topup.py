@@ -12,7 +12,7 @@ from btt.node.payments import deposits
 from btt.proto.ledger.v1 import ledger_pb2
 from btt.sdk.budget import Budget
 from btt.sdk.client import Client
-from btt.sdk.content.transfer import LINE
+from btt.sdk.content.feed import LINE
 from btt.sdk.errors import (
     BudgetExceeded,
     ConfigError,
@@ -163,12 +163,12 @@ async def test_a_lost_answer_tops_up_once(probe, economy, monkeypatch, reaches):
         with pytest.raises(LedgerUnreachable):
             await session.provide(4 * UNIT)
         assert session.payer.limit == UNIT, "nothing more may be signed yet"
-        assert btt._books.left("films", granted) == 0, "it stays reserved"
+        assert btt.books.left("films", granted) == 0, "it stays reserved"
         monkeypatch.setattr(LedgerClient, "top_up", inner)
         await session.provide(4 * UNIT)
         state = await economy.ledger.channel(session.payer.channel_id, wallet.account)
         assert state.deposit == granted == session.payer.limit
-        assert pending.pending(btt._books, economy.ledger.ledger_id) == []
+        assert pending.pending(btt.books, economy.ledger.ledger_id) == []
     assert (await economy.ledger.account(wallet.account)).available == 100 * BTT
 
 
@@ -206,7 +206,7 @@ async def test_a_payer_that_lies_about_its_deposit_is_believed_nothing(probe, ec
         assert isinstance(session.error, UpdateInvalid)
         assert live.payee.meter.deposit == 2 * UNIT
         assert len(asked) == 1, "one lie, one question"
-        btt._session = None
+        btt.providers[0].live = None
         await session.abandon()
 
 
@@ -230,7 +230,7 @@ async def test_a_node_asks_about_one_channel_once_in_a_while(probe, economy, mon
         more.cancel()
         await asyncio.wait([more])
         await session.abandon()
-        btt._session = None
+        btt.providers[0].live = None
 
 
 async def test_what_the_owner_adds_by_hand_is_used_by_the_program_that_runs(probe, economy):
@@ -253,7 +253,7 @@ async def test_an_account_without_the_money_is_said_and_nothing_stays_reserved(p
         session = await btt.session(UNIT)
         with pytest.raises(InsufficientFunds):
             await session.provide(9 * UNIT)
-        assert btt._books.left(btt._budget.name, 5 * BTT) == 5 * BTT - UNIT
+        assert btt.books.left(btt._budget.name, 5 * BTT) == 5 * BTT - UNIT
         await rpc.ProbeServiceStub(session.channel).One(pb.Ask(size=RUN))
     assert btt.receipts[0].captured == UNIT
 
@@ -265,8 +265,8 @@ async def test_a_request_that_came_too_late_is_made_again(probe, economy, monkey
         ledger._clock_offset_ms -= topups.VALID_MS + 5000  # this machine slept
         await session.provide(2 * UNIT)
         assert session.payer.limit == 2 * UNIT
-        assert pending.pending(btt._books, economy.ledger.ledger_id) == []
-        assert btt._books.left(btt._budget.name, 5 * BTT) == 5 * BTT - 2 * UNIT
+        assert pending.pending(btt.books, economy.ledger.ledger_id) == []
+        assert btt.books.left(btt._budget.name, 5 * BTT) == 5 * BTT - 2 * UNIT
 
 
 PROGRAM = """
@@ -375,7 +375,7 @@ async def test_a_node_that_was_not_told_learns_it_when_the_next_session_opens(pr
     wallet = await economy.wallet()
     async with economy.client(probe, wallet, keep_channels=True) as btt:
         session = await btt.session(UNIT)
-        owner = Purse(wallet.account, btt._books, economy.ledger, economy.clock)
+        owner = Purse(wallet.account, btt.books, economy.ledger, economy.clock)
         await topups.top_up(owner, session.payer.channel_id, 4 * UNIT)
     async with economy.client(probe, wallet) as btt:
         session = await btt.session(4 * UNIT)

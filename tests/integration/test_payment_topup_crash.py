@@ -26,7 +26,7 @@ from btt.node.payments.store import PayeeStore
 from btt.proto.content.v1.content_pb2_grpc import add_ContentServiceServicer_to_server
 from btt.sdk.budget import Budget
 from btt.sdk.client import Client, Wallet
-from btt.sdk.content.transfer import LINE
+from btt.sdk.content.feed import LINE
 from btt.sdk.identity import tls_name
 from btt.sdk.keys import PrivateKey
 from btt.sdk.ledger import LedgerClient

@@ -83,11 +83,26 @@ def test_one_seed_is_one_story_in_every_process():
     assert first == told("2")
 
 
-def test_a_violation_is_reported_with_its_seed(monkeypatch):
-    from btt.services.ledger import store
+BROKEN = """
+import sys
+from btt.services.ledger import store
+store._check_mark = lambda connection, path: None
+from sim.__main__ import main
+sys.exit(main())
+"""
 
-    monkeypatch.setattr(store, "_check_mark", lambda connection, path: None)
-    found = next(outcome for outcome in map(play, SEEDS) if outcome.violation)
-    assert "older than its mark" in found.violation
-    assert f"--seed {found.seed} " in report(found)
-    assert "!" in report(found)
+
+def test_a_violation_is_reported_with_its_seed():
+    done = subprocess.run(
+        [sys.executable, "-c", BROKEN, "--seed", "1", "--seeds", str(len(SEEDS))],
+        env=os.environ | {"PYTHONPATH": str(TESTS)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 1, done.stderr
+    *fine, violation = [line for line in done.stdout.splitlines() if line.startswith("seed ")]
+    assert all("all is well" in line for line in fine)
+    assert f"seed {len(fine) + 1}: " in violation
+    assert "older than its mark" in violation
+    assert "!" in done.stdout.split(violation)[1]  # the trace marks what went wrong

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import grpc.aio
 
+from btt.node.admission import Admission, Apps, Limits
 from btt.node.payments.closing import Closer
-from btt.node.payments.interceptor import PaymentInterceptor, Registrar
+from btt.node.payments.interceptor import PaymentInterceptor
+from btt.node.payments.registrar import Registrar
 from btt.node.payments.servicer import PaymentServicer
 from btt.node.payments.sessions import CreditPolicy, Sessions
 from btt.node.payments.store import PayeeStore
 from btt.proto.offer.v1 import offer_pb2, offer_pb2_grpc
 from btt.proto.payment.v1 import payment_pb2_grpc
 from btt.sdk.budget import Budget
-from btt.sdk.channel import BanPolicy, Line, Price
+from btt.sdk.channel import BanPolicy, Line, Price, PriceSheet
 from btt.sdk.client import Client, Wallet
-from btt.sdk.content.transfer import LINE
+from btt.sdk.content.feed import LINE
 from btt.sdk.identity import ChannelTerms, NodeAddress, Offer, sign_offer, tls_name
 from btt.sdk.keys import PrivateKey
 from btt.sdk.ledger import LedgerClient
@@ -69,6 +71,8 @@ class TestNode:
     ledger: LedgerClient
     prices: Mapping[Line, Price]
     policy: CreditPolicy
+    limits: Limits = field(default_factory=Limits)
+    allow_apps: tuple[str, ...] = ("*",)
     port: int = 0
     identity: PrivateKey = field(default_factory=PrivateKey.generate)
     payee_key: PrivateKey = field(default_factory=PrivateKey.generate)
@@ -123,11 +127,18 @@ class TestNode:
             sessions=self.sessions,
             closer=self.closer,
             offers=lambda: self.offers,
+            serves=lambda app: self.admission.apps.check(app),
             clock=self.clock,
         )
         charges: dict[str, object] = {}
+        apps = Apps(allow=self.allow_apps, deny=(), clock=self.clock)
+        self.admission = Admission(apps=apps, node=self.limits, services={}, clock=self.clock)
         self.server = grpc.aio.server(
-            interceptors=[PaymentInterceptor(sessions=self.sessions, charges=charges, clock=self.clock)],
+            interceptors=[
+                PaymentInterceptor(
+                    sessions=self.sessions, charges=charges, admit=self.admission.admit, clock=self.clock
+                )
+            ],
             options=[*TRANSPORT_OPTIONS, ("grpc.so_reuseport", 0)],
         )
         registrar = Registrar(self.server)
@@ -182,7 +193,7 @@ class Economy:
         bans: BanPolicy | None = None,
         start: bool = True,
     ) -> TestNode:
-        unit = max(p.rate.owed(p.verify_units) for p in prices.values())
+        unit = PriceSheet(b"", prices).unit_charge
         node = TestNode(
             folder=self._folder("node"),
             clock=self.clock,
@@ -222,9 +233,12 @@ class Economy:
         node.servicer = servicer
         return node, infohashes
 
-    def client(self, node: TestNode, wallet: Wallet, budget: str = "5 BTT", **options: object) -> Client:
+    def client(
+        self, nodes: TestNode | Sequence[TestNode], wallet: Wallet, budget: str = "5 BTT", **options: object
+    ) -> Client:
+        several = [nodes] if isinstance(nodes, TestNode) else nodes
         return Client.connect(
-            str(node.address),
+            [str(node.address) for node in several],
             budget=Budget(budget),
             ledger=str(self.running.address),
             wallet=wallet,

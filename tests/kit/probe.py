@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
+
+import grpc
 
 from btt.sdk.channel import Line, Price
 from btt.sdk.money import Rate, Unit
@@ -55,6 +58,105 @@ class Probe(rpc.ProbeServiceServicer):
             yield pb.Plain(data=bytes(request.size))
 
 
+class Calls(rpc.CallsServiceServicer):
+    """Takes and gives what it is asked to, and misbehaves on order; `taken` is what it was given."""
+
+    def __init__(self) -> None:
+        self.taken = 0
+        self.sent = 0
+        self.running = 0
+        self.gate = asyncio.Barrier(1)
+        """Calls ordered to "meet" go on together, once so many are there."""
+
+    async def _take(self, request, context) -> None:
+        self.taken += 1
+        match request.order:
+            case "raise":
+                raise ValueError("a bad day")
+            case "refuse":
+                await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "not this")
+            case "code":
+                context.set_code(grpc.StatusCode.NOT_FOUND)
+            case "meet":
+                await self.gate.wait()
+            case "hang":
+                await asyncio.Event().wait()
+
+    async def Fee(self, request, context):  # noqa: N802
+        if not request.size:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "nothing asked")
+        return pb.Plain(data=bytes(request.size))
+
+    async def FeeMany(self, request, context):  # noqa: N802
+        for _ in range(request.messages):
+            yield pb.Bytes(data=bytes(request.size))
+
+    async def FeeChecked(self, request, context):  # noqa: N802
+        for _ in range(request.messages):
+            yield pb.Checked(data=bytes(request.size))
+
+    async def Put(self, request, context):  # noqa: N802
+        await self._take(request, context)
+        return pb.Done(taken=len(request.data))
+
+    async def Swap(self, request, context):  # noqa: N802
+        await self._take(request, context)
+        return pb.Bytes(data=bytes(request.reply))
+
+    async def SwapMany(self, request, context):  # noqa: N802
+        await self._take(request, context)
+        for _ in range(request.seconds):
+            self.sent += 1
+            yield pb.Bytes(data=bytes(request.reply))
+
+    async def Upload(self, requests, context):  # noqa: N802
+        taken = 0
+        async for request in requests:
+            if request.order == "stop":
+                break
+            await self._take(request, context)
+            taken += len(request.data)
+        return pb.Done(taken=taken)
+
+    async def UploadSwap(self, requests, context):  # noqa: N802
+        reply = 0
+        async for request in requests:
+            await self._take(request, context)
+            reply += request.reply
+        return pb.Bytes(data=bytes(reply))
+
+    async def Relay(self, requests, context):  # noqa: N802
+        self.running += 1
+        try:
+            async for request in requests:
+                if request.order == "stop":
+                    return
+                await self._take(request, context)
+                if request.reply:
+                    self.sent += 1
+                    yield pb.Bytes(data=bytes(request.reply))
+        finally:
+            self.running -= 1
+
+    async def RelayChecked(self, requests, context):  # noqa: N802
+        async for request in requests:
+            await self._take(request, context)
+            yield pb.Checked(data=bytes(request.reply))
+
+    async def Search(self, requests, context):  # noqa: N802
+        async for request in requests:
+            for _ in range(request.messages):
+                yield pb.Rows(rows=request.size)
+
+
 BYTES = Line("probe.v1.ProbeService", Unit.BYTE)
 ROWS = Line("probe.v1.ProbeService", Unit.COUNT)
 PRICES = {BYTES: Price(Rate.parse("1 BTT / GiB"), 1 << 20), ROWS: Price(Rate(1, 1, Unit.COUNT), 1000)}
+
+CALLS = "probe.v1.CallsService"
+UP_BYTES, SECONDS, FEES = Line(CALLS, Unit.BYTE), Line(CALLS, Unit.COUNT), Line(CALLS, Unit.CALL)
+CALL_PRICES = {
+    UP_BYTES: Price(Rate.parse("1 BTT / GiB"), 2 << 20),
+    SECONDS: Price(Rate(1, 1000, Unit.COUNT), 1 << 20),
+    FEES: Price(Rate(10, 1, Unit.CALL), 3),
+}

@@ -174,8 +174,11 @@ class Call:
         if self._task is not None:
             self._network.later(self._at(0), self._task.cancel)
         self._broken = True
-        self._finish((grpc.StatusCode.CANCELLED, "", ()))
+        self._finish((grpc.StatusCode.CANCELLED, "Locally cancelled by application!", ()))
         return True
+
+    async def details(self) -> str:
+        return self._status[1] if self._status is not None else ""
 
     def cancelled(self) -> bool:
         return self._cancelled

@@ -140,6 +140,15 @@ class Context:
     def peer(self) -> str:
         return f"ipv4:{self._call.address}:4000"
 
+    def time_remaining(self) -> float | None:
+        return None
+
+    def code(self) -> int:
+        return 0
+
+    def set_trailing_metadata(self, trailing: Any) -> None:
+        pass
+
     async def abort(self, code: grpc.StatusCode, details: str = "", trailing: Any = ()) -> None:
         self.status = (code, details, trailing)
         raise Abort(details)

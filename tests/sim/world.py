@@ -42,7 +42,7 @@ from sim.witness import Witness
 
 WINDOW_S = 240
 """Challenge window, and so the longest absence of a node."""
-TAIL = 60
+TAIL = 200
 TURMOIL_S = 120.0
 _TERMS = Terms(min_challenge_ms=WINDOW_S * 1000, min_lifetime_ms=60_000, max_lifetime_ms=3_600_000)
 

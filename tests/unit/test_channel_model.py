@@ -182,8 +182,8 @@ class World:
         except BudgetExceeded:
             return False
         meter = self.payee.meter
-        if not meter.affordable(segment, units) or not meter.fits(segment, units):
-            self.waiting = max(self.waiting, meter.demand(segment, units))
+        if not meter.affordable([(segment, units)]) or not meter.fits([(segment, units)]):
+            self.waiting = max(self.waiting, meter.demand([(segment, units)]))
             self.payer.release(segment, units)
             return False
         credit = self.standing.credit

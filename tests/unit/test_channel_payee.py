@@ -73,7 +73,7 @@ def pay(payee: Payee, cumulative: int) -> None:
 
 def deliver(payee: Payee, call_id: bytes, units: int) -> bool:
     """Sends a message if the meter lets it go."""
-    if not payee.meter.fits(SEGMENT, units) or not payee.meter.affordable(SEGMENT, units):
+    if not payee.meter.fits([(SEGMENT, units)]) or not payee.meter.affordable([(SEGMENT, units)]):
         return False
     credit, before = payee.standing.credit, payee.standing.unpaid
     payee.deliver(call_id, SEGMENT, units)
@@ -136,26 +136,26 @@ class TestMeter:
     def test_a_message_leaves_while_it_fits_the_credit(self) -> None:
         payee = make_payee()
         payee.begin(A)
-        assert payee.meter.fits(SEGMENT, 10)
-        assert not payee.meter.fits(SEGMENT, 11)
+        assert payee.meter.fits([(SEGMENT, 10)])
+        assert not payee.meter.fits([(SEGMENT, 11)])
         payee.deliver(A, SEGMENT, 4)
-        assert payee.meter.fits(SEGMENT, 6)
-        assert not payee.meter.fits(SEGMENT, 7)
-        assert payee.meter.demand(SEGMENT, 7) == 1
+        assert payee.meter.fits([(SEGMENT, 6)])
+        assert not payee.meter.fits([(SEGMENT, 7)])
+        assert payee.meter.demand([(SEGMENT, 7)]) == 1
         pay(payee, 1)
-        assert payee.meter.fits(SEGMENT, 7)
+        assert payee.meter.fits([(SEGMENT, 7)])
 
     def test_what_is_larger_than_the_credit_is_prepaid(self) -> None:
         payee = make_payee()
-        assert payee.meter.demand(SEGMENT, 500) == 490
+        assert payee.meter.demand([(SEGMENT, 500)]) == 490
         pay(payee, 490)
-        assert payee.meter.fits(SEGMENT, 500 + 14)  # and what was paid earned 24 of credit
-        assert not payee.meter.fits(SEGMENT, 500 + 15)
+        assert payee.meter.fits([(SEGMENT, 500 + 14)])  # and what was paid earned 24 of credit
+        assert not payee.meter.fits([(SEGMENT, 500 + 15)])
 
     def test_the_deposit_is_never_exceeded(self) -> None:
         payee = make_payee(deposit=5)
-        assert payee.meter.affordable(SEGMENT, 5)
-        assert not payee.meter.affordable(SEGMENT, 6)
+        assert payee.meter.affordable([(SEGMENT, 5)])
+        assert not payee.meter.affordable([(SEGMENT, 6)])
 
     def test_credit_is_one_over_all_channels(self) -> None:
         standing = Standing(unit=UNIT, limit=1000, lease=UNIT)
@@ -169,7 +169,7 @@ class TestMeter:
         # Ahead on one channel is no payment for the other: each update is money of its own channel.
         pay(first, 50)
         assert standing.unpaid == 4
-        assert second.meter.demand(SEGMENT, 6) == 0
+        assert second.meter.demand([(SEGMENT, 6)]) == 0
 
     def test_a_restarted_payee_takes_arrears_up_again(self) -> None:
         tally = Tally()
@@ -179,8 +179,8 @@ class TestMeter:
         standing = Standing(unit=UNIT, limit=1000, lease=UNIT, paid=9)
         payee = make_payee(standing, paid=9, tally=tally)
         assert (standing.unpaid, standing.paid) == (6, 9)
-        assert payee.meter.fits(SEGMENT, 4)
-        assert not payee.meter.fits(SEGMENT, 5)
+        assert payee.meter.fits([(SEGMENT, 4)])
+        assert not payee.meter.fits([(SEGMENT, 5)])
 
     def test_arrears_outlive_the_channel(self) -> None:
         standing = Standing(unit=UNIT, limit=1000, lease=UNIT)

@@ -143,7 +143,11 @@ def test_no_message_costs_more_than_the_dearest_unit(rate: Rate, have: int, unit
     assert tally.cost(segment, units) <= sheet.unit_charge == ceil_cost(rate, 1000)
 
 
-def test_unit_charge_is_of_the_dearest_line() -> None:
-    assert make_sheet(b"1", Rate(1, 3, Unit.BYTE), Rate(5, 1, Unit.COUNT)).unit_charge == 334
-    assert make_sheet(b"1", Rate(1, 3, Unit.BYTE), Rate(500, 1, Unit.COUNT)).unit_charge == 500
+def test_unit_charge_is_of_the_dearest_message_of_a_service() -> None:
+    assert make_sheet(b"1", Rate(1, 3, Unit.BYTE), Rate(5, 1, Unit.COUNT)).unit_charge == 339
+    other = Line("other.Service", Unit.CALL)
+    for dear, most in ((333, 339), (340, 340)):
+        sheet = make_sheet(b"1", Rate(1, 3, Unit.BYTE), Rate(5, 1, Unit.COUNT))
+        prices = {**sheet.prices, other: Price(Rate(dear, 1, Unit.CALL), 1)}
+        assert PriceSheet(sheet.digest, prices).unit_charge == most
     assert PriceSheet(b"1" * 32, {}).unit_charge == 0

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from btt.proto.content.v1 import content_pb2
 from btt.sdk.content.run import Run
-from btt.sdk.payment.charges import method_charge
+from btt.sdk.payment.options import method_charge
 
 FETCH = "/btt.proto.content.v1.ContentService/Fetch"
 runs = st.one_of(st.integers(0, 2**64 - 1), st.integers(0, 300))

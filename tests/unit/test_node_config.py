@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from btt.node import config
+from btt.node.admission import Limits
 from btt.node.config import parse
 from btt.node.values import parse_duration, parse_listen
 from btt.sdk.errors import ConfigError
@@ -91,6 +92,10 @@ def test_reads_the_file(tmp_path: Path):
         ({"node": {"listen": "::1:7800"}}, ["node.listen"]),
         ({"node": {"listen": "127.0.0.1:65536"}}, ["node.listen"]),
         ({"limits": {"calls": 0}}, ["limits.calls"]),
+        ({"limits": {"deadline": 60}}, ["limits.deadline", '"30s"']),
+        ({"apps": {"allow": ["Tnobody"]}}, ["apps.allow", "Tnobody", '"unknown"']),
+        ({"apps": {"deny": "unknown"}}, ["apps.deny"]),
+        ({"services": {"content": {"limits": {"cals": 1}}}}, ["services.content.limits.cals"]),
         ({"ledger": {"address": "btt-ledger://x"}}, ["ledger.address", "btt-ledger://"]),
         ({"ledger": {}}, ["ledger.address", "btt-ledger://"]),
         ({"services": {"content": {"enabled": "perhaps"}}}, ["services.content.enabled"]),
@@ -153,3 +158,18 @@ def test_durations(text, milliseconds):
 def test_no_durations(text):
     with pytest.raises(ValueError, match="30s"):
         parse_duration(text)
+
+
+def test_limits_of_the_node_and_of_a_service():
+    found = made(
+        limits={"calls": 5, "deadline": "90s"},
+        services={"content": {"limits": {"calls_per_minute": 7, "deadline": "2s"}, "rate": "1 BTT / GiB"}},
+    )
+    assert found.limits.limits == Limits(calls=5, calls_per_payer=32, deadline_s=90)
+    section = found.services["content"]
+    assert section.limits.named("content") == Limits(name="content", calls_per_minute=7, deadline_s=2)
+    assert section.options == {"rate": "1 BTT / GiB"}, "the service does not see the node's part"
+
+
+def test_by_default_every_application_is_served():
+    assert (made().apps.allow, made().apps.deny) == (("*",), ())

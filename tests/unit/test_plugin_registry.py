@@ -8,6 +8,7 @@ import grpc
 import pytest
 
 from btt.node import registry
+from btt.node.admission import Limits
 from btt.node.config import ServiceSection
 from btt.node.limits.limiter import Limiter
 from btt.node.metrics import NodeMetrics
@@ -18,7 +19,7 @@ from btt.sdk.errors import ConfigError, ServiceUnavailable
 from btt.sdk.money import BTT, Rate
 from btt.sdk.plugin import Line, Price, Unit, check_keys
 from btt.services.content.plugin import ContentPlugin
-from kit.probe import Probe, pb, rpc
+from kit.probe import CALL_PRICES, FEES, UP_BYTES, Calls, Probe, pb, rpc
 
 SERVICE = "probe.v1.ProbeService"
 BYTES = Line(SERVICE, Unit.BYTE)
@@ -200,10 +201,10 @@ async def test_prices_that_do_not_fit_what_is_charged(tmp_path, prices, reason):
 
 
 async def test_a_credit_limit_below_one_verify_unit(tmp_path):
-    text = await refusal(tmp_path, Plugin, credit_limit=999)
-    assert "costs 0.001 BTT, more than anyone may owe" in text
-    assert 'credit_limit = "0.001 BTT"' in text
-    await register(make(tmp_path, probe=Plugin, credit_limit=1000))
+    text = await refusal(tmp_path, Plugin, credit_limit=1976)
+    assert "costs 0.001977 BTT, more than anyone may owe" in text
+    assert 'credit_limit = "0.001977 BTT"' in text
+    await register(make(tmp_path, probe=Plugin, credit_limit=1977))
 
 
 async def test_two_services_of_one_name(tmp_path):
@@ -321,3 +322,61 @@ def test_the_content_service_is_installed_like_any_other():
 def test_the_content_service_checks_its_options(tmp_path, options, reason):
     with pytest.raises(ConfigError, match=rf"^services\.content: .*{reason}"):
         make(tmp_path, {"content": ServiceSection(enabled=True, **options)}, content=ContentPlugin)
+
+
+# Charges of requests and fees
+
+
+CALLS = "probe.v1.CallsService"
+
+
+class CallsPlugin(Plugin):
+    offered = CALL_PRICES
+
+    def register(self, server):
+        rpc.add_CallsServiceServicer_to_server(Calls(), server)
+
+
+def with_price(line, price):
+    return type("Changed", (CallsPlugin,), {"offered": {**CALL_PRICES, line: price}})
+
+
+async def test_a_service_that_charges_requests_and_fees(tmp_path):
+    made = make(tmp_path, probe=CallsPlugin)
+    await register(made)
+    assert made.prices == CALL_PRICES
+    assert made.limits == {CALLS: Limits(name="probe")}
+
+
+async def test_request_and_first_response_together_are_within_the_verify_unit(tmp_path):
+    """They are taken at once when there is one request, so one unit must pay for both."""
+    small = with_price(UP_BYTES, Price(Rate.parse("1 BTT / GiB"), (2 << 20) - 1))
+    assert "Swap charges up to 2097152 units at once" in await refusal(tmp_path, small)
+
+
+async def test_a_fee_is_within_its_verify_unit_and_has_a_price(tmp_path):
+    small = with_price(FEES, Price(Rate(10, 1, Unit.CALL), 2))
+    assert "Fee charges up to 3 units at once, more than the 2" in await refusal(tmp_path, small)
+    without = type("Without", (CallsPlugin,), {"offered": {UP_BYTES: CALL_PRICES[UP_BYTES]}})
+    assert "which has no price" in await refusal(tmp_path, without)
+
+
+async def test_a_handler_of_another_kind_than_its_proto(tmp_path):
+    class Other(CallsPlugin):
+        def register(self, server):
+            async def put(requests, context):
+                return pb.Done()
+
+            handler = grpc.stream_unary_rpc_method_handler(put)
+            server.add_registered_method_handlers(CALLS, {"Put": handler})
+
+    assert "Put is of another kind than its proto says" in await refusal(tmp_path, Other)
+
+
+async def test_a_handler_that_is_no_coroutine(tmp_path):
+    class Threaded(CallsPlugin):
+        def register(self, server):
+            handler = grpc.unary_unary_rpc_method_handler(lambda request, context: pb.Done())
+            server.add_registered_method_handlers(CALLS, {"Put": handler})
+
+    assert "Put must be an `async def`" in await refusal(tmp_path, Threaded)

@@ -69,6 +69,10 @@ LAYOUTS: dict[str, list[tuple[str, str]]] = {
     "CloseRequest": [("channel", "b32"), ("request_id", "b16"), ("valid_until_ms", "u64")],
     "ChannelFinalize": [("channel", "b32")],
     "KeyRotation": [("epoch", "u32"), ("next_key", "point")],
+    "LedgerRecovery": [
+        ("epoch", "u32"), ("next_key", "point"), ("ended_seq", "u64"), ("ended_hash", "b32"),
+        ("reached_seq", "u64"),
+    ],
 }  # fmt: skip
 WIDTHS = {
     "address": 20,

@@ -11,6 +11,7 @@ import typer
 from btt.node.commands.config import app as config
 from btt.node.commands.options import AsJson, Folder
 from btt.node.peers import app as peers
+from btt.sdk.cli.options import ExportOption
 
 if TYPE_CHECKING:
     import signal
@@ -188,3 +189,25 @@ def status(
         return
     for key, value in found.lines():
         typer.echo(f"{key:16} {value}")
+
+
+@app.command()
+def receipts(
+    folder: Folder = None,
+    export: ExportOption = None,
+    as_json: AsJson = False,
+) -> None:
+    """List what the ledger acknowledged and the best payments, from the node's own files."""
+    from btt.node.folder import NodeFolder, default_folder
+    from btt.node.status import read_updates
+    from btt.sdk.cli.receipts import show_receipts
+
+    path = folder or default_folder()
+    opened = NodeFolder.open(path)
+    show_receipts(
+        path,
+        opened.config.ledger.address.ledger_id,
+        unshown=read_updates(opened.books),
+        export=export,
+        as_json=as_json,
+    )

@@ -13,9 +13,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
+from btt.node.admission.apps import ANY, parse_app
+from btt.node.admission.limits import Limits
 from btt.node.values import listen_text, parse_amount, parse_duration, parse_speed, parsed
 from btt.sdk.channel import BanPolicy
 from btt.sdk.errors import ConfigError, InvalidRequest
@@ -29,6 +39,7 @@ ENV_PREFIX: Final = "BTT_NODE__"
 
 Money = Annotated[Amount, BeforeValidator(parse_amount)]
 Milliseconds = Annotated[int, BeforeValidator(parse_duration)]
+App = Annotated[str, AfterValidator(parse_app)]
 
 
 class _Section(BaseModel):
@@ -137,18 +148,6 @@ class BansSection(_Section):
 Speed = Annotated[int, BeforeValidator(parse_speed)]
 
 
-class ServiceLimits(_Section):
-    """What one service may take of what the node has.
-
-    Attributes:
-        up: Bytes a second that leave; 0 for no limit of its own.
-        down: Bytes a second that come.
-    """
-
-    up: Speed = 0
-    down: Speed = 0
-
-
 class LogSection(_Section):
     """What is logged.
 
@@ -171,15 +170,29 @@ class MetricsSection(_Section):
     listen: Annotated[str, BeforeValidator(lambda text: text and listen_text(text))] = ""
 
 
+class AppsSection(_Section):
+    """Which applications the node serves.
+
+    Attributes:
+        allow: T-addresses of applications, "unknown" for callers without one, "*" for all.
+        deny: The same; it wins.
+    """
+
+    allow: tuple[App, ...] = (ANY,)
+    deny: tuple[App, ...] = ()
+
+
 class LimitsSection(_Section):
-    """What the node takes on at once.
+    """Which paid calls the node takes on.
 
     Attributes:
         up: Bytes a second of all services that leave; 0 for no limit.
         down: Bytes a second of all services that come.
         connections: Connections with calls at once; 0 for no limit.
-        calls: Paid calls that run at once.
-        calls_per_session: Of those, of one payment session.
+        calls: Those that run at once.
+        calls_per_payer: Of those, of one payer.
+        calls_per_minute: Those that one payer may begin in a minute; 0 is no bound.
+        deadline: How long a call may take whose caller sets no deadline.
     """
 
     up: Speed = 0
@@ -187,7 +200,40 @@ class LimitsSection(_Section):
     connections: int = Field(default=0, ge=0, le=1_000_000)
 
     calls: int = Field(default=512, ge=1, le=65536)
-    calls_per_session: int = Field(default=32, ge=1, le=65536)
+    calls_per_payer: int = Field(default=32, ge=1, le=65536)
+    calls_per_minute: int = Field(default=0, ge=0, le=10**9)
+    deadline: Milliseconds = 86_400_000
+
+    @property
+    def limits(self) -> Limits:
+        """As the node's admission wants them."""
+        return Limits(
+            calls=self.calls,
+            calls_per_payer=self.calls_per_payer,
+            calls_per_minute=self.calls_per_minute,
+            deadline_s=self.deadline / 1000,
+        )
+
+
+class ServiceLimits(_Section):
+    """The same for one service, below those of the node; what is 0 is left to them."""
+
+    up: Speed = 0
+    down: Speed = 0
+    calls: int = Field(default=0, ge=0, le=65536)
+    calls_per_payer: int = Field(default=0, ge=0, le=65536)
+    calls_per_minute: int = Field(default=0, ge=0, le=10**9)
+    deadline: Milliseconds = 0
+
+    def named(self, name: str) -> Limits:
+        """As the node's admission wants them."""
+        return Limits(
+            name=name,
+            calls=self.calls,
+            calls_per_payer=self.calls_per_payer,
+            calls_per_minute=self.calls_per_minute,
+            deadline_s=self.deadline / 1000,
+        )
 
 
 class ServiceSection(BaseModel):
@@ -195,7 +241,7 @@ class ServiceSection(BaseModel):
 
     Attributes:
         enabled: Whether the node runs it.
-        limits: Of its own, within those of the node.
+        limits: What it may take of what the node has, and which of its calls the node takes on.
     """
 
     model_config = ConfigDict(extra="allow", frozen=True)
@@ -217,6 +263,7 @@ class NodeConfig(BaseSettings):
         ledger: Where it is paid.
         payments: Credit and channel terms.
         bans: What follows when payment fails again and again.
+        apps: For whom.
         limits: What it takes on at once.
         log: What it logs.
         metrics: Where Prometheus may ask.
@@ -235,6 +282,7 @@ class NodeConfig(BaseSettings):
     ledger: LedgerSection
     payments: PaymentsSection = Field(default_factory=PaymentsSection)
     bans: BansSection = Field(default_factory=BansSection)
+    apps: AppsSection = AppsSection()
     limits: LimitsSection = LimitsSection()
     log: LogSection = LogSection()
     metrics: MetricsSection = MetricsSection()
@@ -336,6 +384,8 @@ def _explain(error: ValidationError, source: str) -> ConfigError:
 def _known(place: list[str]) -> list[str]:
     if len(place) == 1:
         return list(NodeConfig.model_fields)
+    if place[0] == "services":  # of a service itself only its limits are checked here
+        return list(ServiceLimits.model_fields)
     section = NodeConfig.model_fields[place[0]].annotation
     assert isinstance(section, type)
     assert issubclass(section, BaseModel)

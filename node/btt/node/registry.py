@@ -14,12 +14,13 @@ from typing import Any, Final, cast
 import grpc
 import grpc.aio
 
+from btt.node.admission import Limits
 from btt.node.config import ServiceSection
 from btt.node.limits.limiter import Limiter
-from btt.node.payments.interceptor import Registrar
+from btt.node.payments.registrar import Registrar
 from btt.node.plugins.guard import guarded
 from btt.node.plugins.host import ServiceHost, State, Surroundings
-from btt.sdk.channel import Line, Price
+from btt.sdk.channel import Line, Price, PriceSheet
 from btt.sdk.errors import ConfigError
 from btt.sdk.money import Amount, Unit
 from btt.sdk.payment.charges import MethodCharge
@@ -130,6 +131,7 @@ class Registry:
     Attributes:
         hosts: Each service that is, or was, enabled; by name.
         owners: Name of the service by proto service.
+        limits: Which calls the node takes on, by proto service.
     """
 
     def __init__(
@@ -141,6 +143,8 @@ class Registry:
         self._credit_limit = credit_limit
         self.hosts: dict[str, ServiceHost] = {}
         self.owners: dict[str, str] = {}
+        self.limits: dict[str, Limits] = {}
+        self._sections: dict[str, ServiceSection] = {}
         self.router = Router()
         self.registrar = Registrar(cast("grpc.aio.Server", self.router))
 
@@ -171,6 +175,7 @@ class Registry:
             ConfigError: A service is enabled that is not installed, or is configured wrongly.
         """
         made = []
+        self._sections = dict(sections)
         for name, section in sections.items():
             if name not in self._plugins:
                 raise ConfigError(
@@ -207,6 +212,8 @@ class Registry:
         gate.check()
         host.serve(gate.services, self._priced(host.plugin, gate.services))
         self.owners |= dict.fromkeys(gate.services, host.name)
+        limits = self._sections[host.name].limits.named(host.name)
+        self.limits |= dict.fromkeys(gate.services, limits)
 
     def _priced(self, plugin: ServicePlugin, services: Collection[str]) -> dict[Line, Price]:
         prices = dict(plugin.prices())
@@ -247,26 +254,27 @@ def package_of(module: str) -> str:
 
 
 def _check_prices(charges: list[MethodCharge], prices: Mapping[Line, Price], credit_limit: int) -> None:
-    charged = {field.line: charge for charge in charges for field in charge.fields}
-    for line in prices.keys() - charged.keys():
+    charged = {line for charge in charges for line in charge.largest()}
+    for line in prices.keys() - charged:
         raise ConfigError(f"It prices {line.service} per {line.unit.name}, which no method charges.")
     for charge in charges:
-        for field in charge.fields:
-            price = prices.get(field.line)
+        for line, most in charge.largest().items():
+            price = prices.get(line)
             if price is None:
-                raise ConfigError(f"{charge.path} charges {field.line.unit.name}, which has no price.")
-            if price.rate.unit is not field.line.unit:
-                raise ConfigError(f"{charge.path} charges {field.line.unit.name}, priced per another unit.")
-            if charge.largest_message > price.verify_units:
+                raise ConfigError(f"{charge.path} charges {line.unit.name}, which has no price.")
+            if price.rate.unit is not line.unit:
+                raise ConfigError(f"{charge.path} charges {line.unit.name}, priced per another unit.")
+            if most > price.verify_units:
                 raise ConfigError(
-                    f"{charge.path} sends up to {charge.largest_message} units in a message, more than the "
+                    f"{charge.path} charges up to {most} units at once, more than the "
                     f"{price.verify_units} of the verify unit it offers."
                 )
-            if field.line.unit is Unit.BYTE and charge.largest_message > MAX_MESSAGE - _ENVELOPE:
+            largest = max(charge.largest_message, charge.largest_request)
+            if line.unit is Unit.BYTE and largest > MAX_MESSAGE - _ENVELOPE:
                 raise ConfigError(f"{charge.path} allows messages that are larger than gRPC takes here.")
-            cost = price.rate.owed(price.verify_units)
-            if cost > credit_limit:
-                raise ConfigError(
-                    f"One verify unit of {charge.path} costs {Amount(cost)}, more than anyone may owe.",
-                    hint=f'Lower its rate, or write, below [payments]: credit_limit = "{Amount(cost)}".',
-                )
+    cost = PriceSheet(b"", prices).unit_charge
+    if cost > credit_limit:
+        raise ConfigError(
+            f"A message with one verify unit of each price costs {Amount(cost)}, more than anyone may owe.",
+            hint=f'Lower its rates, or write, below [payments]: credit_limit = "{Amount(cost)}".',
+        )

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
-_AT_ONCE = ("limits.", "log.level", "services.")
+_AT_ONCE = ("apps.", "limits.", "log.level", "services.")
 _OFF = ServiceSection()
 
 
@@ -136,6 +136,7 @@ class Reloader:
         kept |= {host.name: held.services[host.name] for host in stuck}
         self._held = held.model_copy(
             update={
+                "apps": new.apps,
                 "limits": new.limits,
                 "log": held.log.model_copy(update={"level": new.log.level}),
                 "services": kept,
@@ -178,7 +179,12 @@ class Reloader:
         )
         LEVEL.set(config.log.level)
         node.connections.most = limits.connections
-        node.admission.limit(calls=limits.calls, calls_per_session=limits.calls_per_session)
+        node.admission.limit(limits.limits)
+        node.admission.apps.choose(allow=config.apps.allow, deny=config.apps.deny)
+        registry = node.services.registry
+        for proto, name in registry.owners.items():
+            if name in config.services:
+                registry.limits[proto] = config.services[name].limits.named(name)
 
     async def close(self) -> None:
         """Waits no longer for services that are being switched off."""

@@ -18,7 +18,7 @@ from grpc_reflection.v1alpha import reflection_pb2_grpc
 from grpc_reflection.v1alpha._async import ReflectionServicer
 
 from btt.node import registry
-from btt.node.admission import Admission
+from btt.node.admission import Admission, Apps
 from btt.node.clock import system_ms
 from btt.node.connections import Connections
 from btt.node.folder import NodeFolder, Running
@@ -28,8 +28,9 @@ from btt.node.metrics import NodeMetrics, Sample
 from btt.node.observe import Observer
 from btt.node.offers import OfferContent, Offers, OfferServicer
 from btt.node.payments.closing import Closer
-from btt.node.payments.interceptor import PaymentInterceptor, Registrar
+from btt.node.payments.interceptor import PaymentInterceptor
 from btt.node.payments.ledger import LedgerOnDemand
+from btt.node.payments.registrar import Registrar
 from btt.node.payments.servicer import PaymentServicer
 from btt.node.payments.sessions import CreditPolicy, Sessions
 from btt.node.payments.store import PayeeStore
@@ -44,6 +45,7 @@ from btt.proto.offer.v1 import offer_pb2_grpc
 from btt.proto.payment.v1 import payment_pb2_grpc
 from btt.sdk.errors import BttError, ConfigError, Draining
 from btt.sdk.identity import NodeAddress
+from btt.sdk.ledger.keeping import RECEIPTS, EvidenceStore
 from btt.sdk.tls import TRANSPORT_OPTIONS, certificate_sha256, server_credentials
 
 log = structlog.get_logger(__name__)
@@ -135,7 +137,9 @@ class Node:
         running = stack.enter_context(folder.lock())
         self.store = PayeeStore(folder.books, clock=self.clock)
         stack.callback(self.store.close)
-        self.ledger = LedgerOnDemand(config.ledger.address)
+        keeper = EvidenceStore(folder.path / RECEIPTS)
+        stack.callback(keeper.close)
+        self.ledger = LedgerOnDemand(config.ledger.address, keeper=keeper)
         stack.push_async_callback(self.ledger.close)
         self.health = HealthServicer()
         self.limiter = Limiter(asyncio.get_running_loop().time)
@@ -156,12 +160,19 @@ class Node:
         services = self.services.registry
         registrar = services.registrar
         self.offers = await self._make_offers(services)
+        self.admission = Admission(
+            apps=Apps(allow=config.apps.allow, deny=config.apps.deny, clock=self.clock),
+            node=config.limits.limits,
+            services=services.limits,
+            clock=self.clock,
+        )
         self._make_payments()
         self._serve_platform(registrar, services)
-        self.admission = Admission(
-            registrar.charges,
-            calls=config.limits.calls,
-            calls_per_session=config.limits.calls_per_session,
+        paid = PaymentInterceptor(
+            sessions=self.sessions,
+            charges=registrar.charges,
+            admit=self.admission.admit,
+            clock=self.clock,
         )
         self.refusals = Refusals(store=self.store, clock=self.clock)
         self.connections = Connections(config.limits.connections)
@@ -171,10 +182,9 @@ class Node:
             self.metrics.ended,
             connections=self.connections,
         )
-        metering = PaymentInterceptor(sessions=self.sessions, charges=registrar.charges, clock=self.clock)
         server = grpc.aio.server(
             handlers=[services.router],
-            interceptors=[observer, self.admission, metering],
+            interceptors=[observer, paid],
             options=[*_OPTIONS, *keepalive(config.payments.grace)],
         )
         self.reloader = Reloader(self)
@@ -292,6 +302,7 @@ class Node:
             sessions=self.sessions,
             closer=self.closer,
             offers=self.offers.usable,
+            serves=self.admission.apps.check,
             clock=self.clock,
         )
 

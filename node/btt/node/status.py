@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from google.protobuf.message import DecodeError
 
 from btt.node.folder import BOOKS, CERTIFICATE, CONFIG, running_address
-from btt.node.payments.store import Earnings, read_earnings
+from btt.node.payments.store import Earnings, read_best_updates, read_earnings
+from btt.proto.ledger.v1.ledger_pb2 import EntryKind
 from btt.proto.offer.v1 import offer_pb2
 from btt.sdk.channel import Line
 from btt.sdk.errors import ConfigError, StorageError
 from btt.sdk.identity import NodeAddress, tls_name
+from btt.sdk.ledger.evidence import Evidence
 from btt.sdk.money import Amount, Rate, Unit
+from btt.sdk.signing import ChannelCommit, ChannelUpdate
 from btt.sdk.tls import pinned_channel
 
 NOT_RUNNING, NOT_SERVING, SERVING = "not running", "not serving", "serving"
@@ -116,20 +121,47 @@ async def _ask(path: Path, address: NodeAddress, timeout: float) -> str:
     return SERVING if answer.status == health_pb2.HealthCheckResponse.SERVING else NOT_SERVING
 
 
+def read_updates(path: Path) -> list[Evidence]:
+    """Returns the best update of each channel in a node's books: evidence, though no ledger saw it.
+
+    Args:
+        path: Of the books; a node that was never started has none.
+
+    Raises:
+        StorageError: They cannot be read.
+    """
+    if not path.exists():
+        return []
+    with _books(path) as db:
+        rows = read_best_updates(db)
+    return [
+        Evidence(
+            int(EntryKind.ENTRY_KIND_UPDATE),
+            ChannelUpdate(channel=channel_id, cumulative=best).encode(),
+            ChannelCommit.decode(commit).k1.data + signature,
+            None,
+        )
+        for commit, channel_id, best, signature in rows
+    ]
+
+
+@contextmanager
+def _books(path: Path) -> Iterator[sqlite3.Connection]:
+    try:
+        # Reading the write-ahead log needs its index, which a read-only connection may not make.
+        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True, timeout=10)) as db:
+            db.execute("PRAGMA query_only = ON")
+            yield db
+    except (sqlite3.Error, DecodeError) as error:
+        raise StorageError(f"The node's books cannot be read ({error}).") from error
+
+
 def _read_books(path: Path) -> tuple[Earnings, dict[Line, Rate]]:
     if not path.exists():
         return Earnings(0, 0, 0, {}, 0, 0), {}  # it was never started
-    try:
-        # Reading the write-ahead log needs its index, which a read-only connection may not make.
-        db = sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True, timeout=10)
-        try:
-            db.execute("PRAGMA query_only = ON")
-            earnings = read_earnings(db)
-            row = db.execute("SELECT payload FROM offers ORDER BY serial DESC LIMIT 1").fetchone()
-        finally:
-            db.close()
+    with _books(path) as db:
+        earnings = read_earnings(db)
+        row = db.execute("SELECT payload FROM offers ORDER BY serial DESC LIMIT 1").fetchone()
         offer = offer_pb2.Offer.FromString(row[0]) if row else offer_pb2.Offer()
-    except (sqlite3.Error, DecodeError) as error:
-        raise StorageError(f"The node's books cannot be read ({error}).") from error
     prices = {Line(p.service, Unit(p.unit)): Rate(p.amount, p.per, Unit(p.unit)) for p in offer.prices}
     return earnings, prices

@@ -1,6 +1,6 @@
-"""The dApp's way in: one client, one budget, one channel for each node it pays.
+"""The dApp's way in: one client, one budget, a payment session with each node it uses.
 
-async with Client.connect("btt://T...@host:port", budget=Budget("5 BTT")) as btt:
+async with Client.connect(["btt://T...@host:port", ...], budget=Budget("5 BTT")) as btt:
 quote = await btt.content.quote(infohash)
 async with btt.content.fetch(quote, "downloads") as transfer:
 async for step in transfer.progress():
@@ -13,7 +13,7 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,33 +21,26 @@ from types import TracebackType
 
 from btt.sdk.budget import Budget
 from btt.sdk.content.client import ContentClient
-from btt.sdk.errors import (
-    BttError,
-    ChannelClosed,
-    ChannelClosing,
-    ChannelExpired,
-    ConfigError,
-    CountsDiffer,
-)
+from btt.sdk.errors import BttError, ConfigError
 from btt.sdk.identity import NodeAddress
-from btt.sdk.keys import Address, PrivateKey
+from btt.sdk.keys import PrivateKey
 from btt.sdk.ledger import LedgerAddress, LedgerClient
-from btt.sdk.payment.backoff import retry_after
-from btt.sdk.payment.connection import NodeConnection, connect_node
-from btt.sdk.payment.faults import NODE_BANS, check_node, fault_of
-from btt.sdk.payment.history import known_endpoint
+from btt.sdk.ledger.keeping import RECEIPTS, EvidenceStore
+from btt.sdk.payment.apps import Granter
+from btt.sdk.payment.connection import NodeConnection
 from btt.sdk.payment.keeper import Keeper
 from btt.sdk.payment.purse import Purse
 from btt.sdk.payment.receipt import SessionReceipt
 from btt.sdk.payment.refunds import KEEP_MS, Wanted
 from btt.sdk.payment.session import PaymentSession
 from btt.sdk.payment.store import PayerStore
+from btt.sdk.provider import Provider
 from btt.sdk.wallet import Keystore
 
-CLOSE_PAUSES_S = (0.2, 1.0, 2.0, 4.0, 8.0)
-"""Pauses between the tries to close a session, seconds."""
 HURRY_S = 10.0
 """Seconds that closing may take when an error is on its way out."""
+GONE_PAUSES_S = (0.2, 1.0)
+"""Pauses between the tries to close a session with one node of several, seconds."""
 
 
 def default_wallet() -> Path:
@@ -91,47 +84,51 @@ def system_ms() -> int:
 
 
 class Client:
-    """A dApp's connection to a node; made by `connect`, used with `async with`.
+    """A dApp's connection to nodes; made by `connect`, used with `async with`.
 
     Leaving the block pays what is due and closes the channels; `receipts` then holds the
-    signed statements. While it lives it watches its account on the ledger: a channel that is closed under
-    it is left, and a node that took more than its due ends the block with `CaptureDisputed`.
+    signed statements, and `unsettled` what kept a node of several from giving one: what it is owed is
+    signed, and the books keep the channel. While it lives it watches its account on the ledger: a
+    channel that is closed under it is left, and a node that took more than its due ends the block with
+    `CaptureDisputed`.
     """
 
     def __init__(
         self,
         *,
-        node: NodeAddress,
+        nodes: Sequence[NodeAddress],
         ledger: LedgerAddress,
         wallet: Wallet,
         budget: Budget,
         trust_new: bool,
         keep_channels: bool,
         clock: Callable[[], int],
+        app: Granter | None,
     ) -> None:
-        self._address = node
         self._ledger_address = ledger
         self._wallet = wallet
         self._budget = budget
-        self._trust_new = trust_new
-        self._keep_channels = keep_channels
-        self._clock = clock
+        self._app = app
         self._stack = AsyncExitStack()
         self._store: PayerStore | None = None
         self._ledger: LedgerClient | None = None
-        self._node: NodeConnection | None = None
-        self._met: Address | None = None
-        self._session: PaymentSession | None = None
-        self._opening = asyncio.Lock()
+        self._dialling = asyncio.Lock()
+        self._keep_channels = keep_channels
         self._keeper: Keeper | None = None
         self._keeping: asyncio.Task[None] | None = None
+        self.clock = clock
         self.receipts: list[SessionReceipt] = []
+        self.unsettled: dict[NodeAddress, BttError] = {}
+        self.providers = tuple(
+            Provider(self, address, trust_new=trust_new, close_channels=not keep_channels)
+            for address in nodes
+        )
         self.content = ContentClient(self)
 
     @classmethod
     def connect(
         cls,
-        node: str | None = None,
+        nodes: str | Sequence[str] | None = None,
         *,
         budget: Budget,
         ledger: str | None = None,
@@ -139,36 +136,42 @@ class Client:
         trust_new: bool = False,
         keep_channels: bool = False,
         clock: Callable[[], int] = system_ms,
+        app: Granter | None = None,
     ) -> Client:
         """Makes a client; nothing is dialled before it is needed.
 
         Args:
-            node: `btt://<node address>@host:port`; the first of BTT_NODES if not given.
-            budget: What may be spent.
+            nodes: `btt://<node address>@host:port`, one or several; BTT_NODES, separated by commas,
+                if not given.
+            budget: What may be spent, by all nodes together.
             ledger: `btt-ledger://...`; BTT_LEDGER if not given.
             wallet: A wallet, or its folder; the user's default if not given.
             trust_new: Accept a bare `host:port` that was never met before.
             keep_channels: Leave channels open at the end, for the next client.
             clock: Unix milliseconds.
+            app: Gets the grant of the application that this client is; see `btt.sdk.payment.apps`.
 
         Raises:
             ConfigError: No node, ledger or wallet is configured.
             InvalidRequest: An address is malformed.
         """
-        node = node or os.environ.get("BTT_NODES", "").split(",")[0].strip()
-        if not node:
+        if nodes is None:
+            nodes = os.environ.get("BTT_NODES", "")
+        found = NodeAddress.parse_all(nodes)
+        if not found:
             raise ConfigError("No node is configured.", hint="Name one, or set BTT_NODES.")
         ledger = ledger or os.environ.get("BTT_LEDGER", "")
         if not ledger:
             raise ConfigError("No ledger is configured.", hint="Name one, or set BTT_LEDGER.")
         return cls(
-            node=NodeAddress.parse(node),
+            nodes=found,
             ledger=LedgerAddress.parse(ledger),
             wallet=wallet if isinstance(wallet, Wallet) else Wallet.open(wallet),
             budget=budget,
             trust_new=trust_new,
             keep_channels=keep_channels,
             clock=clock,
+            app=app,
         )
 
     async def __aenter__(self) -> Client:
@@ -181,19 +184,32 @@ class Client:
     ) -> None:
         try:
             if kind is None:
-                await self.close_session()
-            elif self._session is not None:
+                await self._close_sessions()
+            elif any(provider.live for provider in self.providers):
                 # The error on its way out matters more than a receipt; the books keep the channel.
                 with contextlib.suppress(BttError, TimeoutError):
                     async with asyncio.timeout(HURRY_S):
-                        await self._close_session(())
+                        await asyncio.gather(*(provider.close_session(()) for provider in self.providers))
         finally:
-            if self._session is not None:
-                await self._session.abandon()
+            for provider in self.providers:
+                await provider.abandon()
             await self._stop_keeping(tidy=kind is None)
             await self._stack.aclose()
         if kind is None and self._keeper is not None and self._keeper.disputes:
             raise self._keeper.disputes[0]
+
+    async def _close_sessions(self) -> None:
+        if len(self.providers) == 1:
+            await self.close_session()
+            return
+        closing = [provider.close_session(GONE_PAUSES_S) for provider in self.providers]
+        for provider, outcome in zip(
+            self.providers, await asyncio.gather(*closing, return_exceptions=True), strict=True
+        ):
+            if isinstance(outcome, BttError):
+                self.unsettled[provider.address] = outcome
+            elif isinstance(outcome, BaseException):
+                raise outcome
 
     async def _stop_keeping(self, *, tidy: bool) -> None:
         if self._keeping is not None:
@@ -206,54 +222,29 @@ class Client:
                     await self._keeper.tidy(Wanted(idle=not self._keep_channels, keep_ms=KEEP_MS))
 
     async def node(self) -> NodeConnection:
-        """Returns the node, proven and with its current offer.
-
-        Raises:
-            NodeBanned: The wallet leaves it alone for a while; it was not dialled.
-            BttError: It could not be reached or trusted.
-        """
-        named = self._address.node or known_endpoint(
-            self._books, f"{self._address.host}:{self._address.port}"
-        )
-        if named is not None:
-            check_node(self._books, named, self._clock())
-        return await self._connected()
-
-    async def _connected(self) -> NodeConnection:
-        if self._node is None or self._node.offer.valid_until_ms < self._clock():
-            self._node = await connect_node(
-                self._address,
-                ledger_id=self._ledger_address.ledger_id,
-                store=self._books,
-                clock=self._clock,
-                trust_new=self._trust_new,
-            )
-            self._met = self._node.offer.node
-        return self._node
+        """Returns the first node, proven and with its current offer."""
+        return await self.providers[0].node()
 
     async def ledger(self) -> LedgerClient:
         """Returns the ledger, proven."""
-        if self._ledger is None:
-            self._ledger = await self._stack.enter_async_context(LedgerClient.connect(self._ledger_address))
-            self._keeper = Keeper(self._purse(self._ledger), lambda: self._session)
-            node = self._address.node
-            # Idle channels of our own node are for the session that is about to open.
-            wanted = Wanted(idle=node is not None, keep_ms=KEEP_MS, spare=node)
-            self._keeping = asyncio.create_task(self._keeper.run(wanted), name="channel-keeper")
-        return self._ledger
+        async with self._dialling:
+            if self._ledger is None:
+                receipts = EvidenceStore(self._wallet.folder / RECEIPTS)
+                self._stack.callback(receipts.close)
+                connecting = LedgerClient.connect(self._ledger_address, keeper=receipts)
+                self._ledger = ledger = await self._stack.enter_async_context(connecting)
+                self._keeper = Keeper(self._purse(ledger), self._live)
+                nodes = frozenset(p.address.node for p in self.providers if p.address.node is not None)
+                # Idle channels of our own nodes are for the sessions that are about to open.
+                wanted = Wanted(idle=len(nodes) == len(self.providers), keep_ms=KEEP_MS, spare=nodes)
+                self._keeping = asyncio.create_task(self._keeper.run(wanted), name="channel-keeper")
+            return self._ledger
 
-    def _purse(self, ledger: LedgerClient) -> Purse:
-        return Purse(
-            account=self._wallet.account,
-            store=self._books,
-            ledger=ledger,
-            clock=self._clock,
-            budget=self._budget.name,
-            granted=self._budget.amount,
-        )
+    def _live(self) -> list[PaymentSession]:
+        return [provider.live for provider in self.providers if provider.live is not None]
 
     async def session(self, need: int) -> PaymentSession:
-        """Returns the live payment session, topped up as far as needed, or opens one.
+        """Returns the live payment session with the first node, topped up as far as needed, or opens one.
 
         Args:
             need: Base units the coming work is expected to cost.
@@ -262,48 +253,10 @@ class Client:
             BudgetExceeded: The budget does not reach for one verify unit; says what is missing.
             BttError: The node or the ledger refused, or did not answer.
         """
-        async with self._opening:
-            if self._session is not None and self._session.error is not None:
-                self.blame(self._session.error)
-                await self._session.abandon()
-                self._session = None
-                self._node = None  # it may have restarted with a new offer
-            if self._session is not None:
-                check_node(self._books, self._session.offer.node, self._clock())
-                try:
-                    await self._session.provide(need)
-                except ChannelExpired:
-                    await self.close_session()
-            if self._session is None:
-                await self.node()  # dials no banned one
-                self._session = await self._open_session(need)
-            return self._session
-
-    async def _open_session(self, need: int, only: bytes | None = None) -> PaymentSession:
-        # Whatever a node did, what is due to it is paid, and a channel to it closed.
-        node = await self._connected()
-        purse = self._purse(await self.ledger())
-        try:
-            return await PaymentSession.open(purse, node, need=need, only=only)
-        except BttError as error:
-            self.blame(error)
-            raise
-
-    def blame(self, error: BttError, *, at_last: bool = False) -> None:
-        """Remembers a failure of the node, if it is one; for some it is left alone for a while.
-
-        Args:
-            error: What happened.
-            at_last: Trying again was no use.
-        """
-        fault = fault_of(error, at_last=at_last)
-        if fault is not None and self._met is not None:
-            self._books.strike(
-                self._met, fault.reason, now_ms=self._clock(), policy=NODE_BANS, weight=fault.weight
-            )
+        return await self.providers[0].session(need)
 
     async def close_session(self) -> SessionReceipt | None:
-        """Pays what is due, ends the session, and keeps its receipt.
+        """Pays what is due to the first node, ends the session, and keeps its receipt.
 
         A node or ledger that is away for a moment is waited for.
 
@@ -314,37 +267,35 @@ class Client:
         Raises:
             BttError: The node or the ledger did not answer; the books keep the channel.
         """
-        return await self._close_session(CLOSE_PAUSES_S)
+        return await self.providers[0].close_session()
 
-    async def _close_session(self, pauses: tuple[float, ...]) -> SessionReceipt | None:
-        session, self._session = self._session, None
-        if session is None:
-            return None
-        if session.error is not None:
-            self.blame(session.error)
-        channel_id = session.payer.channel_id
-        for pause in (*pauses, None):
-            try:
-                if session is None:
-                    session = await self._open_session(0, channel_id)
-                receipt = await session.close(close_channel=not self._keep_channels)
-            except (ChannelClosed, ChannelClosing):
-                return None
-            except BttError as error:
-                self.blame(error)
-                session, self._node = None, None
-                if pause is None or not error.retryable:
-                    raise
-                await asyncio.sleep(max(pause, retry_after(error)))
-            else:
-                if receipt.paid > session.payer.signed or receipt.owed > session.payer.tally.owed:
-                    self.blame(CountsDiffer("The node closed with more than was accepted."))
-                self.receipts.append(receipt)
-                return receipt
-        raise AssertionError("the last try returns or raises")
+    async def purse(self) -> Purse:
+        """Returns what pays the nodes."""
+        return self._purse(await self.ledger())
+
+    def _purse(self, ledger: LedgerClient) -> Purse:
+        return Purse(
+            account=self._wallet.account,
+            store=self.books,
+            ledger=ledger,
+            clock=self.clock,
+            budget=self._budget.name,
+            granted=self._budget.amount,
+            app=self._app,
+        )
 
     @property
-    def _books(self) -> PayerStore:
+    def ledger_id(self) -> bytes:
+        """Of the configured ledger, 32 bytes."""
+        return self._ledger_address.ledger_id
+
+    @property
+    def books(self) -> PayerStore:
+        """The wallet's books.
+
+        Raises:
+            ConfigError: The client is not open.
+        """
         if self._store is None:
             raise ConfigError("The client is not open.", hint="Use it inside `async with`.")
         return self._store

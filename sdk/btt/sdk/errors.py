@@ -12,12 +12,14 @@ BttError
  |    +-- WrongLedger         the message belongs to another ledger
  |    +-- RequestExpired      valid_until has passed
  |    +-- RequestConflict     the request id was used with another body
+ |    +-- EvidenceInvalid     a receipt or a signed operation does not prove what it says
  +-- LedgerError              the ledger refused
  |    +-- AccountUnknown, InsufficientFunds
  |    +-- ChannelUnknown, ChannelClosed, ChannelClosing, ChannelExhausted,
  |    |   ChannelExpired, ChannelLocked, TermsRefused
  |    +-- InvariantBroken     the ledger stopped itself
  |    +-- LedgerRolledBack    the ledger's database is older than what it promised
+ |    +-- LedgerEquivocated   the ledger signed two histories; its receipts prove it
  +-- PaymentError             a payment session cannot go on
  |    +-- BudgetExceeded      the budget does not cover it; nothing was requested
  |    +-- CaptureDisputed     a node took more than was signed or stated
@@ -40,7 +42,12 @@ prefix), whether trying again as is can help (`retryable`), and a `hint`: what t
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from btt.sdk.selection import Rejection
 
 
 class BttError(Exception):
@@ -141,6 +148,13 @@ class RequestConflict(InvalidRequest):
     hint = "Use a fresh request id for a new intent."
 
 
+class EvidenceInvalid(InvalidRequest):
+    """A receipt, or an operation kept with it, does not prove what it says."""
+
+    reason = ""
+    hint = "Export it again from the wallet or node that holds it."
+
+
 class LedgerError(BttError):
     """The ledger refused; nothing moved."""
 
@@ -215,7 +229,16 @@ class InvariantBroken(LedgerError):
 class LedgerRolledBack(LedgerError):
     """The ledger's database is older than what the ledger has promised; it does not start."""
 
-    hint = "Restore the newest database; an older one has forgotten receipts that people hold."
+    hint = (
+        "Restore the newest database; an older one has forgotten receipts that people hold. "
+        "If there is none, see `btt ledger recover`."
+    )
+
+
+class LedgerEquivocated(LedgerError):
+    """The ledger's operator signed two histories; the two receipts prove it to anybody."""
+
+    hint = "Keep both receipts. Two copies of the ledger ran, or its operator cheated."
 
 
 class PaymentError(BttError):
@@ -348,6 +371,14 @@ class ServiceUnavailable(ServiceError):
     hint = "Try again later, or use another node."
 
 
+class DeadlineExceeded(ServiceError):
+    """The call took longer than its caller or the service allows."""
+
+    reason = "DEADLINE_EXCEEDED"
+    retryable = True
+    hint = "Ask for less at once, or set a longer deadline."
+
+
 class ContentUnknown(ServiceError):
     """The node serves no such content."""
 
@@ -370,9 +401,27 @@ class ContentMismatch(ServiceError):
 
 
 class NoProviders(ServiceError):
-    """No node could serve this."""
+    """No node could serve this.
+
+    Args:
+        message: What happened, for a person.
+        hint: What to do next.
+        rejections: Why not, for each node.
+    """
 
     reason = "NO_PROVIDERS"
+    hint = "Name other nodes, or change what rules them out."
+
+    def __init__(
+        self, message: str, *, hint: str | None = None, rejections: Sequence[Rejection] = ()
+    ) -> None:
+        super().__init__(message, hint=hint)
+        self.rejections = tuple(rejections)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many nodes were rejected for which reason, the most frequent first."""
+        return dict(Counter(str(rejection.cause) for rejection in self.rejections).most_common())
 
 
 class NodeBanned(NoProviders):

@@ -72,6 +72,16 @@ class NodeAddress:
             raise InvalidRequest(f'"{text[:200]}" is no address: write btt://<node address>@host:port.')
         return cls(node, host, int(port))
 
+    @classmethod
+    def parse_all(cls, texts: str | Sequence[str]) -> list[NodeAddress]:
+        """Reads several addresses, each once: a list, or a text that separates them by commas.
+
+        Raises:
+            InvalidRequest: One of them is no address.
+        """
+        parts = texts.split(",") if isinstance(texts, str) else texts
+        return list(dict.fromkeys(cls.parse(part.strip()) for part in parts if part.strip()))
+
     def __str__(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"btt://{self.node}@{host}:{self.port}" if self.node else f"{host}:{self.port}"
@@ -85,6 +95,9 @@ class ChannelTerms:
     min_challenge_ms: int
     min_lifetime_ms: int
     max_lifetime_ms: int
+
+
+_UNITS: Final = frozenset(int(unit) for unit in Unit)
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +195,7 @@ def _prices(protos: Sequence[PriceProto]) -> dict[Line, Price]:
     prices: dict[Line, Price] = {}
     for proto in protos:
         if (
-            proto.unit not in (Unit.BYTE, Unit.COUNT)
+            proto.unit not in _UNITS
             or not 0 < proto.per < 2**63
             or not 0 < proto.verify_units < 2**63
             or proto.amount > SUPPLY

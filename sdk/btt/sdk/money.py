@@ -108,6 +108,7 @@ class Unit(IntEnum):
 
     BYTE = 1
     COUNT = 2
+    CALL = 3
 
 
 _BYTE_NAMES: Final = {
@@ -115,7 +116,8 @@ _BYTE_NAMES: Final = {
     "kib": KIB, "mib": MIB, "gib": GIB, "tib": 2**40,
     "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
 }  # fmt: skip
-_COUNT_NAMES: Final = frozenset({"unit", "call", "request", "item", "tick"})
+_COUNT_NAMES: Final = frozenset({"unit", "request", "item", "row", "tick"})
+_SINGULAR: Final = {Unit.BYTE: "byte", Unit.COUNT: "unit", Unit.CALL: "call"}
 _SHOWN_BYTES: Final = ((2**40, "TiB"), (GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB"))
 
 
@@ -177,11 +179,11 @@ class Rate:
 
     @classmethod
     def parse(cls, text: str) -> Rate:
-        """Reads a price: "1 BTT / GiB", "0.5 BTT per 10 MB", "0.001 BTT / 10 calls".
+        """Reads a price: "1 BTT / GiB", "0.5 BTT per 10 MB", "0.001 BTT / call".
 
         Args:
             text: An amount, "/" or "per", an optional number, and a unit of bytes or a countable
-                (unit, call, request, item, tick).
+                (unit, request, item, row, tick), or call.
 
         Raises:
             ValueError: The text is not a price.
@@ -192,12 +194,14 @@ class Rate:
         amount, number, name = Amount.parse(match.group(1)), int(match.group(2) or 1), match.group(3).lower()
         if name in _BYTE_NAMES:
             return cls(amount, number * _BYTE_NAMES[name], Unit.BYTE)
+        if name in ("call", "calls"):
+            return cls(amount, number, Unit.CALL)
         if name.removesuffix("s") in _COUNT_NAMES:
             return cls(amount, number, Unit.COUNT)
-        raise ValueError(f'a price cannot be per "{match.group(3)}"; use GiB, MiB, bytes or calls')
+        raise ValueError(f'a price cannot be per "{match.group(3)}"; use GiB, MiB, bytes, units or calls')
 
     def __str__(self) -> str:
-        size, name = 1, "byte" if self.unit is Unit.BYTE else "unit"
+        size, name = 1, _SINGULAR[self.unit]
         if self.unit is Unit.BYTE:
             size, name = next((pair for pair in _SHOWN_BYTES if self.per % pair[0] == 0), (size, name))
         number = self.per // size

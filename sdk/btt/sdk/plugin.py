@@ -12,7 +12,7 @@ service is made and started again after a while.
 
         def __init__(self, context: ServiceContext) -> None:
             check_keys(context.config, known=("rate",))
-            self._rate = read_rate(context.config, "rate", default="0.001 BTT / call", unit=Unit.COUNT)
+            self._rate = read_rate(context.config, "rate", default="0.001 BTT / call", unit=Unit.CALL)
 
         async def start(self) -> None: ...
 
@@ -20,7 +20,7 @@ service is made and started again after a while.
             add_EchoServiceServicer_to_server(EchoServicer(), server)
 
         def prices(self) -> Mapping[Line, Price]:
-            return {Line("acme.echo.v1.EchoService", Unit.COUNT): Price(self._rate, verify_units=1)}
+            return {Line("acme.echo.v1.EchoService", Unit.CALL): Price(self._rate, verify_units=1)}
 
         async def stop(self) -> None: ...
 """
@@ -165,6 +165,9 @@ class ServicePlugin(Protocol):
 
         The node refuses a method that does not say how it is charged, and one that writes its
         responses instead of yielding them. Only these functions may be used on `server`.
+        Handlers are `async def`; what one is given of a stream of charged requests is
+        acknowledged, and so payable, when it asks for the next, yields or returns: it asks
+        when it is done with the last. What it refuses is free.
         """
 
     def prices(self) -> Mapping[Line, Price]:

@@ -14,6 +14,7 @@ from btt.sdk.errors import (
     Banned,
     BttError,
     ConnectError,
+    DeadlineExceeded,
     InternalError,
     InvalidRequest,
     LedgerUnreachable,
@@ -34,12 +35,15 @@ if TYPE_CHECKING:
 DOMAIN = "btt"
 MAX_WAIT_S = 60.0
 """Longest that a stranger can make us wait before we ask again, seconds."""
+_BROKEN_WRITE = "Internal error from Core"
+"""What gRPC says when the connection goes while it sends a request of a stream."""
 
 _CODES: tuple[tuple[type[BttError], int], ...] = (
     (SignatureInvalid, code_pb2.UNAUTHENTICATED),
     (SignerMismatch, code_pb2.PERMISSION_DENIED),
     (InvalidRequest, code_pb2.INVALID_ARGUMENT),
     (RateLimited, code_pb2.RESOURCE_EXHAUSTED),
+    (DeadlineExceeded, code_pb2.DEADLINE_EXCEEDED),
     (ServiceUnavailable, code_pb2.UNAVAILABLE),
     (StorageError, code_pb2.UNAVAILABLE),
     (LedgerUnreachable, code_pb2.UNAVAILABLE),
@@ -130,8 +134,10 @@ def _named(failure: grpc.aio.AioRpcError) -> BttError:
                     if cls is not None:
                         return cls(_printable(status.message))
     details = _printable(failure.details() or "")
-    if failure.code() is grpc.StatusCode.UNAVAILABLE:
+    if failure.code() is grpc.StatusCode.UNAVAILABLE or details == _BROKEN_WRITE:
         return ConnectError(f"The connection failed: {details}.")
+    if failure.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return DeadlineExceeded("The call took longer than its deadline.")
     return RemoteError(f"The call failed with {failure.code().name}: {details}.")
 
 

@@ -143,6 +143,7 @@ class Closer:
                 closed += await self._look_after(record)
             except BttError as error:
                 log.warning("channel.watch_failed", channel=record.channel_id.hex(), error=str(error))
+        await self._ledger.gather(self._key)
         return closed
 
     async def _look_after(self, record: ChannelRecord) -> bool:

@@ -16,6 +16,7 @@ from btt.proto.ledger.v1.ledger_pb2 import ChannelState
 from btt.sdk.errors import BttError, LedgerUnreachable
 from btt.sdk.keys import PrivateKey
 from btt.sdk.ledger import LedgerAddress, LedgerClient, SignedReceipt
+from btt.sdk.ledger.keeping import EvidenceStore
 from btt.sdk.signing import ChannelClose, ChannelUpdate
 
 log = structlog.get_logger(__name__)
@@ -39,17 +40,24 @@ class PayeeLedger(Protocol):
     async def submit_update(self, update: ChannelUpdate, update_signature: bytes) -> SignedReceipt:
         """Shows the ledger an update, which it keeps for the payee."""
 
+    async def gather(self, key: PrivateKey, *, channel_id: bytes | None = None) -> int:
+        """Keeps what the ledger acknowledged about the key's channels, or one of them."""
+
 
 class LedgerOnDemand:
     """A ledger that is connected when it is first needed, and again after it was away.
 
     Args:
         address: From the node's own configuration.
+        keeper: Keeps what the ledger acknowledges, with its receipts.
         timeout: Seconds for one try of a call.
     """
 
-    def __init__(self, address: LedgerAddress, *, timeout: float = 5.0) -> None:
+    def __init__(
+        self, address: LedgerAddress, *, keeper: EvidenceStore | None = None, timeout: float = 5.0
+    ) -> None:
         self._address = address
+        self._keeper = keeper
         self._timeout = timeout
         self._stack = AsyncExitStack()
         self._client: LedgerClient | None = None
@@ -76,7 +84,7 @@ class LedgerOnDemand:
     async def _connect(self) -> LedgerClient:
         try:
             self._client = await self._stack.enter_async_context(
-                LedgerClient.connect(self._address, timeout=self._timeout)
+                LedgerClient.connect(self._address, timeout=self._timeout, keeper=self._keeper)
             )
         except LedgerUnreachable:
             raise
@@ -109,6 +117,10 @@ class LedgerOnDemand:
     async def submit_update(self, update: ChannelUpdate, update_signature: bytes) -> SignedReceipt:
         """Shows an update; as `LedgerClient.submit_update`."""
         return await (await self.connect()).submit_update(update, update_signature)
+
+    async def gather(self, key: PrivateKey, *, channel_id: bytes | None = None) -> int:
+        """Keeps what others did; as `LedgerClient.gather`."""
+        return await (await self.connect()).gather(key, channel_id=channel_id)
 
     async def close(self) -> None:
         """Ends the connection."""

@@ -16,7 +16,7 @@ from btt.node.payments.closing import Closer
 from btt.node.payments.deposits import Deposits
 from btt.node.payments.ledger import PayeeLedger
 from btt.node.payments.network import network_of
-from btt.node.payments.session import Session
+from btt.node.payments.session import ATTACH_S, Session
 from btt.node.payments.sessions import Sessions
 from btt.node.payments.store import CLOSED, CLOSING, ChannelRecord, PayeeStore
 from btt.proto.ledger.v1 import ledger_pb2
@@ -42,7 +42,8 @@ from btt.sdk.errors import (
     UpdateInvalid,
 )
 from btt.sdk.identity import Offer
-from btt.sdk.keys import PrivateKey
+from btt.sdk.keys import Address, PrivateKey
+from btt.sdk.payment.apps import NO_APP, AppGrant, open_grant
 from btt.sdk.payment.wire import count_protos, counts_of, read_counts, update_proto
 from btt.sdk.rpc import abort
 from btt.sdk.signing import (
@@ -61,8 +62,6 @@ log = structlog.get_logger(__name__)
 
 NONCE_LIFE_MS = 60_000
 MAX_NONCES = 4096
-ATTACH_S = 10.0
-"""Seconds that a payment stream may take to name its session."""
 MAX_OPEN_AHEAD_MS = 5 * 60_000
 Context: TypeAlias = "grpc.aio.ServicerContext[object, object]"
 
@@ -80,6 +79,7 @@ class PaymentServicer(payment_pb2_grpc.PaymentServiceServicer):
         closer: Closes channels.
         offers: Returns the offers that a session may pin now: the current one, and the one
             before it while it is valid.
+        serves: Raises AppRefused for an application that the operator does not serve.
         clock: Unix milliseconds.
     """
 
@@ -94,6 +94,7 @@ class PaymentServicer(payment_pb2_grpc.PaymentServiceServicer):
         sessions: Sessions,
         closer: Closer,
         offers: Callable[[], list[Offer]],
+        serves: Callable[[Address], None],
         clock: Callable[[], int],
     ) -> None:
         self._ledger_id = ledger_id
@@ -104,6 +105,7 @@ class PaymentServicer(payment_pb2_grpc.PaymentServiceServicer):
         self._sessions = sessions
         self._closer = closer
         self._offers = offers
+        self._serves = serves
         self._clock = clock
         self._deposits = Deposits(store=store, ledger=ledger, key=payee_key)
         self._nonces: dict[bytes, int] = {}
@@ -187,8 +189,11 @@ class PaymentServicer(payment_pb2_grpc.PaymentServiceServicer):
                 raise ChannelClosing("The channel is closing on the ledger.")
             commit = ChannelCommit.decode(state.commit)
             self._check_channel(commit, offer)
+            app = self._check_app(body, request, commit)
             if known is None:
                 await self._admit(commit, body, request.signature, network)
+                # With T1 and its receipt in our hands, a ledger that forgets it can be reminded.
+                await self._ledger.gather(self._payee_key, channel_id=body.channel)
                 await self._store.add_channel(
                     ChannelRecord(
                         channel_id=body.channel,
@@ -216,13 +221,15 @@ class PaymentServicer(payment_pb2_grpc.PaymentServiceServicer):
                     network=network,
                     best=best,
                     accepted=read_counts(request.accepted),
+                    app=app,
                 )
             except BttError as error:
                 failure = _failure(error, best, state.deposit)
                 if failure is not None:
                     await self._sessions.failed(commit.payer, network, failure)
                 raise
-        log.info("session.open", channel=body.channel.hex(), epoch=session.epoch)
+        name = "unknown" if app is NO_APP else str(app.app)
+        log.info("session.open", channel=body.channel.hex(), epoch=session.epoch, app=name)
         return payment_pb2.OpenResponse(
             token=session.token,
             epoch=session.epoch,
@@ -249,12 +256,26 @@ class PaymentServicer(payment_pb2_grpc.PaymentServiceServicer):
             raise RequestExpired("The session request is not current.")
         if self._nonces.pop(body.server_nonce, 0) < now:
             raise RequestExpired("The session request has no nonce of this node.", hint="Call Begin first.")
-        if body.app != APP_UNKNOWN:
-            raise AppRefused("The application carries no grant that this node knows.")
         offer = next((offer for offer in current if offer.digest == body.offer_digest), None)
         if offer is None:
             raise PriceChanged("The node's offer has changed.")
         return offer
+
+    def _check_app(
+        self, body: SessionOpen, request: payment_pb2.OpenRequest, commit: ChannelCommit
+    ) -> AppGrant:
+        grant = NO_APP
+        if body.app != APP_UNKNOWN:
+            grant = open_grant(
+                request.app_grant,
+                channel_key=commit.k1,
+                ledger_id=self._ledger_id,
+                now_ms=self._clock(),
+            )
+            if grant.app != body.app:
+                raise AppRefused("The application's grant is of another application.")
+        self._serves(grant.app)
+        return grant
 
     def _check_channel(self, commit: ChannelCommit, offer: Offer) -> None:
         if commit.payee != offer.payee or commit.k2 != self._payee_key.public:
@@ -276,12 +297,16 @@ class PaymentServicer(payment_pb2_grpc.PaymentServiceServicer):
             session = await self._attach(request_iterator, network_of(context.peer()))
             reader = asyncio.create_task(self._hear(session, request_iterator))
             while True:
-                settled, stale = await session.news()
-                for call_id, counts in settled:
+                news = await session.news()
+                for call_id, messages in news.acknowledged.items():
+                    yield payment_pb2.PayResponse(
+                        acknowledgement=payment_pb2.Acknowledgement(call_id=call_id, messages=messages)
+                    )
+                for call_id, counts in news.settlements:
                     yield payment_pb2.PayResponse(
                         settlement=payment_pb2.Settlement(call_id=call_id, settled=counts_of(counts))
                     )
-                if stale:
+                if news.stale:
                     yield payment_pb2.PayResponse(statement=_statement(session))
         except BttError as error:
             await abort(context, error)
@@ -309,7 +334,7 @@ class PaymentServicer(payment_pb2_grpc.PaymentServiceServicer):
         session = await self._find(attach, network)
         if session.attached:
             raise SessionEnded("The session has a payment stream already.")
-        session.attached = True
+        session.attach()
         return session
 
     async def _find(self, proof: payment_pb2.Attach | payment_pb2.CloseRequest, network: str) -> Session:

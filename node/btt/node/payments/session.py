@@ -14,12 +14,15 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 
 from btt.node.payments.store import PayeeStore
-from btt.sdk.channel import Payee, Segment, SignedUpdate, Standing
+from btt.sdk.channel import Payee, Segment, SignedUpdate, Standing, Units
 from btt.sdk.errors import BttError, ChannelExhausted, PaymentRequired, SessionEnded
 from btt.sdk.identity import Offer
 from btt.sdk.keys import Address
+from btt.sdk.payment.apps import AppGrant
 from btt.sdk.signing import SessionCall, verify
 
+ATTACH_S = 10.0
+"""Seconds that a payment stream may take to name its session, and a call waits for it."""
 TELL_S = 0.05
 """Seconds that a message waits before a payer that should sign by itself is told."""
 
@@ -34,12 +37,26 @@ class PayerBook:
     lease_network: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class News:
+    """What a payer is told.
+
+    Attributes:
+        settlements: Settled calls, with what stays owed of each.
+        acknowledged: Acknowledged requests of running calls.
+        stale: A statement is due.
+    """
+
+    settlements: list[tuple[bytes, dict[Segment, int]]]
+    acknowledged: dict[bytes, int]
+    stale: bool
+
+
 @dataclass(slots=True)
 class _Waiting:
     ready: asyncio.Future[None]
     call_id: bytes
-    segment: Segment
-    units: int
+    units: Units
 
 
 class Session:
@@ -56,6 +73,7 @@ class Session:
         epoch: int,
         grace_s: float,
         unpaid: Callable[[Session], Awaitable[None]],
+        app: AppGrant,
     ) -> None:
         self.payer = payer
         self.network = network
@@ -63,8 +81,9 @@ class Session:
         self.payee = payee
         self.offer = offer
         self.epoch = epoch
+        self.app = app
         self.error: BttError | None = None
-        self.attached = False
+        self._attached = asyncio.Event()
         self.asked_at = -math.inf
         """When the ledger was asked about a top-up, seconds of the loop."""
         self.answers: dict[bytes, object] = {}
@@ -75,9 +94,32 @@ class Session:
         self._waiting: deque[_Waiting] = deque()
         self._heard = 0
         self._settlements: list[tuple[bytes, dict[Segment, int]]] = []
+        self._acknowledged: dict[bytes, int] = {}
         self._stale = False
         self._told_credit = payee.standing.credit
         self._news = asyncio.Event()
+
+    @property
+    def attached(self) -> bool:
+        """It has had its payment stream."""
+        return self._attached.is_set()
+
+    def attach(self) -> None:
+        """The payment stream is there."""
+        self._attached.set()
+
+    async def until_attached(self) -> None:
+        """Returns once the payment stream is there: it has a connection of its own, and may come later.
+
+        Raises:
+            SessionEnded: It did not come.
+        """
+        if not self._attached.is_set():
+            try:
+                async with asyncio.timeout(ATTACH_S):
+                    await self._attached.wait()
+            except TimeoutError:
+                raise SessionEnded("The payment session has no payment stream.") from None
 
     def authorise(self, call_id: bytes, signature: bytes, ledger_id: bytes) -> None:
         """Checks that the holder of K1 makes this call.
@@ -101,8 +143,11 @@ class Session:
         self._alive()
         self.payee.begin(call_id)
 
-    async def charge(self, call_id: bytes, segment: Segment, units: int) -> None:
-        """Returns once a message of these units may leave, and has counted it.
+    async def charge(self, call_id: bytes, units: Units) -> None:
+        """Returns once a message of these units may leave, or be let in, and has counted it.
+
+        All of a message is charged at once: one that was charged in part would hold credit while
+        it waits for the rest.
 
         Raises:
             ChannelExhausted: The channel does not hold enough for it.
@@ -111,14 +156,14 @@ class Session:
         """
         self._alive()
         meter = self.payee.meter
-        if not self._waiting and meter.fits(segment, units) and meter.affordable(segment, units):
-            self.payee.deliver(call_id, segment, units)
+        if not self._waiting and meter.fits(units) and meter.affordable(units):
+            self._deliver(call_id, units)
             return
-        waiting = _Waiting(asyncio.get_running_loop().create_future(), call_id, segment, units)
+        waiting = _Waiting(asyncio.get_running_loop().create_future(), call_id, units)
         self._waiting.append(waiting)
         tell: asyncio.TimerHandle | None = None
         if len(self._waiting) == 1:  # behind another nothing changes
-            if self._will_pay and meter.affordable(segment, units):
+            if self._will_pay and meter.affordable(units):
                 tell = asyncio.get_running_loop().call_later(TELL_S, self._tell)
             else:
                 self.advance()
@@ -152,20 +197,21 @@ class Session:
             self.payee.meter.excess <= 0 and standing.paid > standing.written_off and not standing.in_default
         )
 
-    async def reserve(self, segment: Segment, units: int) -> None:
-        """Returns once units could leave, before the work for them is done; counts nothing.
+    def _deliver(self, call_id: bytes, units: Units) -> None:
+        for segment, count in units:
+            self.payee.deliver(call_id, segment, count)
 
-        Raises:
-            ChannelExhausted, PaymentRequired, SessionEnded: As `charge`.
-        """
-        probe = secrets.token_bytes(16)
-        self.payee.begin(probe)
-        try:
-            await self.charge(probe, segment, units)
-        finally:
-            if probe in self.payee.open_calls:
-                self.payee.void(probe)
+    def take_back(self, call_id: bytes, units: Units) -> None:
+        """Takes back what was charged and did not happen; what waits may go on."""
+        for segment, count in units:
+            self.payee.take_back(call_id, segment, count)
+        if units:
             self.advance()
+
+    def acknowledge(self, call_id: bytes, messages: int) -> None:
+        """Tells the payer how many requests of a call are acknowledged."""
+        self._acknowledged[call_id] = messages
+        self._news.set()
 
     def advance(self) -> None:
         """Lets waiting messages leave, in order, as far as payment and credit reach."""
@@ -173,15 +219,15 @@ class Session:
         while self._waiting:
             head = self._waiting[0]
             if not head.ready.done():
-                if not meter.affordable(head.segment, head.units):
+                if not meter.affordable(head.units):
                     head.ready.set_exception(
                         ChannelExhausted("The channel holds too little for the next piece.")
                     )
-                elif not meter.fits(head.segment, head.units):
+                elif not meter.fits(head.units):
                     break
                 else:
                     try:
-                        self.payee.deliver(head.call_id, head.segment, head.units)
+                        self._deliver(head.call_id, head.units)
                         head.ready.set_result(None)
                     except BttError as error:
                         head.ready.set_exception(error)
@@ -194,7 +240,7 @@ class Session:
         if not self._waiting:
             return 0
         head = self._waiting[0]
-        return self.payee.meter.demand(head.segment, head.units)
+        return self.payee.meter.demand(head.units)
 
     @property
     def _will_pay(self) -> bool:
@@ -234,6 +280,7 @@ class Session:
         if call_id in self.payee.open_calls:
             self._heard += 1
         self._settlements.append((call_id, self.payee.settle(call_id, accepted)))
+        self._acknowledged.pop(call_id, None)  # the payer asks no more
         for waiting in [w for w in self._waiting if w.call_id == call_id]:
             if not waiting.ready.done():
                 waiting.ready.set_exception(SessionEnded("The call was ended by its caller."))
@@ -244,19 +291,16 @@ class Session:
         self._stale = True
         self._news.set()
 
-    async def news(self) -> tuple[list[tuple[bytes, dict[Segment, int]]], bool]:
+    async def news(self) -> News:
         """Waits for something to tell.
-
-        Returns:
-            Settled calls, and whether a statement is due.
 
         Raises:
             BttError: The session has ended.
         """
         while True:
-            if self._settlements or self._stale:
-                news = self._settlements, self._stale
-                self._settlements, self._stale = [], False
+            if self._settlements or self._acknowledged or self._stale:
+                news = News(self._settlements, self._acknowledged, self._stale)
+                self._settlements, self._acknowledged, self._stale = [], {}, False
                 self._told_credit = self.payee.standing.credit
                 return news
             self._alive()
@@ -271,6 +315,7 @@ class Session:
         """Ends the session: nothing more leaves, and what waits fails with this error."""
         if self.error is None:
             self.error = error
+            self._attached.set()  # who waits for it finds the session ended
             self._book.sessions -= 1
             for waiting in self._waiting:
                 if not waiting.ready.done():

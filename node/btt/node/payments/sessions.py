@@ -18,6 +18,7 @@ from btt.sdk.channel import BanPolicy, Payee, Segment, SignedUpdate, Standing, S
 from btt.sdk.errors import BttError, SessionEnded
 from btt.sdk.identity import Offer
 from btt.sdk.keys import Address
+from btt.sdk.payment.apps import NO_APP, AppGrant
 from btt.sdk.signing import ChannelCommit
 
 MAX_PAYERS = 10_000
@@ -111,6 +112,7 @@ class Sessions:
         network: str,
         best: SignedUpdate | None,
         accepted: Mapping[Segment, int],
+        app: AppGrant = NO_APP,
     ) -> tuple[Session, dict[Segment, int]]:
         """Opens a session of a channel, and ends the one before it; call it under `lock`.
 
@@ -122,6 +124,7 @@ class Sessions:
             network: The caller's /24 or /48.
             best: The highest update the payer has signed.
             accepted: What the payer accepted since the channel opened.
+            app: The application that it is for.
 
         Returns:
             The session, and the units per segment that stay owed.
@@ -145,7 +148,7 @@ class Sessions:
         was_in_default = book.standing.in_default
         settled = payee.reconcile(accepted)
         await self._store.save_books(channel_id, meter.tally, meter.written_off)
-        epoch = await self._store.next_epoch(channel_id)
+        epoch = await self._store.next_epoch(channel_id, None if app is NO_APP else app.app)
         if book.standing.in_default and not was_in_default:
             await self.failed(commit.payer, network, Failure.DEFAULT)
         await self._lend(book, network)
@@ -158,6 +161,7 @@ class Sessions:
             epoch=epoch,
             grace_s=self._policy.grace_s,
             unpaid=self._unpaid,
+            app=app,
         )
         book.sessions += 1
         self._by_token[hashlib.sha256(session.token).digest()] = session

@@ -313,6 +313,14 @@ class PayeeStore:
         return await self.run(read_earnings)  # type: ignore[no-any-return]
 
 
+def read_best_updates(db: sqlite3.Connection) -> list[tuple[bytes, bytes, int, bytes]]:
+    """Reads T1, channel id, amount in base units and signature of the best update of each channel."""
+    return db.execute(
+        "SELECT commit_body, channel_id, best, best_signature FROM channels "
+        "WHERE best_signature IS NOT NULL ORDER BY channel_id"
+    ).fetchall()
+
+
 def read_earnings(db: sqlite3.Connection) -> Earnings:
     """Reads the sums of a node's books."""
     paid, captured, written_off, opened, closed = db.execute(

@@ -3,7 +3,7 @@
 from btt.sdk.channel.conduct import FOREVER_MS, BanPolicy, Conduct
 from btt.sdk.channel.credit import Standing, Strangers
 from btt.sdk.channel.durable import Durable
-from btt.sdk.channel.meter import Meter
+from btt.sdk.channel.meter import Meter, Units
 from btt.sdk.channel.payee import Checked, Payee
 from btt.sdk.channel.payer import Intent, PaidCall, Payer, SignedUpdate
 from btt.sdk.channel.prices import Line, Price, PriceSheet, Segment, Tally
@@ -27,4 +27,5 @@ __all__ = [
     "Standing",
     "Strangers",
     "Tally",
+    "Units",
 ]

@@ -8,8 +8,13 @@ prepaid instead of waiting for ever.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from btt.sdk.channel.credit import Standing
 from btt.sdk.channel.prices import Segment, Tally
+
+Units = Sequence[tuple[Segment, int]]
+"""What one message is charged; no segment stands twice."""
 
 
 class Meter:
@@ -44,22 +49,25 @@ class Meter:
         """Base units owed beyond what is paid; negative when prepaid."""
         return self.tally.owed - self.paid
 
-    def affordable(self, segment: Segment, units: int) -> bool:
+    def affordable(self, units: Units) -> bool:
         """Says whether the whole deposit would cover these units."""
-        return self.tally.owed + self.tally.cost(segment, units) <= self.deposit
+        return self.tally.owed + self._cost(units) <= self.deposit
 
-    def fits(self, segment: Segment, units: int) -> bool:
+    def fits(self, units: Units) -> bool:
         """Says whether a message of these units may leave now."""
-        return self.demand(segment, units) <= self.paid
+        return self.demand(units) <= self.paid
 
-    def demand(self, segment: Segment, units: int) -> int:
+    def demand(self, units: Units) -> int:
         """Returns the cumulative payment at which a message of these units may leave."""
         elsewhere = self._standing.unpaid - self._counted
         spare = max(0, self._standing.credit - elsewhere)
-        return self.tally.owed + self.tally.cost(segment, units) - spare
+        return self.tally.owed + self._cost(units) - spare
+
+    def _cost(self, units: Units) -> int:
+        return sum([self.tally.cost(segment, count) for segment, count in units])
 
     def deliver(self, segment: Segment, units: int) -> None:
-        """Counts a message that leaves."""
+        """Counts what leaves; takes it back when negative."""
         self.tally.add(segment, units)
         self._recount()
 

@@ -152,6 +152,16 @@ class Payee:
         call[segment] = call.get(segment, 0) + units
         self.meter.deliver(segment, units)
 
+    def take_back(self, call_id: bytes, segment: Segment, units: int) -> None:
+        """Takes back units that were counted beforehand and never reached the payer, or the service."""
+        call = self._open.get(call_id)
+        if call is None:
+            return  # settled already
+        if units > call.get(segment, 0):
+            raise ValueError("more taken back than was counted")
+        call[segment] -= units
+        self.meter.deliver(segment, -units)
+
     def void(self, call_id: bytes) -> None:
         """Takes a call back whole: it failed by a fault of the payee, who bears it.
 

@@ -37,7 +37,7 @@ class Price:
 
     Attributes:
         rate: Base units per units.
-        verify_units: Units in one verify unit, the most that one message carries.
+        verify_units: Units in one verify unit, the most that one message carries of this line.
     """
 
     rate: Rate
@@ -58,8 +58,15 @@ class PriceSheet:
 
     @property
     def unit_charge(self) -> int:
-        """Cost of the dearest verify unit, base units: the risk of one piece (paper, P6)."""
-        return max((p.rate.owed(p.verify_units) for p in self.prices.values()), default=0)
+        """Most that one message costs, base units: the risk of one piece (paper, P6).
+
+        A message carries at most a verify unit of each line of its service.
+        """
+        services: dict[str, int] = {}
+        for line, price in self.prices.items():
+            cost = price.rate.owed(price.verify_units)
+            services[line.service] = services.get(line.service, 0) + cost
+        return max(services.values(), default=0)
 
     def segments(self) -> Iterator[tuple[Segment, Rate]]:
         """Yields every segment of this offer with its rate."""

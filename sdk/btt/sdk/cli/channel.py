@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from btt.sdk.cli.commands import Commands
-from btt.sdk.cli.options import AsJson, LedgerOption, WalletFolder, Yes, open_wallet, parsed, wallet_folder
+from btt.sdk.cli.options import (
+    AsJson,
+    LedgerOption,
+    WalletFolder,
+    Yes,
+    keeping_ledger,
+    open_wallet,
+    parsed,
+    wallet_folder,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -32,13 +41,11 @@ ChannelId = Annotated[str, typer.Argument(help="Channel id, 64 hex digits or eno
 def _with_ledger(
     ledger: str, wallet: Path | None, ask: Callable[[LedgerClient, PrivateKey], Awaitable[_Found]]
 ) -> _Found:
-    from btt.sdk.ledger import LedgerAddress, LedgerClient
-
-    where = parsed(LedgerAddress.parse, ledger, "--ledger")
-    key = open_wallet(wallet_folder(wallet)).key()
+    folder = wallet_folder(wallet)
+    key = open_wallet(folder).key()
 
     async def run() -> _Found:
-        async with LedgerClient.connect(where) as client:
+        async with keeping_ledger(ledger, folder) as client:
             return await ask(client, key)
 
     return asyncio.run(run())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -30,6 +31,7 @@ from btt.sdk.money import Amount
 if TYPE_CHECKING:
     from btt.sdk.client import Client
     from btt.sdk.content.client import Quote
+    from btt.sdk.content.torrent import Torrent
     from btt.sdk.content.transfer import TransferReceipt
 
 app = typer.Typer(
@@ -39,19 +41,28 @@ app = typer.Typer(
 Content = Annotated[str, typer.Argument(metavar="INFOHASH", help="64 hex digits, or a magnet link.")]
 
 
-def _client(*, node: str, ledger: str, wallet: Path | None, budget: Amount, trust_new: bool) -> Client:
+def make_client(
+    *, nodes: str, ledger: str, wallet: Path | None, budget: Amount, trust_new: bool = False
+) -> Client:
+    """Makes a client from what the user typed.
+
+    Args:
+        nodes: Addresses, separated by commas.
+        ledger: Its address.
+        wallet: The wallet's folder; the user's own if not given.
+        budget: What may be spent.
+        trust_new: Accept a bare `host:port` that was never met before.
+    """
     from btt.sdk.budget import Budget
     from btt.sdk.client import Client, Wallet
     from btt.sdk.identity import NodeAddress
     from btt.sdk.ledger import LedgerAddress
 
-    # BTT_NODES may name several; until there is discovery, the first one serves.
-    node = node.split(",")[0].strip()
-    parsed(NodeAddress.parse, node, "--node-address")
+    parsed(NodeAddress.parse_all, nodes, "--node-address")
     parsed(LedgerAddress.parse, ledger, "--ledger")
     folder = wallet_folder(wallet)
     return Client.connect(
-        node,
+        nodes,
         ledger=ledger,
         wallet=Wallet(folder, open_wallet(folder).key()),
         budget=Budget(budget),
@@ -73,7 +84,8 @@ def _quote_json(quote: Quote) -> dict[str, Any]:
         "total_bytes": quote.total_bytes,
         "rate": str(quote.rate),
         "cost": str(int(quote.cost)),
-        "node": str(quote.node),
+        "nodes": [{"node": str(node.node), "rate": str(node.rate)} for node in quote.nodes],
+        "rejections": render.rejections(quote.rejections),
     }
 
 
@@ -81,9 +93,13 @@ def _show_quote(quote: Quote) -> None:
     count = len(quote.torrent.files)
     typer.echo(f"Name   {render.printable(quote.name)}")
     typer.echo(f"Size   {render.size(quote.total_bytes)} in {count} file{'s' if count != 1 else ''}")
-    typer.echo(f"Price  {quote.rate}")
-    typer.echo(f"Cost   {quote.cost}")
-    typer.echo(f"Node   {quote.node}")
+    many = len(quote.nodes) > 1
+    typer.echo(f"Price  {'up to ' if many else ''}{quote.rate}")
+    typer.echo(f"Cost   {'up to ' if many else ''}{quote.cost}")
+    for node in quote.nodes:
+        typer.echo(f"Node   {node.node}" + (f", {node.rate}" if many else ""))
+    for rejection in quote.rejections:
+        typer.echo(f"Not    {rejection.node}, {rejection.cause}: {render.printable(rejection.detail)}")
 
 
 @app.command()
@@ -99,8 +115,8 @@ def quote(
     content = _check_content(infohash)
 
     async def ask() -> Quote:
-        client = _client(
-            node=node_address, ledger=ledger, wallet=wallet, budget=Amount(0), trust_new=trust_new
+        client = make_client(
+            nodes=node_address, ledger=ledger, wallet=wallet, budget=Amount(0), trust_new=trust_new
         )
         async with client as btt:
             return await btt.content.quote(content)
@@ -128,33 +144,80 @@ def fetch(
     keep_freed_memory()
     content = _check_content(infohash)
     granted = parsed(Amount.parse, budget, "--budget")
-    client = _client(node=node_address, ledger=ledger, wallet=wallet, budget=granted, trust_new=trust_new)
-    found = asyncio.run(_fetch(client, content, dest, granted, ask=not (yes or as_json), quiet=as_json))
+    client = make_client(
+        nodes=node_address, ledger=ledger, wallet=wallet, budget=granted, trust_new=trust_new
+    )
+    found = asyncio.run(buy(client, content, dest, granted, ask=not (yes or as_json), quiet=as_json))
     if found is None:
         typer.echo("Nothing was spent.")
         raise typer.Exit(1)
-    receipt, paid, channels = found
     if as_json:
-        result = {
-            "infohash": receipt.infohash.hex(),
-            "path": str(receipt.path),
-            "total_bytes": receipt.total_bytes,
-            "fetched_bytes": receipt.fetched_bytes,
-            "paid": str(int(paid)),
-            "node": str(receipt.node),
-            "channels": channels,
-        }
-        typer.echo(json.dumps(result))
+        typer.echo(json.dumps(found.as_json()))
         return
-    typer.echo(f"Saved  {render.printable(str(receipt.path))}, verified")
-    typer.echo(f"Paid   {paid} for {render.size(receipt.fetched_bytes)}")
-    for channel in channels:
-        typer.echo(f"Closed channel {channel}; the signed receipt is in the wallet")
+    found.show()
 
 
-async def _fetch(
+@dataclass(frozen=True, slots=True)
+class Bought:
+    """What a fetch brought and cost.
+
+    Attributes:
+        torrent: What was fetched.
+        receipt: Of the transfer.
+        channels: Those that were closed, hex.
+        unsettled: Nodes that did not answer in the end, and why.
+    """
+
+    torrent: Torrent
+    receipt: TransferReceipt
+    channels: list[str]
+    unsettled: dict[str, str]
+
+    def as_json(self) -> dict[str, Any]:
+        """Returns it for machines."""
+        return {
+            "infohash": self.receipt.infohash.hex(),
+            "path": str(self.receipt.path),
+            "total_bytes": self.receipt.total_bytes,
+            "fetched_bytes": self.receipt.fetched_bytes,
+            "paid": str(int(self.receipt.spent)),
+            "nodes": [
+                {"node": str(part.node), "bytes": part.fetched_bytes, "paid": str(int(part.spent))}
+                for part in self.receipt.parts
+            ],
+            "channels": self.channels,
+            "unsettled": self.unsettled,
+        }
+
+    def show(self) -> None:
+        """Tells a person."""
+        receipt = self.receipt
+        typer.echo(f"Saved  {render.printable(str(receipt.path))}, verified")
+        typer.echo(f"Paid   {receipt.spent} for {render.size(receipt.fetched_bytes)}")
+        for part in receipt.parts if len(receipt.parts) > 1 else ():
+            typer.echo(f"Node   {part.node}: {render.size(part.fetched_bytes)} for {part.spent}")
+        for channel in self.channels:
+            typer.echo(f"Closed channel {channel}; the signed receipt is in the wallet")
+        for node, why in self.unsettled.items():
+            typer.echo(f"Open   {node} did not close its channel: {render.printable(why)}")
+
+
+async def buy(
     client: Client, content: bytes, dest: Path, granted: Amount, *, ask: bool, quiet: bool
-) -> tuple[TransferReceipt, Amount, list[str]] | None:
+) -> Bought | None:
+    """Fetches content and pays for it, and tells a person about it meanwhile.
+
+    Args:
+        client: Not open yet.
+        content: Infohash.
+        dest: The folder.
+        granted: The client's budget.
+        ask: Ask before spending.
+        quiet: Say nothing.
+
+    Returns:
+        None if the person did not want to spend.
+    """
     async with client as btt:
         found = await btt.content.quote(content)
         if not quiet:
@@ -169,8 +232,12 @@ async def _fetch(
                     if not quiet:
                         show(step)
     assert transfer.receipt is not None
-    closed = [receipt.channel_id.hex() for receipt in btt.receipts if receipt.channel_closed]
-    return transfer.receipt, transfer.receipt.spent, closed
+    return Bought(
+        torrent=found.torrent,
+        receipt=transfer.receipt,
+        channels=[receipt.channel_id.hex() for receipt in client.receipts if receipt.channel_closed],
+        unsettled={str(node): error.message for node, error in client.unsettled.items()},
+    )
 
 
 def _agreed(cost: Amount) -> bool:

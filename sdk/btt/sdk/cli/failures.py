@@ -7,6 +7,7 @@ import sys
 from typing import Final
 
 from btt.sdk import errors
+from btt.sdk.cli.render import rejections
 from btt.sdk.errors import BttError
 
 FAILED: Final = 1
@@ -46,13 +47,17 @@ def report(error: BttError, *, as_json: bool) -> int:
         The exit code.
     """
     lines = [f"error: {error}", *getattr(error, "__notes__", ())]
+    nodes = error.rejections if isinstance(error, errors.NoProviders) else ()
+    lines += [f"  {each.node} is {each.cause}: {each.detail}" for each in nodes]
     sys.stderr.write("".join(f"{_printable(line)}\n" for line in lines))
     if as_json:
-        found = {
+        found: dict[str, object] = {
             "reason": error.reason or type(error).__name__,
             "message": error.message,
             "hint": error.hint,
         }
+        if isinstance(error, errors.NoProviders):
+            found |= {"counts": error.counts, "rejections": rejections(error.rejections)}
         sys.stdout.write(json.dumps({"error": found}) + "\n")
     return exit_code(error)
 

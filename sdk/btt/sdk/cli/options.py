@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
@@ -13,6 +14,7 @@ import typer
 from btt.sdk.errors import ConfigError, InvalidRequest
 
 if TYPE_CHECKING:
+    from btt.sdk.ledger import LedgerClient
     from btt.sdk.wallet import Keystore
 
 PASSWORD_VARIABLE = "BTT_WALLET_PASSWORD"  # noqa: S105 - its name, not a password
@@ -27,10 +29,17 @@ LedgerOption = Annotated[
     str, typer.Option("--ledger", envvar="BTT_LEDGER", help="The ledger: btt-ledger://T…@host:port/…")
 ]
 NodeOption = Annotated[
-    str, typer.Option("--node-address", envvar="BTT_NODES", help="The node: btt://T…@host:port")
+    str,
+    typer.Option(
+        "--node-address", envvar="BTT_NODES", help="Nodes, separated by commas: btt://T…@host:port,…"
+    ),
 ]
 TrustNew = Annotated[
     bool, typer.Option("--trust-new", help="Trust an unknown node at a bare host:port, and remember it.")
+]
+ExportOption = Annotated[
+    Path | None,
+    typer.Option("--export", help="Write them to this new file, as evidence for others.", show_default=False),
 ]
 
 _Parsed = TypeVar("_Parsed")
@@ -62,6 +71,23 @@ def wallet_folder(chosen: Path | None) -> Path:
     from platformdirs import user_data_path
 
     return user_data_path("btt") / "wallet"
+
+
+@asynccontextmanager
+async def keeping_ledger(ledger: str, folder: Path) -> AsyncIterator[LedgerClient]:
+    """Connects to a ledger; what it acknowledges is kept in the wallet's folder.
+
+    Args:
+        ledger: Its address, as typed.
+        folder: Of the wallet.
+    """
+    from btt.sdk.ledger import LedgerAddress, LedgerClient
+    from btt.sdk.ledger.keeping import RECEIPTS, EvidenceStore
+
+    where = parsed(LedgerAddress.parse, ledger, "--ledger")
+    with closing(EvidenceStore(folder / RECEIPTS)) as keeper:
+        async with LedgerClient.connect(where, keeper=keeper) as client:
+            yield client
 
 
 def open_wallet(folder: Path) -> Keystore:

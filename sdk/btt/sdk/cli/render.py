@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 from btt.sdk.money import Amount
+
+if TYPE_CHECKING:
+    from btt.sdk.selection import Rejection
 
 _SIZES: Final = ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
 _LINES: Final = 10
@@ -62,6 +65,11 @@ def duration(seconds: float | None) -> str:
 def printable(text: str) -> str:
     """Makes text from the other side harmless: a terminal obeys control characters."""
     return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
+def rejections(found: Iterable[Rejection]) -> list[dict[str, str]]:
+    """Writes for machines why nodes are not used."""
+    return [{"node": each.node, "cause": str(each.cause), "detail": each.detail} for each in found]
 
 
 def describe(step: Step) -> str:

@@ -14,9 +14,11 @@ from btt.sdk.cli.commands import Commands
 from btt.sdk.cli.options import (
     PASSWORD_VARIABLE,
     AsJson,
+    ExportOption,
     LedgerOption,
     WalletFolder,
     Yes,
+    keeping_ledger,
     open_wallet,
     parsed,
     wallet_folder,
@@ -122,21 +124,20 @@ def transfer(
 ) -> None:
     """Send BTT to another account of the ledger."""
     from btt.sdk.keys import Address
-    from btt.sdk.ledger import LedgerAddress, LedgerClient
     from btt.sdk.money import Amount
 
-    where = parsed(LedgerAddress.parse, ledger, "--ledger")
+    folder = wallet_folder(wallet)
     receiver = parsed(Address.parse, to, "TO")
     value = parsed(Amount.parse, amount, "AMOUNT")
     note = memo.encode()
     if len(note) > 32:
         raise typer.BadParameter("at most 32 bytes", param_hint="--memo")
-    opened = open_wallet(wallet_folder(wallet))
+    opened = open_wallet(folder)
     if not yes:
         typer.confirm(f"Send {value} to {receiver}?", abort=True, err=True)
 
     async def move() -> tuple[int, str]:
-        async with LedgerClient.connect(where) as client:
+        async with keeping_ledger(ledger, folder) as client:
             receipt = await client.transfer(opened.key(), receiver, int(value), memo=note.ljust(32, b"\0"))
         return receipt.seq, receipt.receipt.request_digest.hex()
 
@@ -169,3 +170,30 @@ def forgive(
         typer.echo(json.dumps({"node": str(who), "forgiven": found}))
         return
     typer.echo(f"{who} is forgiven." if found else f"There was nothing against {who}.")
+
+
+@app.command()
+def receipts(
+    ledger: LedgerOption,
+    wallet: WalletFolder = None,
+    update: Annotated[
+        bool, typer.Option("--update", help="Ask the ledger first for what others did, such as to pay us.")
+    ] = False,
+    export: ExportOption = None,
+    as_json: AsJson = False,
+) -> None:
+    """List what the ledger acknowledged, from the wallet's own file; the ledger need not be there."""
+    from btt.sdk.cli.receipts import show_receipts
+    from btt.sdk.ledger import LedgerAddress
+
+    where = parsed(LedgerAddress.parse, ledger, "--ledger")
+    folder = wallet_folder(wallet)
+    if update:
+        key = open_wallet(folder).key()
+
+        async def gather() -> None:
+            async with keeping_ledger(ledger, folder) as client:
+                await client.gather(key)
+
+        asyncio.run(gather())
+    show_receipts(folder, where.ledger_id, export=export, as_json=as_json)

@@ -2,51 +2,93 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import grpc.aio
 
 from btt.proto.content.v1 import content_pb2, content_pb2_grpc
+from btt.sdk.content.feed import LINE, Source
 from btt.sdk.content.magnet import parse_infohash
+from btt.sdk.content.stream import ContentStream
 from btt.sdk.content.torrent import MAX_INFO, MAX_LAYERS, Torrent
-from btt.sdk.content.transfer import LINE, Transfer
-from btt.sdk.errors import ContentMismatch, InvalidRequest
+from btt.sdk.content.transfer import Transfer
+from btt.sdk.errors import BttError, ContentMismatch, InvalidRequest
 from btt.sdk.keys import Address
 from btt.sdk.money import Amount, Rate
 from btt.sdk.payment.connection import NodeConnection
 from btt.sdk.rpc import to_error
+from btt.sdk.selection import (
+    DEFAULT_POLICIES,
+    Candidate,
+    Cause,
+    Policy,
+    Rejection,
+    cause_of,
+    no_providers,
+    select,
+)
 
 if TYPE_CHECKING:
     from btt.sdk.client import Client
+    from btt.sdk.provider import Provider
+
+T = TypeVar("T")
+
+
+LATE_S = 3.0
+"""Seconds that other nodes have to answer once one has."""
 
 
 @dataclass(frozen=True, slots=True)
 class Quote:
-    """What some content costs at a node.
+    """What some content costs.
 
     Attributes:
         torrent: Its verified metadata.
         total_bytes: Of all files.
-        rate: The node's price.
-        cost: Of all files at that price.
-        node: Whose price it is.
+        rate: The price of the dearest node that would be used.
+        cost: The most that all files cost at that price.
+        nodes: Who would be used, the preferred one first.
+        rejections: Who would not, and why.
     """
 
     torrent: Torrent
     total_bytes: int
     rate: Rate
     cost: Amount
-    node: Address
+    nodes: tuple[NodeQuote, ...]
+    rejections: tuple[Rejection, ...]
 
     @property
     def name(self) -> str:
         """Name of the file or folder."""
         return self.torrent.name
+
+    @property
+    def node(self) -> Address:
+        """The node that is preferred."""
+        return self.nodes[0].node
+
+
+@dataclass(frozen=True, slots=True)
+class NodeQuote:
+    """What a node asks.
+
+    Attributes:
+        node: Who.
+        rate: Its price.
+        provider: The node as the client uses it.
+    """
+
+    node: Address
+    rate: Rate
+    provider: Provider = field(repr=False)
 
 
 class ContentClient:
@@ -55,77 +97,216 @@ class ContentClient:
     def __init__(self, client: Client) -> None:
         self._client = client
 
-    async def quote(self, content: str | bytes) -> Quote:
-        """Asks what some content costs; free of charge.
+    async def quote(self, content: str | bytes, *, policies: Sequence[Policy] = DEFAULT_POLICIES) -> Quote:
+        """Asks all nodes what some content costs; free of charge.
 
         Args:
             content: Infohash (hex or 32 bytes) or magnet link.
+            policies: Which nodes to use, of those that have it; see `btt.sdk.selection`.
 
         Raises:
-            ContentUnknown: The node serves no such content.
+            NoProviders: No node can be used; `rejections` says why for each.
+            ContentUnknown: The only node serves no such content.
             ContentMismatch: Its metadata does not belong to the infohash.
-            BttError: The node could not be reached or trusted.
+            BttError: It could not be reached or trusted.
         """
         infohash = parse_infohash(content) if isinstance(content, str) else content
-        node = await self._client.node()
-        channel = node.channel(label="free")
-        try:
-            stub: content_pb2_grpc.ContentServiceAsyncStub = content_pb2_grpc.ContentServiceStub(channel)
-            torrent = await _metadata(stub, infohash)
-        except grpc.aio.AioRpcError as failure:
-            raise to_error(failure) from failure
-        except ContentMismatch as error:
-            self._client.blame(error)
-            raise
-        finally:
-            await channel.close()
-        rate = _rate(node)
+        asked = {
+            asyncio.create_task(self._ask(provider, infohash)): provider
+            for provider in self._client.providers
+        }
+        errors = await _answers(asked)
+        answers = {asked[task].name: task.result() for task in asked if task not in errors}
+        rejections = [
+            Rejection(asked[task].name, cause_of(error), error.message)
+            if isinstance(error, BttError)
+            else Rejection(asked[task].name, Cause.LATE, "Others had answered long before.")
+            for task, error in errors.items()
+        ]
+        kept, refused = select([candidate for candidate, _ in answers.values()], policies)
+        rejections += refused
+        while kept:
+            # Whoever it comes from, it is the content's own metadata or it does not verify.
+            provider = next(p for p in self._client.providers if p.name == kept[0].address)
+            try:
+                torrent = await _metadata(provider, infohash, answers[provider.name][1])
+            except BttError as error:
+                provider.blame(error)
+                if len(asked) == 1:
+                    raise
+                rejections.append(kept.pop(0).reject(cause_of(error), error.message))
+            else:
+                return self._quote(torrent, kept, rejections)
+        if len(asked) == 1 and isinstance(only := next(iter(errors.values()), None), BttError):
+            raise only
+        raise no_providers("No node can be used for this content", rejections)
+
+    async def _ask(self, provider: Provider, infohash: bytes) -> tuple[Candidate, content_pb2.QuoteResponse]:
+        node = await provider.node()
+        request = content_pb2.QuoteRequest(infohash=infohash)
+        sizes = await _from(provider, lambda stub: stub.Quote(request, timeout=20))
+        if sizes.info_bytes > MAX_INFO or sizes.layers_bytes > MAX_LAYERS:
+            raise InvalidRequest("The content's metadata is too large.")
+        paid = self._client.books.paid_total(node.offer.node)
+        return Candidate(node.offer.node, provider.name, _rate(node), paid), sizes
+
+    def _quote(self, torrent: Torrent, kept: Sequence[Candidate], rejections: Sequence[Rejection]) -> Quote:
+        providers = {provider.name: provider for provider in self._client.providers}
+        rate = max((c.rate for c in kept), key=lambda rate: Fraction(rate.amount, rate.per))
         return Quote(
-            torrent, torrent.total_bytes, rate, Amount(rate.owed(torrent.total_bytes)), node.offer.node
+            torrent=torrent,
+            total_bytes=torrent.total_bytes,
+            rate=rate,
+            cost=Amount(rate.owed(torrent.total_bytes)),
+            nodes=tuple(NodeQuote(c.node, c.rate, providers[c.address]) for c in kept),
+            rejections=tuple(rejections),
         )
 
     @asynccontextmanager
     async def fetch(
-        self, content: str | bytes | Quote, dest: Path | str, *, max_rate: Rate | None = None
+        self,
+        content: str | bytes | Quote,
+        dest: Path | str,
+        *,
+        max_rate: Rate | None = None,
+        first: Sequence[str] = (),
     ) -> AsyncIterator[Transfer]:
-        """Fetches content into a folder, verifying and paying run by run; resumes what is there.
+        """Fetches content into a folder from all nodes at once, verifying and paying run by run.
+
+        What is there from an earlier attempt is neither fetched nor paid again.
 
         Args:
             content: Infohash, magnet link, or a quote.
             dest: The folder.
-            max_rate: The highest price to accept; the quoted one if not given.
+            max_rate: The highest price to accept; of each node the quoted one if not given.
+            first: Files to fetch before the others: paths inside the content, with slashes.
 
         Yields:
             The running transfer; it is complete when the block ends without an error.
 
         Raises:
             BudgetExceeded: The budget covers only a part; what arrived is kept.
-            ContentMismatch: The node sent what does not verify; it was not paid.
+            ContentMismatch: The only node sent what does not verify; it was not paid.
+            NoProviders: No node is left; `rejections` says what became of each.
             BttError: Anything else that ended it.
         """
         quote = content if isinstance(content, Quote) else await self.quote(content)
-        transfer = Transfer(
-            quote.torrent,
-            Path(dest),
-            max_rate or quote.rate,
-            self._client.session,
-            partial(self._client.blame, at_last=True),
-        )
-        async with transfer:
+        async with self._transfer(
+            quote, dest, max_rate, [_file(quote.torrent, path) for path in first]
+        ) as transfer:
             yield transfer
 
+    @asynccontextmanager
+    async def open_stream(
+        self,
+        content: str | bytes | Quote,
+        dest: Path | str,
+        *,
+        path: str | None = None,
+        max_rate: Rate | None = None,
+    ) -> AsyncIterator[ContentStream]:
+        """Opens one file for reading while it is fetched, as a media player does.
 
-async def _metadata(stub: content_pb2_grpc.ContentServiceAsyncStub, infohash: bytes) -> Torrent:
-    quote = await stub.Quote(content_pb2.QuoteRequest(infohash=infohash), timeout=20)
-    if quote.info_bytes > MAX_INFO or quote.layers_bytes > MAX_LAYERS:
-        raise InvalidRequest("The content's metadata is too large.")
-    info, layers = bytearray(), bytearray()
-    async for part in stub.GetMetadata(content_pb2.GetMetadataRequest(infohash=infohash), timeout=120):
-        info += part.info
-        layers += part.layers
-        if len(info) > quote.info_bytes or len(layers) > quote.layers_bytes:
-            raise ContentMismatch("The node sent more metadata than it announced.")
-    return Torrent.from_info(bytes(info), bytes(layers), infohash=infohash)
+        Only what is read, and a little ahead of it, is fetched and paid. It is kept in the
+        folder, where `fetch` or another stream goes on with it.
+
+        Args:
+            content: Infohash, magnet link, or a quote.
+            dest: The folder.
+            path: Of the file inside the content, with slashes; needed if there are several.
+            max_rate: The highest price to accept; of each node the quoted one if not given.
+
+        Yields:
+            The file.
+
+        Raises:
+            InvalidRequest: There is no such file.
+            BttError: As `fetch`; from `read`, once the transfer has ended.
+        """
+        quote = content if isinstance(content, Quote) else await self.quote(content)
+        file = _file(quote.torrent, path)
+        async with self._transfer(quote, dest, max_rate, [], everything=False) as transfer:
+            stream = await ContentStream.open(transfer, file)
+            try:
+                yield stream
+            finally:
+                await stream.close()
+
+    def _transfer(
+        self,
+        quote: Quote,
+        dest: Path | str,
+        max_rate: Rate | None,
+        first: Sequence[int],
+        everything: bool = True,
+    ) -> Transfer:
+        providers = {node.provider.name: node.provider for node in quote.nodes}
+        return Transfer(
+            quote.torrent,
+            Path(dest),
+            [Source(node.provider, max_rate or node.rate) for node in quote.nodes],
+            dropped=lambda source, error: providers[source.seller.name].blame(error, at_last=True),
+            first=first,
+            everything=everything,
+        )
+
+
+def _file(torrent: Torrent, path: str | None) -> int:
+    found = [entry.index for entry in torrent.files if path in (None, "/".join(entry.path))]
+    if len(found) != 1:
+        names = ", ".join("/".join(entry.path) for entry in torrent.files[:5])
+        raise InvalidRequest(f"Name one file of the content, such as: {names}.")
+    return found[0]
+
+
+async def _answers(asked: Mapping[asyncio.Task[T], object]) -> dict[asyncio.Task[T], BttError | None]:
+    """Waits for answers, not long for late ones; returns what failed (None: late)."""
+    try:
+        waiting, timeout = set(asked), None
+        while waiting:
+            done, waiting = await asyncio.wait(waiting, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+            if not done:
+                break
+            if any(task.exception() is None for task in done):
+                timeout = LATE_S
+    finally:
+        late = [task for task in asked if not task.done()]
+        for task in late:
+            task.cancel()
+        await asyncio.gather(*late, return_exceptions=True)
+    errors: dict[asyncio.Task[T], BttError | None] = dict.fromkeys(late)
+    for task in asked:
+        if task not in errors and (error := task.exception()) is not None:
+            if not isinstance(error, BttError):
+                raise error
+            errors[task] = error
+    return errors
+
+
+async def _from(
+    provider: Provider, ask: Callable[[content_pb2_grpc.ContentServiceAsyncStub], Awaitable[T]]
+) -> T:
+    """Asks a node something that is free."""
+    channel = (await provider.node()).channel(label="free")
+    try:
+        return await ask(content_pb2_grpc.ContentServiceStub(channel))
+    except grpc.aio.AioRpcError as failure:
+        raise to_error(failure) from failure
+    finally:
+        await channel.close()
+
+
+async def _metadata(provider: Provider, infohash: bytes, sizes: content_pb2.QuoteResponse) -> Torrent:
+    async def read(stub: content_pb2_grpc.ContentServiceAsyncStub) -> Torrent:
+        info, layers = bytearray(), bytearray()
+        async for part in stub.GetMetadata(content_pb2.GetMetadataRequest(infohash=infohash), timeout=120):
+            info += part.info
+            layers += part.layers
+            if len(info) > sizes.info_bytes or len(layers) > sizes.layers_bytes:
+                raise ContentMismatch("The node sent more metadata than it announced.")
+        return Torrent.from_info(bytes(info), bytes(layers), infohash=infohash)
+
+    return await _from(provider, read)
 
 
 def _rate(node: NodeConnection) -> Rate:

@@ -65,6 +65,7 @@ class Torrent:
         is_single: Whether it is one file that lies directly in the destination.
         total_bytes: Length of all files together.
         layers_bytes: Length of all piece layers together.
+        info: The info dictionary as it was hashed.
     """
 
     infohash: bytes
@@ -73,6 +74,7 @@ class Torrent:
     is_single: bool
     total_bytes: int
     layers_bytes: int
+    info: bytes = field(repr=False)
     _layers: tuple[bytes, ...] = field(repr=False)
 
     @classmethod
@@ -119,6 +121,7 @@ class Torrent:
             is_single=is_single,
             total_bytes=sum(f.length for f in files),
             layers_bytes=layers_bytes,
+            info=info,
             _layers=_check_layers(files, layers, layers_bytes),
         )
 
@@ -145,6 +148,14 @@ class Torrent:
         # The decoder takes only the canonical form, so encoding gives the same bytes back.
         raw = bencode2.bencode(info)
         return cls.from_info(raw, layers, infohash=hashlib.sha256(raw).digest()), raw
+
+    def torrent_file(self) -> bytes:
+        """Returns the torrent file of this content, as any BitTorrent client reads it."""
+        layers = {
+            entry.pieces_root: layer for entry, layer in zip(self.files, self._layers, strict=True) if layer
+        }
+        encoded = bencode2.bencode(dict(sorted((root, layer) for root, layer in layers.items() if root)))
+        return b"d4:info" + self.info + b"12:piece layers" + encoded + b"e"
 
     def layers(self) -> bytes:
         """The piece layers of all files, one after the other in the order of the file tree."""

@@ -1,8 +1,8 @@
-"""One fetch of some content: verify, write, accept, pay; resume after anything.
+"""One fetch of some content from one node or many; it resumes after anything.
 
-A run counts as accepted only once it verified against the infohash and was written.
-Runs are verified and written in two threads while the next ones arrive. A broken
-session or a node that was restarted is taken up again; a lie ends the transfer.
+Each node works by itself (`feed`) on what a common plan hands out. A node that lies, asks more,
+or is away for good is dropped, and what it did not bring comes from the others; the transfer
+ends when all is there, or when no node is left.
 """
 
 from __future__ import annotations
@@ -11,48 +11,28 @@ import asyncio
 import collections
 import contextlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TypeAlias
 
-import grpc.aio
-
-from btt.proto.content.v1 import content_pb2
-from btt.sdk.channel import Line, Segment
-from btt.sdk.content.run import Run
+from btt.sdk.content.feed import Feed, Source, Work
+from btt.sdk.content.plan import Plan
 from btt.sdk.content.store import Destination
-from btt.sdk.content.torrent import RUN, Torrent
-from btt.sdk.errors import (
-    BttError,
-    BudgetExceeded,
-    ChannelExpired,
-    ContentMismatch,
-    PriceChanged,
-    SessionEnded,
-)
+from btt.sdk.content.torrent import Torrent
+from btt.sdk.errors import BttError, BudgetExceeded
 from btt.sdk.keys import Address
-from btt.sdk.money import Amount, Rate, Unit
-from btt.sdk.payment.backoff import pause_s
-from btt.sdk.payment.calls import Verdicts
-from btt.sdk.payment.session import PaymentSession
-from btt.sdk.rpc import to_error
+from btt.sdk.money import Amount
+from btt.sdk.selection import Rejection, cause_of, no_providers
 
-LINE = Line("btt.proto.content.v1.ContentService", Unit.BYTE)
-"""What content delivery counts."""
-
-RUNS_PER_CALL = 1 << 16
-"""Most runs asked for in one call: one call feeds two cores, and more only hold more memory."""
-STREAMS = 4
-"""Calls that run at a time, for content of many files."""
-AHEAD = 6
-"""Runs of one call that are being verified and written at a time."""
 THREADS = 3
 """Threads that verify and write: one waits for the disk while two compute."""
-TRIES = 12
-"""Attempts without any progress before the transfer gives up."""
+LEAST_RUNS = 4
+"""A node less takes part for every so many runs that the content is short of."""
+
+Dropped = Callable[[Source, BttError], None]
+"""Called when a node is dropped, with what ended the business with it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +57,23 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """What one node brought.
+
+    Attributes:
+        node: Who.
+        fetched_bytes: Received, verified and paid.
+        spent: For these bytes.
+        error: What ended the business with it before the end; None if nothing did.
+    """
+
+    node: Address
+    fetched_bytes: int
+    spent: Amount
+    error: BttError | None
+
+
+@dataclass(frozen=True, slots=True)
 class TransferReceipt:
     """What a finished transfer brought and cost.
 
@@ -86,7 +83,7 @@ class TransferReceipt:
         total_bytes: Of all files.
         fetched_bytes: Received and paid in this transfer; the rest was there.
         spent: For these bytes.
-        node: Who sent them.
+        parts: Of the nodes that brought something.
     """
 
     infohash: bytes
@@ -94,15 +91,7 @@ class TransferReceipt:
     total_bytes: int
     fetched_bytes: int
     spent: Amount
-    node: Address
-
-
-OpenSession = Callable[[int], Awaitable[PaymentSession]]
-Blame = Callable[[BttError], None]
-Fetch: TypeAlias = "grpc.aio.UnaryStreamMultiCallable[content_pb2.FetchRequest, Run]"
-
-_SERVICE = content_pb2.DESCRIPTOR.services_by_name["ContentService"].full_name
-_FETCH = f"/{_SERVICE}/Fetch"
+    parts: tuple[Part, ...]
 
 
 class Transfer:
@@ -111,32 +100,40 @@ class Transfer:
     Args:
         torrent: What to fetch.
         root: The folder to put it in.
-        rate: The price that was quoted; a higher one ends the transfer.
-        open_session: Opens a payment session for an expected cost, or returns the live one.
-        blame: Told what made the transfer end.
+        sources: Whom to fetch it from, those to be preferred first.
+        dropped: Told about nodes that are dropped.
+        first: Indices of files to fetch before the others, in this order.
+        everything: Fetch it all; otherwise only what readers ask for, and leave the block at will.
     """
 
     def __init__(
-        self, torrent: Torrent, root: Path, rate: Rate, open_session: OpenSession, blame: Blame
+        self,
+        torrent: Torrent,
+        root: Path,
+        sources: Sequence[Source],
+        *,
+        dropped: Dropped = lambda source, error: None,
+        first: Sequence[int] = (),
+        everything: bool = True,
     ) -> None:
         self.torrent = torrent
         self.receipt: TransferReceipt | None = None
-        self._rate = rate
-        self._open_session = open_session
-        self._blame = blame
-        self._destination = Destination(root, torrent)
+        self.destination = Destination(root, torrent)
+        self.work: asyncio.Future[Work] = asyncio.get_running_loop().create_future()
+        self._sources = sources
+        self._dropped = dropped
+        self._first = first
+        self._everything = everything
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="verify")
         self._phase = "checking"
         self._checked = 0
-        self._done = 0
-        self._fetched = 0
-        self._spent = 0
-        self._node: Address | None = None
+        self._feeds: list[Feed] = []
+        self._errors: dict[Feed, BttError] = {}
         self._samples: collections.deque[tuple[float, int]] = collections.deque(maxlen=50)
         self._task: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Transfer:
-        await asyncio.to_thread(self._destination.__enter__)
+        await asyncio.to_thread(self.destination.__enter__)
         self._task = asyncio.create_task(self._run(), name="content-transfer")
         return self
 
@@ -144,18 +141,18 @@ class Transfer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         assert self._task is not None
-        failed = kind is not None
-        if failed:
+        leaving = kind is not None or not self._everything
+        if leaving:
             self._task.cancel()
         try:
-            if failed:
+            if leaving:
                 with contextlib.suppress(asyncio.CancelledError, BttError):
                     await self._task
             else:
                 await self._task
         finally:
             await asyncio.to_thread(self._threads.shutdown)
-            await asyncio.to_thread(self._destination.close)
+            await asyncio.to_thread(self.destination.close)
 
     async def progress(self, interval_s: float = 0.2) -> AsyncIterator[Progress]:
         """Yields how far it is, a few times a second, until it is done.
@@ -173,185 +170,130 @@ class Transfer:
     def state(self) -> Progress:
         """Returns how far it is."""
         now = time.monotonic()
-        self._samples.append((now, self._done))
+        stored = self.work.result().done if self.work.done() else 0
+        self._samples.append((now, stored))
         then, before = self._samples[0]
-        rate = (self._done - before) / (now - then) if now > then else 0.0
+        rate = (stored - before) / (now - then) if now > then else 0.0
         total = self.torrent.total_bytes
-        done = self._checked if self._phase == "checking" else self._done
-        eta = (total - self._done) / rate if rate > 0 and self._phase == "fetching" else None
+        done = self._checked if self._phase == "checking" else stored
+        eta = (total - stored) / rate if rate > 0 and self._phase == "fetching" else None
         return Progress(self._phase, done, total, rate, Amount(self._spent), eta)
+
+    def parts(self) -> tuple[Part, ...]:
+        """Returns what each node has brought so far."""
+        return tuple(
+            Part(feed.node, feed.fetched, Amount(feed.spent), self._errors.get(feed))
+            for feed in self._feeds
+            if feed.node is not None
+        )
+
+    @property
+    def _spent(self) -> int:
+        return sum(feed.spent for feed in self._feeds)
+
+    async def ended(self) -> None:
+        """Waits until the transfer has ended.
+
+        Raises:
+            BttError: What ended it.
+        """
+        assert self._task is not None
+        await asyncio.shield(self._task)
 
     # The work
 
     async def _run(self) -> None:
-        await asyncio.to_thread(self._destination.scan, progress=self._looked)
-        missing = self._destination.missing_bytes
-        self._done = self.torrent.total_bytes - missing
+        destination = self.destination
+        await asyncio.to_thread(destination.scan, progress=self._looked)
+        missing = {entry.index: destination.missing(entry.index) for entry in self.torrent.files}
+        left = {file: sum(map(len, ranges)) for file, ranges in missing.items()}
+        order = dict.fromkeys([*self._first, *missing])
+        plan = Plan(
+            ((file, missing[file]) for file in order),
+            shared=len(self._sources) > 1 or not self._everything,
+            everything=self._everything,
+        )
+        work = Work(self.torrent, destination, plan, self._threads, left)
+        work.done = self.torrent.total_bytes - destination.missing_bytes
+        for file, runs in left.items():
+            if not runs:
+                work.whole.put_nowait(file)
         self._samples.clear()
         self._phase = "fetching"
-        tries = 0
-        while self._destination.missing_bytes:
-            before = self._fetched
-            try:
-                await self._fetch_missing()
-            except BttError as error:
-                tries = 1 if self._fetched > before else tries + 1
-                if not error.retryable or tries >= TRIES:
-                    self._blame(error)
-                    raise
-                await asyncio.sleep(pause_s(tries, error))
-        for entry in self.torrent.files:
-            await asyncio.to_thread(self._destination.finish, entry.index)
+        self.work.set_result(work)
+        tasks = [asyncio.create_task(self._fetch(work)), asyncio.create_task(self._finish(work))]
+        try:
+            ended, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+            for task in ended:
+                task.result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
         self._phase = "done"
-        assert self._node is not None or not missing
         self.receipt = TransferReceipt(
             infohash=self.torrent.infohash,
-            path=self._destination.path,
+            path=destination.path,
             total_bytes=self.torrent.total_bytes,
-            fetched_bytes=self._fetched,
+            fetched_bytes=sum(feed.fetched for feed in self._feeds),
             spent=Amount(self._spent),
-            node=self._node or Address(bytes(20)),
+            parts=tuple(part for part in self.parts() if part.fetched_bytes),
         )
 
     def _looked(self, seen: int, _total: int) -> None:
         self._checked = seen
 
-    async def _fetch_missing(self) -> None:
-        session = await self._open_session(self._rate.owed(self._destination.missing_bytes))
-        offered = session.offer.sheet.prices.get(LINE)
-        if offered is None or offered.rate.amount * self._rate.per > self._rate.amount * offered.rate.per:
-            raise PriceChanged(
-                f"The node now asks {offered.rate if offered else 'nothing we know'}, not {self._rate}."
-            )
-        self._node = session.offer.node
-        fetched = self._fetched
-        todo = collections.deque(self._ranges())
-        # One failing stream ends the others; what they had in hand is finished first.
+    async def _finish(self, work: Work) -> None:
+        """Gives each file its name when it is whole; ends with the last one."""
+        for _ in self.torrent.files:
+            await asyncio.to_thread(self.destination.finish, await work.whole.get())
+
+    async def _fetch(self, work: Work) -> None:
+        """Lets nodes fetch until nothing is wanted; for one that drops out another one starts."""
+        most = max(1, -(-sum(work.left.values()) // LEAST_RUNS))
+        waiting = collections.deque(self._sources)
+        count = min(len(waiting), most)
+        running: dict[asyncio.Task[None], Feed] = {}
+        has_room = False
         try:
-            async with asyncio.TaskGroup() as group:
-                for _ in range(STREAMS):
-                    group.create_task(self._stream(session, todo))
-        except* BttError as failed:
-            raise _gravest(failed) from None
-        if todo and self._fetched == fetched:
-            # Another fetch of this client has reserved what the budget still had.
-            missing = self._destination.missing_bytes
-            cost = self._rate.owed(missing)
-            raise BudgetExceeded(
-                f"The budget ends here: {missing} bytes, {Amount(cost)}, are missing.", missing=cost
-            )
+            while not work.plan.is_over:
+                if not running and not waiting and has_room:
+                    # What the others left of their channels, which are closed by now, may do for the rest.
+                    count, has_room = 1, False
+                    waiting.append(
+                        next(f.source for f, e in self._errors.items() if isinstance(e, BudgetExceeded))
+                    )
+                while waiting and len(running) < count:
+                    feed = Feed(work, waiting.popleft(), nodes=count)
+                    self._feeds.append(feed)
+                    running[asyncio.create_task(feed.run())] = feed
+                if not running:
+                    raise self._why()
+                for task in (await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED))[0]:
+                    feed = running.pop(task)
+                    error = task.exception()
+                    if isinstance(error, BttError):
+                        self._errors[feed] = error
+                        self._dropped(feed.source, error)
+                        if isinstance(error, BudgetExceeded) and len(self._sources) > 1:
+                            with contextlib.suppress(BttError):
+                                await feed.source.seller.close_session()
+                            has_room = has_room or feed.fetched > 0
+                    elif error is not None:
+                        raise error
+        finally:
+            for task in running:
+                task.cancel()
+            if running:
+                await asyncio.wait(running)
 
-    def _ranges(self) -> list[tuple[int, range]]:
-        return [
-            (entry.index, range(start, min(start + RUNS_PER_CALL, runs.stop)))
-            for entry in self.torrent.files
-            for runs in self._destination.missing(entry.index)
-            for start in range(runs.start, runs.stop, RUNS_PER_CALL)
+    def _why(self) -> BttError:
+        errors = list(self._errors.values())
+        if len({type(error) for error in errors}) == 1:
+            return errors[-1]
+        rejections = [
+            Rejection(feed.source.seller.name, cause_of(error), error.message)
+            for feed, error in self._errors.items()
         ]
-
-    def _length(self, ranges: Iterable[tuple[int, range]]) -> int:
-        return sum(
-            min(runs.stop * RUN, self.torrent.files[file].length) - runs.start * RUN for file, runs in ranges
-        )
-
-    async def _stream(self, session: PaymentSession, todo: collections.deque[tuple[int, range]]) -> None:
-        fetch: Fetch = session.channel.unary_stream(
-            _FETCH,
-            request_serializer=content_pb2.FetchRequest.SerializeToString,
-            response_deserializer=Run.parse,
-        )
-        segment = Segment(session.offer.digest, LINE)
-        while todo:
-            file, runs = todo.popleft()
-            length = self._length([(file, runs)])
-            room = session.payer.affordable(segment)
-            if room < length:
-                left = self._length(todo) + length
-                with contextlib.suppress(BudgetExceeded, ChannelExpired):
-                    await session.provide(session.payer.tally.rate(segment).owed(left))
-                room = session.payer.affordable(segment)
-            if room < length:
-                fits = range(runs.start, runs.start + room // RUN)
-                if not fits:
-                    todo.appendleft((file, runs))
-                    return  # what other streams have reserved still comes
-                todo.appendleft((file, range(fits.stop, runs.stop)))
-                runs, length = fits, len(fits) * RUN
-            session.payer.reserve(segment, length)
-            reserved = [length]
-            try:
-                await self._call(session, fetch, segment, file, runs, reserved)
-            finally:
-                session.payer.release(segment, reserved[0])
-
-    async def _call(
-        self,
-        session: PaymentSession,
-        fetch: Fetch,
-        segment: Segment,
-        file: int,
-        runs: range,
-        reserved: list[int],
-    ) -> None:
-        loop = asyncio.get_running_loop()
-        expected = iter(runs)
-        room = asyncio.Semaphore(AHEAD)
-        request = content_pb2.FetchRequest(
-            infohash=self.torrent.infohash, file=file, first_run=runs.start, runs=len(runs)
-        )
-
-        async def take(message: Run, verdicts: Verdicts) -> None:
-            storing = loop.run_in_executor(self._threads, self._verify_and_write, file, message)
-            try:
-                size = await asyncio.shield(storing)
-            except asyncio.CancelledError:
-                # Another run's failure cancels this one, but what is written is kept, so it is paid.
-                while not storing.done():
-                    with contextlib.suppress(asyncio.CancelledError):
-                        await asyncio.wait([storing])
-                size = storing.result()
-            finally:
-                room.release()
-            if not size:
-                verdicts.reject(message)
-                raise ContentMismatch(f"Run {message.run} of the content does not verify.")
-            before = session.payer.tally.owed
-            session.payer.release(segment, size)
-            reserved[0] -= size
-            verdicts.accept(message)
-            self._spent += session.payer.tally.owed - before
-            self._done += size
-            self._fetched += size
-
-        with session.verdicts() as verdicts:
-            async with asyncio.TaskGroup() as group:
-                try:
-                    async for message in fetch(request):
-                        if message.run != next(expected, -1):
-                            raise ContentMismatch("The node sent another run than was asked for.")
-                        await room.acquire()
-                        group.create_task(take(message, verdicts))
-                except grpc.aio.AioRpcError as failure:
-                    raise to_error(failure) from failure
-        if next(expected, None) is not None:
-            raise SessionEnded("The node ended the call before all was sent.")
-
-    def _verify_and_write(self, file: int, message: Run) -> int:
-        """Verifies a run and writes it; returns its length, or 0 if it does not verify."""
-        if not self.torrent.verify_run(file, message.run, message.data):
-            return 0
-        self._destination.write_run(file, message.run, message.data)
-        return len(message.data)
-
-
-def _gravest(group: BaseExceptionGroup[BttError]) -> BttError:
-    """Returns the error to act on: one that trying again cannot mend goes first."""
-    found: list[BttError] = []
-    todo: list[BaseException] = [group]
-    while todo:
-        error = todo.pop()
-        if isinstance(error, BaseExceptionGroup):
-            todo += error.exceptions
-        elif isinstance(error, BttError):
-            found.append(error)
-    return min(found, key=lambda error: error.retryable)
+        missing = self.destination.missing_bytes
+        return no_providers(f"No node is left to fetch from, {missing} bytes are missing", rejections)

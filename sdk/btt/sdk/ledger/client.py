@@ -16,9 +16,11 @@ from btt.proto.common.v1.document_pb2 import SignedDocument
 from btt.proto.ledger.v1 import ledger_pb2 as pb
 from btt.sdk.errors import (
     IdentityError,
+    LedgerUnreachable,
 )
 from btt.sdk.keys import Address, PrivateKey
-from btt.sdk.ledger.connection import Connection, explain
+from btt.sdk.ledger.connection import explain
+from btt.sdk.ledger.gathering import Gathering
 from btt.sdk.ledger.receipt import SignedReceipt
 from btt.sdk.signing import (
     ChannelClose,
@@ -34,7 +36,7 @@ _TRANSFER_MS: Final = 3_600_000
 _WATCH_MS: Final = 1_800_000
 
 
-class LedgerClient(Connection):
+class LedgerClient(Gathering):
     """A connection to one ledger; make it with `LedgerClient.connect`."""
 
     async def account(self, key: PrivateKey) -> pb.AccountState:
@@ -124,7 +126,7 @@ class LedgerClient(Connection):
             )
             signed = self._signed(key, message)
             response = await self._call(self._stub.Transfer, pb.TransferRequest(transfer=signed))
-            return await self._accepted(response.receipt, message.digest(self.ledger_id))
+            return await self._acknowledged(pb.ENTRY_KIND_TRANSFER, message, _proof(signed), response.receipt)
 
         if valid_until_ms is not None:
             return await move(valid_until_ms)
@@ -145,11 +147,11 @@ class LedgerClient(Connection):
             InsufficientFunds, AccountUnknown, TermsRefused, ChannelExpired: The ledger refuses it.
             SignatureInvalid: The refund is not signed by K2.
         """
-        request = pb.OpenChannelRequest(
-            commit=self._signed(payer_key, commit), refund_signature=refund_signature
-        )
+        signed = self._signed(payer_key, commit)
+        request = pb.OpenChannelRequest(commit=signed, refund_signature=refund_signature)
         response = await self._call(self._stub.OpenChannel, request)
-        return await self._accepted(response.receipt, commit.digest(self.ledger_id))
+        proof = _proof(signed) + refund_signature
+        return await self._acknowledged(pb.ENTRY_KIND_OPEN_CHANNEL, commit, proof, response.receipt)
 
     async def close_channel(
         self,
@@ -171,11 +173,13 @@ class LedgerClient(Connection):
         Raises:
             ChannelUnknown, ChannelClosed, UpdateInvalid: The ledger refuses it.
         """
+        signed = self._signed(k2, close)
         request = pb.CloseChannelRequest(
-            close=self._signed(k2, close), cumulative=update_cumulative, update_signature=update_signature
+            close=signed, cumulative=update_cumulative, update_signature=update_signature
         )
         response = await self._call(self._stub.CloseChannel, request)
-        return await self._accepted(response.receipt, close.digest(self.ledger_id))
+        proof = _proof(signed) + update_cumulative.to_bytes(8, "big") + update_signature
+        return await self._acknowledged(pb.ENTRY_KIND_CLOSE_CHANNEL, close, proof, response.receipt)
 
     async def top_up(
         self,
@@ -206,7 +210,7 @@ class LedgerClient(Connection):
             message = TopUp(channel=channel_id, amount=amount, request_id=name, valid_until_ms=until_ms)
             signed = self._signed(payer_key, message)
             response = await self._call(self._stub.TopUpChannel, pb.TopUpChannelRequest(top_up=signed))
-            return await self._accepted(response.receipt, message.digest(self.ledger_id))
+            return await self._acknowledged(pb.ENTRY_KIND_TOP_UP, message, _proof(signed), response.receipt)
 
         if valid_until_ms is not None:
             return await add(valid_until_ms)
@@ -255,7 +259,9 @@ class LedgerClient(Connection):
             message = CloseRequest(channel=channel_id, request_id=name, valid_until_ms=until_ms)
             signed = self._signed(payer_key, message)
             response = await self._call(self._stub.RequestClose, pb.RequestCloseRequest(request=signed))
-            return await self._accepted(response.receipt, message.digest(self.ledger_id))
+            return await self._acknowledged(
+                pb.ENTRY_KIND_REQUEST_CLOSE, message, _proof(signed), response.receipt
+            )
 
         if valid_until_ms is not None:
             return await ask(valid_until_ms)
@@ -273,8 +279,8 @@ class LedgerClient(Connection):
         """
         request = pb.FinalizeChannelRequest(channel_id=channel_id)
         response = await self._call(self._stub.FinalizeChannel, request)
-        digest = ChannelFinalize(channel=channel_id).digest(self.ledger_id)
-        return await self._accepted(response.receipt, digest)
+        message = ChannelFinalize(channel=channel_id)
+        return await self._acknowledged(pb.ENTRY_KIND_FINALIZE, message, b"", response.receipt)
 
     async def watch(
         self, key: PrivateKey, *, channel_id: bytes | None = None, after_seq: int = 0
@@ -291,15 +297,19 @@ class LedgerClient(Connection):
             Events in order; a page without events says that the ledger is alive.
 
         Raises:
-            LedgerUnreachable: The connection broke; go on with the last `seen_seq`.
+            LedgerUnreachable: The connection broke; go on with the last `seen_seq`, or from the
+                beginning when `recovered` is another than before.
         """
         subject = bytes(12) + key.address.data if channel_id is None else channel_id
+        recovered = self.recovered
         while True:
             signed, digest = self._query(key, subject, self.now_ms(), valid_ms=_WATCH_MS)
             stream = self._stub.Watch(pb.WatchRequest(query=signed, after_seq=after_seq))
             try:
                 async for response in stream:
                     page = await self._opened(response.events, "LedgerEvents", pb.LedgerEvents())
+                    if self.recovered != recovered:
+                        raise LedgerUnreachable("The ledger was recovered; its journal is another one.")
                     if page.query_digest != digest or page.seen_seq < after_seq:
                         raise IdentityError("The ledger answered another question.")
                     after_seq = page.seen_seq
@@ -337,3 +347,7 @@ class LedgerClient(Connection):
     async def totals(self) -> pb.GetTotalsResponse:
         """Returns the sums of the books."""
         return await self._call(self._stub.GetTotals, pb.GetTotalsRequest())
+
+
+def _proof(signed: pb.SignedBody) -> bytes:
+    return signed.public_key + signed.signature

@@ -10,11 +10,12 @@ service but not invent it.
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import Final, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Final, Protocol, Self, TypeVar
 
 import grpc
 import grpc.aio
@@ -31,10 +32,12 @@ from btt.sdk.errors import (
     RateLimited,
     RequestExpired,
     SignatureInvalid,
+    StorageError,
     TransportError,
 )
 from btt.sdk.keys import PrivateKey, PublicKey
 from btt.sdk.ledger.address import LedgerAddress, tls_name
+from btt.sdk.ledger.evidence import Evidence
 from btt.sdk.ledger.receipt import SignedReceipt
 from btt.sdk.ledger.rotation import OperatorKey, follow, signer_of
 from btt.sdk.rpc import to_error
@@ -47,11 +50,15 @@ from btt.sdk.signing import (
 )
 from btt.sdk.tls import certificate_sha256, pinned_channel, read_certificate
 
+if TYPE_CHECKING:
+    from btt.sdk.ledger.keeping import EvidenceStore
+
 TRIES: Final = 3
 """How often a call is made when the ledger does not answer; every call may be repeated."""
 _PAUSES: Final = (0.1, 0.5)
 _QUERY_MS: Final = 60_000
 
+_log = logging.getLogger(__name__)
 _State = TypeVar("_State", pb.AccountState, pb.ChannelState, pb.LedgerEvents)
 _Answer = TypeVar("_Answer")
 _Request = TypeVar("_Request", contravariant=True)
@@ -68,23 +75,33 @@ class Connection:
     """A checked connection to one ledger."""
 
     def __init__(
-        self, address: LedgerAddress, channel: grpc.aio.Channel, certificate: bytes, timeout: float
+        self,
+        address: LedgerAddress,
+        channel: grpc.aio.Channel,
+        certificate: bytes,
+        timeout: float,
+        keeper: EvidenceStore | None = None,
     ) -> None:
         self.address = address
         self._stub = LedgerServiceStub(channel)
         self._certificate = certificate_sha256(certificate)
         self._timeout = timeout
         self._keys: tuple[OperatorKey, ...] = ()
+        self._header = pb.EvidenceHeader(ledger_id=address.ledger_id)
+        self._keeper = keeper
         self._clock_offset_ms = 0
 
     @classmethod
     @asynccontextmanager
-    async def connect(cls, address: LedgerAddress, *, timeout: float = 5.0) -> AsyncIterator[Self]:
+    async def connect(
+        cls, address: LedgerAddress, *, timeout: float = 5.0, keeper: EvidenceStore | None = None
+    ) -> AsyncIterator[Self]:
         """Connects to a ledger and checks who it is.
 
         Args:
             address: From one's own configuration.
             timeout: Seconds for one try of a call.
+            keeper: Keeps what the ledger acknowledges, with its receipts.
 
         Raises:
             LedgerUnreachable: Nobody answers there.
@@ -99,7 +116,7 @@ class Connection:
         except TransportError as error:
             raise LedgerUnreachable(f"The ledger {address} could not be reached: {error.message}") from error
         async with channel:
-            client = cls(address, channel, certificate, timeout)
+            client = cls(address, channel, certificate, timeout, keeper)
             await client.info()
             yield client
 
@@ -117,6 +134,11 @@ class Connection:
     def operator_keys(self) -> tuple[OperatorKey, ...]:
         """All keys of the operator, from the one in the ledger's address to the current one."""
         return self._keys
+
+    @property
+    def recovered(self) -> int:
+        """Epoch of the last recovery, 0 before the first: places in the journal of before mean nothing."""
+        return max((known.epoch for known in self._keys if known.resumed_after is not None), default=0)
 
     def now_ms(self) -> int:
         """Returns about what the ledger's time is, Unix milliseconds; this machine's clock may be wrong."""
@@ -146,6 +168,9 @@ class Connection:
         if [known.key for known in self._keys] != [new.key for new in keys[: len(self._keys)]]:
             raise IdentityError("The ledger's operator key went back to an older one.")
         self._keys = keys
+        self._header = pb.EvidenceHeader(
+            ledger_id=info.ledger_id, operator_key=info.operator_key, rotations=info.rotations
+        )
         self._clock_offset_ms = info.time_ms - _wall_ms()
         return info
 
@@ -215,6 +240,21 @@ class Connection:
 
     async def _accepted(self, answer: pb.LedgerReceipt, digest: bytes) -> SignedReceipt:
         return await self._refreshed(lambda: self._receipt(answer, digest))
+
+    async def _acknowledged(
+        self, kind: pb.EntryKind.ValueType, message: Message, proof: bytes, answer: pb.LedgerReceipt
+    ) -> SignedReceipt:
+        """Verifies the receipt of a request of ours, and keeps both."""
+        receipt = await self._accepted(answer, message.digest(self.ledger_id))
+        if self._keeper is not None:
+            kept = [Evidence(int(kind), message.encode(), proof, receipt)]
+            try:
+                await asyncio.to_thread(self._keeper.keep, self._header, kept)
+            except StorageError as error:
+                # The ledger has done it: to call it a failure would make somebody pay twice. `gather`
+                # fetches it again.
+                _log.warning("%s", error.message)
+        return receipt
 
     def _receipt(self, answer: pb.LedgerReceipt, digest: bytes) -> SignedReceipt:
         try:

@@ -1,216 +1,144 @@
-"""Client interceptors: attach the session to metered calls and count what arrives.
+"""Client interceptors: attach the session to metered calls, and count what they send and take.
 
 grpc.aio registers one interceptor class for the first kind of call it matches, so each
-kind has a class of its own. Units are counted on arrival, before the message is handed
-over, because code behind a `yield` does not run when the reader breaks off.
+kind has a class of its own.
 """
 
 from __future__ import annotations
 
 import asyncio
-import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextvars import ContextVar, Token
-from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import grpc
 import grpc.aio
 
 from btt.sdk.channel import Segment
-from btt.sdk.errors import BttError, ConfigError, CountsDiffer
-from btt.sdk.payment.charges import MethodCharge, method_charge
+from btt.sdk.errors import BttError, ConnectError, DeadlineExceeded
+from btt.sdk.payment.charges import MethodCharge
+from btt.sdk.payment.metered import ACKNOWLEDGED_KEY, MeteredCall
+from btt.sdk.payment.options import method_charge
+from btt.sdk.payment.verdicts import Verdicts
 from btt.sdk.rpc import to_error
 
 if TYPE_CHECKING:
     from btt.sdk.payment.session import PaymentSession
 
+__all__ = [
+    "ACKNOWLEDGED_KEY",
+    "CALL_KEY",
+    "PROOF_KEY",
+    "TOKEN_KEY",
+    "PayStreamStream",
+    "PayStreamUnary",
+    "PayUnaryStream",
+    "PayUnaryUnary",
+    "Verdicts",
+    "end_on_break",
+]
+
 TOKEN_KEY = "btt-session-bin"  # noqa: S105 - a header's name
 CALL_KEY = "btt-call-bin"
 PROOF_KEY = "btt-proof-bin"
+_CANCELLED_HERE = "Locally cancelled by application!"  # gRPC's words
 
-Units = list[tuple[Segment, int]]
-
-_VERDICTS: ContextVar[Verdicts | None] = ContextVar("btt_verdicts", default=None)
-
-
-class Verdicts:
-    """Says which messages of the calls made inside its `with` block are accepted.
-
-    Methods that are paid on verification must be called inside one. A message that was
-    not accepted when the block ends is rejected, and never paid; calls that still run
-    are cancelled.
-
-        with session.verdicts() as verdicts:
-            async for message in stub.Fetch(request):
-                if good(message):
-                    verdicts.accept(message)
-    """
-
-    def __init__(self) -> None:
-        self._waiting: dict[int, tuple[Any, MeteredCall, Units]] = {}
-        self._calls: list[MeteredCall] = []
-        self._token: Token[Verdicts | None] | None = None
-
-    def __enter__(self) -> Verdicts:
-        self._token = _VERDICTS.set(self)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._token is not None:
-            _VERDICTS.reset(self._token)
-        self._waiting.clear()
-        for call in self._calls:
-            call.decide()
-
-    def accept(self, message: Any) -> None:
-        """Accepts a message: its units become payable.
-
-        Raises:
-            ValueError: The message came from no call of this block, or was decided before.
-        """
-        call, units = self._take(message)
-        call.accepted(units)
-
-    def reject(self, message: Any) -> None:
-        """Rejects a message: it is not paid.
-
-        Raises:
-            ValueError: The message came from no call of this block, or was decided before.
-        """
-        self._take(message)
-
-    def _take(self, message: Any) -> tuple[MeteredCall, Units]:
-        kept = self._waiting.pop(id(message), None)
-        if kept is None or kept[0] is not message:
-            raise ValueError("this message waits for no verdict here")
-        return kept[1], kept[2]
-
-    def expect(self, message: Any, call: MeteredCall, units: Units) -> None:
-        """Keeps a message until it is decided; called by the interceptors."""
-        self._waiting[id(message)] = (message, call, units)
-
-    def watch(self, call: MeteredCall) -> None:
-        """Ties a call to this block; called by the interceptors."""
-        self._calls.append(call)
+Details = grpc.aio.ClientCallDetails
+Continuation = Callable[[Details, Any], Awaitable[Any]]
 
 
-class MeteredCall:
-    """One metered call, from its first message to its report."""
-
-    def __init__(self, session: PaymentSession, charge: MethodCharge, request: Any) -> None:
-        verdicts = _VERDICTS.get()
-        if charge.verified and verdicts is None:
-            raise ConfigError(
-                f"{charge.path} is paid on verification.", hint="Call it inside `with session.verdicts()`."
-            )
-        self.call_id = secrets.token_bytes(16)
-        self._session = session
-        self._charge = charge
-        self._verdicts = verdicts if charge.verified else None
-        self._caps = [(f, f.cap(request)) for f in charge.fields if f.cap is not None]
-        self._sums = [0] * len(self._caps)
-        self._rpc: grpc.aio.Call | None = None
-        self._finished = False
-        self._decided = self._verdicts is None
-        self._reported = False
-        session.begin_call(self)
-        if self._verdicts is not None:
-            self._verdicts.watch(self)
-
-    def attach(self, rpc: grpc.aio.Call) -> None:
-        """Follows the call under way to its end, however that comes."""
-        self._rpc = rpc
-
-        def ended(_: object) -> None:
-            # At its natural end the reader has yet to take what arrived.
-            if rpc.cancelled():
-                self.finish()
-
-        rpc.add_done_callback(ended)
-
-    def cancel(self) -> None:
-        """Ends the call."""
-        if self._rpc is not None:
-            self._rpc.cancel()
-        self.finish()
-
-    def arrived(self, message: Any) -> None:
-        """Counts a message on arrival.
-
-        Raises:
-            CountsDiffer: It bills more than the request allowed; the session ends.
-        """
-        for index, (field, cap) in enumerate(self._caps):
-            self._sums[index] += field.count(message)
-            if self._sums[index] > cap:
-                error = CountsDiffer(f"The node bills {self._sums[index]} units; the request allowed {cap}.")
-                self._session.fail(error)
-                raise error
-        units = self._units(message)
-        if sum(n for _, n in units) > self._charge.largest_message:
-            error = CountsDiffer("The node sent a message with more units than its service allows.")
-            self._session.fail(error)
-            raise error
-        for segment, count in units:
-            self._session.payer.received(self.call_id, segment, count)
-        if self._verdicts is None:
-            self.accepted(units)
-        elif not self._decided:
-            self._verdicts.expect(message, self, units)
-
-    def accepted(self, units: Units) -> None:
-        """Counts the units of a message as payable."""
-        for segment, count in units:
-            self._session.payer.accepted(self.call_id, segment, count)
-        self._session.nudge()
-
-    def _units(self, message: Any) -> Units:
-        digest = self._session.offer.digest
-        return [(Segment(digest, line), count) for line, count in self._charge.units(message)]
-
-    def finish(self) -> None:
-        """The call has ended on the wire."""
-        self._finished = True
-        self._report()
-
-    def decide(self) -> None:
-        """No more verdicts will come."""
-        self._decided = True
-        if not self._finished:
-            self.cancel()
-        self._report()
-
-    def _report(self) -> None:
-        if self._finished and self._decided and not self._reported:
-            self._reported = True
-            self._session.report_call(self)
-
-
-def _with_session(
-    details: grpc.aio.ClientCallDetails, session: PaymentSession, call: MeteredCall
-) -> grpc.aio.ClientCallDetails:
+def _with_session(details: Details, session: PaymentSession, call: MeteredCall) -> Details:
     metadata = grpc.aio.Metadata(*(details.metadata or ()))
     metadata.add(TOKEN_KEY, session.token)
     metadata.add(CALL_KEY, call.call_id)
     metadata.add(PROOF_KEY, session.proof(call.call_id))
-    return grpc.aio.ClientCallDetails(
-        details.method, details.timeout, metadata, details.credentials, details.wait_for_ready
-    )
+    return Details(details.method, details.timeout, metadata, details.credentials, details.wait_for_ready)
 
 
-def _charge(details: grpc.aio.ClientCallDetails) -> MethodCharge:
+def _charge(details: Details) -> MethodCharge:
     method = details.method
     return method_charge(method.decode() if isinstance(method, bytes) else method)
 
 
-def _explain_cancel(session: PaymentSession) -> None:
-    """Raises what ended the session, which cancels its calls; a cancelled caller stays cancelled."""
+async def _start(
+    session: PaymentSession,
+    charge: MethodCharge,
+    continuation: Continuation,
+    details: Details,
+    request: Any,
+) -> tuple[MeteredCall, Any]:
+    """Begins one metered call; `request` is one, or what gives many."""
+    await session.capacity.ready()
+    if charge.requests and not charge.streams_requests:
+        asked = [*charge.units_asked(request), *charge.fee]
+        digest = session.offer.digest
+        await session.capacity.cover([(Segment(digest, line), units) for line, units in asked])
+    call = MeteredCall(session, charge, None if charge.streams_requests else request)
+    try:
+        sent = call.outgoing(request) if charge.streams_requests else request
+        rpc = await continuation(_with_session(details, session, call), sent)
+    except BaseException:
+        call.finish()
+        raise
+    call.attach(rpc, details.timeout)
+    return call, rpc
+
+
+def _fail(session: PaymentSession, call: MeteredCall, failure: grpc.aio.AioRpcError) -> NoReturn:
+    """Raises what a call that failed at the node means."""
+    call.learned(failure.trailing_metadata())
+    error = session.error or to_error(failure)
+    if isinstance(error, ConnectError) and call.is_late:
+        # gRPC takes a request that it was sending at the deadline for a broken connection.
+        error = DeadlineExceeded("The call took longer than its deadline.")
+    raise error from failure
+
+
+async def _explain_cancel(session: PaymentSession, rpc: Any, call: MeteredCall) -> None:
+    """Raises what cancelled the call: its own request, the session's end, or the node.
+
+    A cancelled caller stays cancelled, and so does whoever cancelled the call itself.
+    """
     task = asyncio.current_task()
-    if session.error is not None and not (task and task.cancelling()):
-        raise session.error from None
+    if task is None or task.cancelling():
+        return
+    if (reason := session.error or call.failure) is not None:
+        raise reason from None
+    if rpc.cancelled() and await rpc.details() != _CANCELLED_HERE:
+        # gRPC ends a call at its deadline on both sides; the node's word may come first.
+        raise DeadlineExceeded("The node ended the call before it was done.") from None
+
+
+async def _responses(session: PaymentSession, rpc: Any, call: MeteredCall) -> AsyncIterator[Any]:
+    try:
+        async for message in rpc:
+            call.arrived(message)
+            yield message
+        await call.completed(rpc)
+    except grpc.aio.AioRpcError as failure:
+        _fail(session, call, failure)
+    except BttError:
+        call.cancel()
+        raise
+    except asyncio.CancelledError:
+        await _explain_cancel(session, rpc, call)
+        raise
+    finally:
+        call.finish()
+
+
+async def _response(session: PaymentSession, rpc: Any, call: MeteredCall) -> Any:
+    try:
+        response = await rpc
+        call.arrived(response)
+        await call.completed(rpc)
+    except grpc.aio.AioRpcError as failure:
+        _fail(session, call, failure)
+    except asyncio.CancelledError:
+        await _explain_cancel(session, rpc, call)
+        raise
+    finally:
+        call.finish()
+    return response
 
 
 class PayUnaryStream(grpc.aio.UnaryStreamClientInterceptor):
@@ -220,40 +148,14 @@ class PayUnaryStream(grpc.aio.UnaryStreamClientInterceptor):
         self._session = session
 
     async def intercept_unary_stream(
-        self,
-        continuation: Callable[[grpc.aio.ClientCallDetails, Any], Awaitable[Any]],
-        client_call_details: grpc.aio.ClientCallDetails,
-        request: Any,
+        self, continuation: Continuation, client_call_details: Details, request: Any
     ) -> Any:
         """Attaches the session, and counts each response on arrival."""
         charge = _charge(client_call_details)
         if charge.free:
             return await continuation(client_call_details, request)
-        await self._session.capacity.ready()
-        call = MeteredCall(self._session, charge, request)
-        try:
-            rpc = await continuation(_with_session(client_call_details, self._session, call), request)
-        except BaseException:
-            call.finish()
-            raise
-        call.attach(rpc)
-        return self._responses(rpc, call)
-
-    async def _responses(self, rpc: Any, call: MeteredCall) -> AsyncIterator[Any]:
-        try:
-            async for message in rpc:
-                call.arrived(message)
-                yield message
-        except grpc.aio.AioRpcError as failure:
-            raise (self._session.error or to_error(failure)) from failure
-        except BttError:
-            call.cancel()
-            raise
-        except asyncio.CancelledError:
-            _explain_cancel(self._session)
-            raise
-        finally:
-            call.finish()
+        call, rpc = await _start(self._session, charge, continuation, client_call_details, request)
+        return _responses(self._session, rpc, call)
 
 
 class PayUnaryUnary(grpc.aio.UnaryUnaryClientInterceptor):
@@ -263,30 +165,64 @@ class PayUnaryUnary(grpc.aio.UnaryUnaryClientInterceptor):
         self._session = session
 
     async def intercept_unary_unary(
-        self,
-        continuation: Callable[[grpc.aio.ClientCallDetails, Any], Awaitable[Any]],
-        client_call_details: grpc.aio.ClientCallDetails,
-        request: Any,
+        self, continuation: Continuation, client_call_details: Details, request: Any
     ) -> Any:
         """Attaches the session, and counts the response on arrival."""
         charge = _charge(client_call_details)
         if charge.free:
             return await continuation(client_call_details, request)
-        await self._session.capacity.ready()
-        call = MeteredCall(self._session, charge, request)
-        try:
-            rpc = await continuation(_with_session(client_call_details, self._session, call), request)
-            call.attach(rpc)
-            response = await rpc
-            call.arrived(response)
-        except grpc.aio.AioRpcError as failure:
-            raise (self._session.error or to_error(failure)) from failure
-        except asyncio.CancelledError:
-            _explain_cancel(self._session)
-            raise
-        finally:
-            call.finish()
-        return response
+        call, rpc = await _start(self._session, charge, continuation, client_call_details, request)
+        return await _response(self._session, rpc, call)
+
+
+class PayStreamUnary(grpc.aio.StreamUnaryClientInterceptor):
+    """Pays for calls with many requests and one response."""
+
+    def __init__(self, session: PaymentSession) -> None:
+        self._session = session
+
+    async def intercept_stream_unary(
+        self, continuation: Continuation, client_call_details: Details, request_iterator: Any
+    ) -> Any:
+        """Attaches the session, and counts each request as it is acknowledged."""
+        charge = _charge(client_call_details)
+        if charge.free:
+            return await continuation(client_call_details, request_iterator)
+        call, rpc = await _start(self._session, charge, continuation, client_call_details, request_iterator)
+        # `write` waits for this interceptor to return, and the response for what is written.
+        return _Answered(rpc, asyncio.ensure_future(_response(self._session, rpc, call)))
+
+
+class PayStreamStream(grpc.aio.StreamStreamClientInterceptor):
+    """Pays for calls with many requests and many responses."""
+
+    def __init__(self, session: PaymentSession) -> None:
+        self._session = session
+
+    async def intercept_stream_stream(
+        self, continuation: Continuation, client_call_details: Details, request_iterator: Any
+    ) -> Any:
+        """Attaches the session, and counts both ways."""
+        charge = _charge(client_call_details)
+        if charge.free:
+            return await continuation(client_call_details, request_iterator)
+        call, rpc = await _start(self._session, charge, continuation, client_call_details, request_iterator)
+        return _responses(self._session, rpc, call)
+
+
+class _Answered:
+    """A call whose response has passed the meter, whether or not somebody waits for it."""
+
+    def __init__(self, call: Any, response: asyncio.Future[Any]) -> None:
+        self._call = call
+        self._response = response
+        response.add_done_callback(lambda done: done.cancelled() or done.exception())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._call, name)
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        return self._response.__await__()
 
 
 def end_on_break(channel: grpc.aio.Channel) -> grpc.aio.Channel:
@@ -295,14 +231,17 @@ def end_on_break(channel: grpc.aio.Channel) -> grpc.aio.Channel:
     An intercepted call of grpc.aio refers to itself, so that it would run on, and hold the
     session's credit, until the garbage collector comes by.
     """
-    make = channel.unary_stream
+    channel.unary_stream = _ending(channel.unary_stream)  # type: ignore[method-assign]
+    channel.stream_stream = _ending(channel.stream_stream)  # type: ignore[method-assign]
+    return channel
 
-    def unary_stream(*args: Any, **options: Any) -> Any:
+
+def _ending(make: Any) -> Any:
+    def multi_callable(*args: Any, **options: Any) -> Any:
         call = make(*args, **options)
         return lambda *a, **o: _Stream(call(*a, **o))
 
-    channel.unary_stream = unary_stream  # type: ignore[method-assign]
-    return channel
+    return multi_callable
 
 
 class _Stream:

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 from typing import TYPE_CHECKING
 
+from btt.sdk.channel import Units
 from btt.sdk.errors import BudgetExceeded, ChannelClosed, ChannelClosing, ChannelExpired, SessionEnded
 from btt.sdk.payment.opening import is_ending
 from btt.sdk.payment.purse import Purse
@@ -98,6 +99,38 @@ class Capacity:
             # Doubling keeps top-ups few. Without one what is left may still do: `begin_call` decides.
             with contextlib.suppress(BudgetExceeded, ChannelExpired):
                 await self.provide(max(unit, payer.deposit), least=unit)
+
+    async def cover(self, units: Units) -> None:
+        """Tops the channel up, if it can, where it holds too little for a request.
+
+        Args:
+            units: Of the request.
+        """
+        payer = self._session.payer
+        cost = sum(payer.tally.cost(segment, count) for segment, count in units)
+        if payer.spare < cost:
+            with contextlib.suppress(BudgetExceeded, ChannelExpired):  # `reserve` decides
+                await self.provide(max(cost, payer.deposit), least=cost)
+
+    def reserve(self, units: Units) -> None:
+        """Sets aside what a request will cost, before it is sent.
+
+        Raises:
+            BudgetExceeded: The channel does not cover it.
+        """
+        done = []
+        try:
+            for segment, count in units:
+                self._session.payer.reserve(segment, count)
+                done.append((segment, count))
+        except BudgetExceeded:
+            self.release(done)
+            raise
+
+    def release(self, units: Units) -> None:
+        """Gives back what was set aside."""
+        for segment, count in units:
+            self._session.payer.release(segment, count)
 
     async def _tell(self, deposit: int) -> None:
         if deposit <= self._known:

@@ -15,8 +15,9 @@ HISTORY_SCHEMA = """
 CREATE TABLE watched(
     ledger_id BLOB NOT NULL,
     account BLOB NOT NULL,
+    recovered INTEGER NOT NULL,
     seen_seq INTEGER NOT NULL,
-    PRIMARY KEY(ledger_id, account)
+    PRIMARY KEY(ledger_id, account, recovered)
 ) STRICT, WITHOUT ROWID;
 CREATE TABLE places(
     node BLOB PRIMARY KEY,
@@ -25,22 +26,30 @@ CREATE TABLE places(
 """
 
 
-def seen_seq(store: PayerStore, ledger_id: bytes, account: Address) -> int:
-    """Returns the last journal entry up to which this wallet has handled what concerns an account."""
+def seen_seq(store: PayerStore, ledger_id: bytes, account: Address, recovered: int) -> int:
+    """Returns the last journal entry up to which this wallet has handled what concerns an account.
+
+    Args:
+        store: The wallet's books.
+        ledger_id: 32 bytes.
+        account: Whose.
+        recovered: Epoch of the ledger's last recovery; the numbers of before name other entries.
+    """
     with store.books() as db:
         row = db.execute(
-            "SELECT seen_seq FROM watched WHERE ledger_id = ? AND account = ?", (ledger_id, account.data)
+            "SELECT seen_seq FROM watched WHERE ledger_id = ? AND account = ? AND recovered = ?",
+            (ledger_id, account.data, recovered),
         ).fetchone()
     return int(row[0]) if row else 0
 
 
-def saw_seq(store: PayerStore, ledger_id: bytes, account: Address, seq: int) -> None:
+def saw_seq(store: PayerStore, ledger_id: bytes, account: Address, recovered: int, seq: int) -> None:
     """Remembers how far what concerns an account is handled; never goes back."""
     with store.books() as db:
         db.execute(
-            "INSERT INTO watched VALUES(?, ?, ?)"
+            "INSERT INTO watched VALUES(?, ?, ?, ?)"
             " ON CONFLICT DO UPDATE SET seen_seq = max(seen_seq, excluded.seen_seq)",
-            (ledger_id, account.data, seq),
+            (ledger_id, account.data, recovered, seq),
         )
 
 

@@ -8,7 +8,7 @@ by the next one.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Final
 
 from btt.proto.ledger.v1 import ledger_pb2 as pb
@@ -29,10 +29,10 @@ class Keeper:
 
     Args:
         purse: Whose.
-        live: Returns the session that pays now, if any.
+        live: Returns the sessions that pay now.
     """
 
-    def __init__(self, purse: Purse, live: Callable[[], PaymentSession | None]) -> None:
+    def __init__(self, purse: Purse, live: Callable[[], Sequence[PaymentSession]]) -> None:
         self._purse = purse
         self._live = live
         self.disputes: list[CaptureDisputed] = []
@@ -71,8 +71,9 @@ class Keeper:
 
     def _watch(self) -> AsyncIterator[pb.LedgerEvents]:
         purse = self._purse
-        seen = seen_seq(purse.store, purse.ledger.ledger_id, purse.account.address)
-        return purse.ledger.watch(purse.account, after_seq=seen)
+        ledger = purse.ledger
+        seen = seen_seq(purse.store, ledger.ledger_id, purse.account.address, ledger.recovered)
+        return ledger.watch(purse.account, after_seq=seen)
 
     async def _handle(self, page: pb.LedgerEvents) -> None:
         for channel_id in {event.channel_id for event in page.events if event.kind in _ENDINGS}:
@@ -90,9 +91,10 @@ class Keeper:
                 self._fail(SessionEnded("The channel was closed on the ledger."), channel_id)
         if page.events:
             purse = self._purse
-            saw_seq(purse.store, purse.ledger.ledger_id, purse.account.address, page.seen_seq)
+            ledger = purse.ledger
+            saw_seq(purse.store, ledger.ledger_id, purse.account.address, ledger.recovered, page.seen_seq)
 
     def _fail(self, error: BttError, channel_id: bytes | None = None) -> None:
-        session = self._live()
-        if session is not None and channel_id in (None, session.payer.channel_id):
-            session.fail(error)
+        for session in self._live():
+            if channel_id in (None, session.payer.channel_id):
+                session.fail(error)

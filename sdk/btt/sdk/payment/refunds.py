@@ -42,12 +42,12 @@ class Wanted:
     Attributes:
         idle: Those that nobody uses, before their lock time.
         keep_ms: Of the idle ones leave those that were left open on purpose less than so long ago.
-        spare: Leave the idle ones of this node: a session with it is about to use them.
+        spare: Leave the idle ones of these nodes: sessions with them are about to use them.
     """
 
     idle: bool
     keep_ms: int = 0
-    spare: Address | None = None
+    spare: frozenset[Address] = frozenset()
 
 
 async def ask_back(purse: Purse, wanted: Wanted) -> tuple[list[ChannelState], list[CaptureDisputed]]:
@@ -114,7 +114,7 @@ def _is_wanted(purse: Purse, stored: StoredChannel, wanted: Wanted) -> bool:
     """Says whether the ledger has to be asked about a channel at all."""
     if stored.state == CLOSING or purse.ledger.now_ms() >= stored.expires_ms:
         return True
-    if not wanted.idle or stored.node == wanted.spare:
+    if not wanted.idle or stored.node in wanted.spare:
         return False
     return not stored.kept_ms or stored.kept_ms + wanted.keep_ms <= purse.clock()
 

@@ -29,17 +29,25 @@ from btt.sdk.errors import (
     SessionEnded,
 )
 from btt.sdk.identity import Offer
-from btt.sdk.payment.calls import MeteredCall, PayUnaryStream, PayUnaryUnary, Verdicts, end_on_break
+from btt.sdk.payment.calls import (
+    PayStreamStream,
+    PayStreamUnary,
+    PayUnaryStream,
+    PayUnaryUnary,
+    end_on_break,
+)
 from btt.sdk.payment.capacity import Capacity
 from btt.sdk.payment.connection import NodeConnection
+from btt.sdk.payment.metered import MeteredCall
 from btt.sdk.payment.opening import OpenedChannel, obtain_channel
 from btt.sdk.payment.outcome import look
 from btt.sdk.payment.purse import Purse
 from btt.sdk.payment.receipt import SessionReceipt, read_receipt
 from btt.sdk.payment.store import CLOSED, CLOSING
+from btt.sdk.payment.verdicts import Verdicts
 from btt.sdk.payment.wire import count_protos, counts_of, read_counts, sign_call, update_proto
 from btt.sdk.rpc import to_error
-from btt.sdk.signing import APP_UNKNOWN, SessionOpen, sign
+from btt.sdk.signing import SessionOpen, sign
 
 OPEN_VALID_MS = 60_000
 STALL_S = 0.5
@@ -78,7 +86,15 @@ class PaymentSession:
             self._control
         )
         self.channel = end_on_break(
-            node.channel(label="data", interceptors=[PayUnaryStream(self), PayUnaryUnary(self)])
+            node.channel(
+                label="data",
+                interceptors=[
+                    PayUnaryUnary(self),
+                    PayUnaryStream(self),
+                    PayStreamUnary(self),
+                    PayStreamStream(self),
+                ],
+            )
         )
 
     # Opening
@@ -138,12 +154,13 @@ class PaymentSession:
 
     async def _start(self) -> None:
         try:
+            app, grant = await self._purse.granted_app(self._key.public, self.offer.ledger_id)
             begin = await self._stub.Begin(payment_pb2.BeginRequest(), timeout=20)
             body = SessionOpen(
                 node=self.offer.node,
                 channel=self.payer.channel_id,
                 offer_digest=self.offer.digest,
-                app=APP_UNKNOWN,
+                app=app,
                 client_nonce=secrets.token_bytes(16),
                 server_nonce=begin.server_nonce,
                 valid_until_ms=self._purse.clock() + OPEN_VALID_MS,
@@ -154,6 +171,7 @@ class PaymentSession:
                     signature=sign(self._key, body, self.offer.ledger_id),
                     best=update_proto(self.payer.last()),
                     accepted=count_protos(self.payer.tally),
+                    app_grant=grant,
                 ),
                 timeout=30,
             )
@@ -262,6 +280,10 @@ class PaymentSession:
         async for message in stream:
             if message.HasField("statement"):
                 self._take_statement(message.statement)
+            elif message.HasField("acknowledgement"):
+                call = self._calls.get(message.acknowledgement.call_id)
+                if call is not None:
+                    call.acknowledged(message.acknowledgement.messages)
             elif message.HasField("settlement"):
                 settlement = message.settlement
                 if settlement.call_id not in self._settling:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
+from typing import Final
 
 from btt.proto.payment.v1 import payment_pb2
 from btt.sdk.channel import Line, Segment, SignedUpdate, Tally
@@ -11,6 +12,8 @@ from btt.sdk.errors import InvalidRequest
 from btt.sdk.keys import PrivateKey
 from btt.sdk.money import Unit
 from btt.sdk.signing import SessionCall, sign
+
+_UNITS: Final = frozenset(int(unit) for unit in Unit)
 
 
 def sign_call(key: PrivateKey, token: bytes, call_id: bytes, ledger_id: bytes) -> bytes:
@@ -58,7 +61,7 @@ def read_counts(protos: Iterable[payment_pb2.Count]) -> dict[Segment, int]:
     """
     counts: dict[Segment, int] = {}
     for proto in protos:
-        if len(proto.offer_digest) != 32 or proto.unit not in (Unit.BYTE, Unit.COUNT) or len(counts) > 4096:
+        if len(proto.offer_digest) != 32 or proto.unit not in _UNITS or len(counts) > 4096:
             raise InvalidRequest("A count is malformed.")
         segment = Segment(proto.offer_digest, Line(proto.service, Unit(proto.unit)))
         if segment in counts or proto.units >= 2**63:

@@ -223,6 +223,23 @@ class KeyRotation(Message):
     next_key: PublicKey
 
 
+@message
+class LedgerRecovery(Message):
+    """Begins `epoch` on an older copy of the books. Signed by the copy's operator key and a new one.
+
+    The epochs before end with entry `ended_seq`, though they had come to `reached_seq` at least: what
+    they acknowledged in between stands only where entries of the new epoch repeat it.
+    """
+
+    TAG: ClassVar[bytes] = tag("LedgerRecovery")
+
+    epoch: U32
+    next_key: PublicKey
+    ended_seq: U64
+    ended_hash: Bytes32
+    reached_seq: U64
+
+
 MESSAGES: Final[tuple[type[Message], ...]] = (
     ChannelCommit,
     ChannelRefund,
@@ -237,5 +254,6 @@ MESSAGES: Final[tuple[type[Message], ...]] = (
     CloseRequest,
     ChannelFinalize,
     KeyRotation,
+    LedgerRecovery,
 )
 """Every message type."""

@@ -1,4 +1,4 @@
-"""A whole BTT network on this machine: a ledger, a node, and money for whoever asks.
+"""A whole BTT network on this machine: a ledger, nodes, and money for whoever asks.
 
 Everything is real and in separate processes: what works here works against a node elsewhere. It
 lives in a temporary folder, on free loopback ports, and ends with the block that uses it.
@@ -6,6 +6,7 @@ lives in a temporary folder, on free loopback ports, and ends with the block tha
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 import tempfile
@@ -54,7 +55,7 @@ class Totals:
 
 
 class Devnet:
-    """A ledger and a node for tests and trials.
+    """A ledger and nodes for tests and trials; nodes are named by their number, from 0.
 
         async with Devnet() as net:
             infohash = await net.publish(path)
@@ -65,13 +66,16 @@ class Devnet:
     the processes end; when the block ends the folder is removed.
 
     Args:
-        content_price: What the node asks for content.
+        content_price: What each node asks for content.
+        nodes: How many.
 
     Raises:
-        ConfigError: The price does not do.
+        ConfigError: The price does not do, or there is no node.
     """
 
-    def __init__(self, *, content_price: str = DEFAULT_PRICE) -> None:
+    def __init__(self, *, content_price: str = DEFAULT_PRICE, nodes: int = 1) -> None:
+        if nodes < 1:
+            raise ConfigError("A devnet has at least one node.")
         try:
             self.content_rate = Rate.parse(content_price)
         except ValueError as error:
@@ -80,7 +84,9 @@ class Devnet:
         self._faucet = PrivateKey.generate()
         self._stack = AsyncExitStack()
         self._folder: Path | None = None
-        self._servers: list[Server] = []
+        self._count = nodes
+        self._ledger: Server | None = None
+        self._nodes: dict[int, Server] = {}
         self._torrents: dict[str, Path] = {}
         self._wallets = 0
 
@@ -91,31 +97,48 @@ class Devnet:
             stack.callback(shutil.rmtree, folder, ignore_errors=True)
             await self._command("ledger", "init", str(folder / "ledger"), "--name", "devnet",
                                 "--supply-to", str(self._faucet.address))  # fmt: skip
-            await self._serve(stack, "ledger", "ledger", "serve", str(folder / "ledger"))
-            await self._command("node", "init", str(self.node_folder), "--ledger", self.ledger_address,
-                                "--listen", "127.0.0.1:0", "--content-price", self._price)  # fmt: skip
-            await self._serve(stack, "node", "node", "start", str(self.node_folder))
+            self._ledger = await self._serve(stack, "ledger", "ledger", "serve", str(folder / "ledger"))
+            try:
+                async with asyncio.TaskGroup() as group:
+                    for number in range(self._count):
+                        group.create_task(self._make_node(stack, number))
+            except BaseExceptionGroup as failed:
+                raise failed.exceptions[0] from None
             self._stack = stack.pop_all()
         return self
+
+    async def _make_node(self, stack: AsyncExitStack, number: int) -> None:
+        folder = self.node_folders[number]
+        await self._command("node", "init", str(folder), "--ledger", self.ledger_address,
+                            "--listen", "127.0.0.1:0", "--content-price", self._price)  # fmt: skip
+        await self._start_node(stack, number)
+        # From now on it comes back where it was.
+        config, port = folder / "node.toml", self._nodes[number].address.rpartition(":")[2]
+        config.write_text(config.read_text("utf-8").replace("127.0.0.1:0", f"127.0.0.1:{port}"), "utf-8")
+
+    async def _start_node(self, stack: AsyncExitStack, number: int) -> None:
+        folder = self.node_folders[number]
+        self._nodes[number] = await self._serve(stack, folder.name, "node", "start", str(folder))
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
             if isinstance(error, BttError):
-                for server in self._servers:
-                    await server.explain(error)
+                for server in [self._ledger, *self._nodes.values()]:
+                    if server is not None:
+                        await server.explain(error)
         finally:
             await self._stack.aclose()
 
     async def _command(self, *arguments: str) -> str:
         return await processes.run(*arguments, log=self.folder / f"{'-'.join(arguments[:2])}.log")
 
-    async def _serve(self, stack: AsyncExitStack, name: str, *arguments: str) -> None:
+    async def _serve(self, stack: AsyncExitStack, name: str, *arguments: str) -> Server:
         server = await Server.start(name, *arguments, log=self.folder / f"{name}.log")
         # Stopped in reverse order: the node settles while the ledger still answers.
         stack.push_async_callback(server.stop)
-        self._servers.append(server)
+        return server
 
     @property
     def folder(self) -> Path:
@@ -129,24 +152,44 @@ class Devnet:
         return self._folder
 
     @property
+    def node_folders(self) -> list[Path]:
+        """The nodes' folders, as for `btt node`."""
+        return [self.folder / f"node-{number + 1}" for number in range(self._count)]
+
+    @property
     def node_folder(self) -> Path:
-        """The node's folder, as for `btt node`."""
-        return self.folder / "node"
+        """The first node's folder."""
+        return self.node_folders[0]
 
     @property
     def ledger_address(self) -> str:
         """`btt-ledger://T...@127.0.0.1:port/...`."""
-        return self._servers[0].address
+        assert self._ledger is not None
+        return self._ledger.address
+
+    @property
+    def node_addresses(self) -> list[str]:
+        """`btt://T...@127.0.0.1:port` of each node."""
+        return [self._nodes[number].address for number in sorted(self._nodes)]
 
     @property
     def node_address(self) -> str:
-        """`btt://T...@127.0.0.1:port`."""
-        return self._servers[1].address
+        """Address of the first node."""
+        return self.node_addresses[0]
 
     @property
     def pids(self) -> list[int]:
-        """Process ids of the ledger and the node."""
-        return [server.pid for server in self._servers]
+        """Process ids of the ledger and the nodes."""
+        assert self._ledger is not None
+        return [self._ledger.pid, *(self._nodes[number].pid for number in sorted(self._nodes))]
+
+    async def kill_node(self, node: int) -> None:
+        """Kills a node as a power cut would."""
+        await self._nodes[node].kill()
+
+    async def start_node(self, node: int) -> None:
+        """Starts a node that was killed, at the address it had."""
+        await self._start_node(self._stack, node)
 
     async def fund(self, address: Address | str, amount: Amount | str) -> None:
         """Gives an account money.
@@ -177,7 +220,7 @@ class Devnet:
         return made
 
     async def client(self, budget: Budget | str, *, wallet: Wallet | None = None) -> Client:
-        """Makes a client of the node, with a funded wallet of its own; use it with `async with`.
+        """Makes a client of all nodes, with a funded wallet of its own; use it with `async with`.
 
         Args:
             budget: What it may spend.
@@ -188,27 +231,55 @@ class Devnet:
         granted = Budget(budget) if isinstance(budget, str) else budget
         if wallet is None:
             wallet = await self.wallet(Amount(max(_PURSE, granted.amount)))
-        return Client.connect(self.node_address, ledger=self.ledger_address, wallet=wallet, budget=granted)
+        return Client.connect(self.node_addresses, ledger=self.ledger_address, wallet=wallet, budget=granted)
 
-    async def publish(self, path: Path) -> str:
-        """Publishes a file or folder at the node and returns its infohash in hex.
+    async def publish(self, path: Path, *, node: int = 0) -> str:
+        """Publishes a file or folder at a node and returns its infohash in hex.
 
         Raises:
             InternalError: It cannot be published; the text says why.
         """
-        output = await self._command("content", "publish", str(path), "--node", str(self.node_folder),
+        output = await self._command("content", "publish", str(path), "--node", str(self.node_folders[node]),
                                      "--stdin-lifeline", "--json")  # fmt: skip
         found = json.loads(output)
         self._torrents[found["infohash"]] = Path(found["torrent"])
         return str(found["infohash"])
 
+    async def add(self, infohash: str, *, node: int, source: int = 0, budget: str = "100 BTT") -> Amount:
+        """Lets a node buy content from another one, with money of its own, and sell it.
+
+        Args:
+            infohash: Hex.
+            node: Who buys.
+            source: Who sells.
+            budget: The most it may cost.
+
+        Returns:
+            What it paid.
+
+        Raises:
+            InternalError: It cannot be bought; the text says why.
+        """
+        from btt.sdk.wallet import Keystore
+
+        folder = self.node_folders[node] / "wallet"
+        if not folder.exists():
+            folder.mkdir(mode=0o700)
+            keystore = await asyncio.to_thread(Keystore.create, folder / "wallet.json", "")
+            await self.fund(keystore.key().public.address, _PURSE)
+        output = await self._command("content", "add", infohash, "--node", str(self.node_folders[node]),
+                                     "--from", self.node_addresses[source], "--ledger", self.ledger_address,
+                                     "--wallet", str(folder), "--budget", budget, "--stdin-lifeline",
+                                     "--json")  # fmt: skip
+        return Amount(int(json.loads(output)["paid"]))
+
     def torrent(self, infohash: str) -> Path:
         """Returns the torrent file of what was published."""
         return self._torrents[infohash]
 
-    async def node_status(self) -> dict[str, Any]:
+    async def node_status(self, node: int = 0) -> dict[str, Any]:
         """Returns what `btt node status --json` says."""
-        found = json.loads(await self._command("node", "status", str(self.node_folder), "--json"))
+        found = json.loads(await self._command("node", "status", str(self.node_folders[node]), "--json"))
         assert isinstance(found, dict)
         return found
 

@@ -149,6 +149,10 @@ class Server:
                 + _tail(self._log)
             )
 
+    async def kill(self) -> None:
+        """Kills it at once, as a power cut would."""
+        await _end(self._process)
+
     async def stop(self) -> None:
         """Asks it to stop, waits, and kills it when that takes too long or we are cancelled."""
         try:

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from btt.sdk.cli.options import AsJson
+
 if TYPE_CHECKING:
     from btt.services.content.catalogue import Catalogue
     from btt.services.content.publish import Published
+
+NodeFolder = Annotated[
+    Path | None, typer.Option(envvar="BTT_NODE_DIR", help="Folder of the node.", show_default="your own")
+]
 
 app = typer.Typer()
 
@@ -18,32 +26,22 @@ app = typer.Typer()
 @app.command()
 def publish(
     path: Annotated[Path, typer.Argument(help="File or folder; it stays where it is.")],
-    node: Annotated[
-        Path | None, typer.Option(envvar="BTT_NODE_DIR", help="Folder of the node.", show_default="your own")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    node: NodeFolder = None,
+    as_json: AsJson = False,
     stdin_lifeline: Annotated[bool, typer.Option(hidden=True)] = False,
 ) -> None:
     """Publish a file or folder at a node; prints the infohash that fetches it."""
     from btt.sdk.cli import render
     from btt.sdk.content.magnet import magnet_link
-    from btt.sdk.errors import ConfigError
-    from btt.services.content.catalogue import Catalogue
     from btt.services.content.publish import publish as enter
 
     if stdin_lifeline:
         from btt.sdk.lifeline import follow_stdin
 
         follow_stdin()
-    folder = _own_node() if node is None else node
-    if not (folder / "node.toml").exists():
-        raise ConfigError(f"There is no node in {folder}.", hint="Make one with `btt node init`.")
-    catalogue = Catalogue(folder / "content")
-    try:
+    with open_catalogue(node) as catalogue:
         watched = not as_json and render.is_terminal()
         made = _with_bar(path, catalogue) if watched else enter(path, catalogue)
-    finally:
-        catalogue.close()
     magnet = magnet_link(made.infohash, infohash_v1=made.infohash_v1, name=made.name)
     if as_json:
         found = {
@@ -61,10 +59,29 @@ def publish(
     typer.echo(f"Magnet    {magnet}")
 
 
-def _own_node() -> Path:
+@contextmanager
+def open_catalogue(node: Path | None) -> Iterator[Catalogue]:
+    """Opens the catalogue of a node, also while the node runs.
+
+    Args:
+        node: The node's folder; this user's own if not given.
+
+    Raises:
+        ConfigError: There is no node.
+    """
     from platformdirs import user_data_path
 
-    return user_data_path("btt") / "node"
+    from btt.sdk.errors import ConfigError
+    from btt.services.content.catalogue import Catalogue
+
+    folder = user_data_path("btt") / "node" if node is None else node
+    if not (folder / "node.toml").exists():
+        raise ConfigError(f"There is no node in {folder}.", hint="Make one with `btt node init`.")
+    catalogue = Catalogue(folder / "content")
+    try:
+        yield catalogue
+    finally:
+        catalogue.close()
 
 
 def _with_bar(path: Path, catalogue: Catalogue) -> Published:

@@ -24,14 +24,16 @@ from typing import IO, Final, Self
 
 from btt.sdk.errors import BttError, InvalidRequest, InvariantBroken
 from btt.sdk.keys import PublicKey
+from btt.sdk.ledger.rotation import read_hand_over
 from btt.sdk.money import SUPPLY
-from btt.sdk.signing import KeyRotation, document_digest, verify
+from btt.sdk.signing import LedgerRecovery, document_digest, verify
 from btt.services.ledger import books, genesis, journal, rows, rules
 from btt.services.ledger.books import Account, Effect, Request, Terms
 from btt.services.ledger.journal import NO_HASH, Entry, EntryRef, Head, Kind
 from btt.services.ledger.machine import Channel, Phase
 from btt.services.ledger.proving import ProvenVerifier, Provers
-from btt.services.ledger.verify import OpenOperation, Operation
+from btt.services.ledger.replay import operation_of
+from btt.services.ledger.verify import OpenOperation
 
 _ANY: Final = Terms(
     min_challenge_ms=0,
@@ -221,9 +223,11 @@ class Auditor:
     def _effect(self, entry: Entry) -> Effect:
         if entry.kind is Kind.GENESIS:
             return self._issue(entry)
-        if entry.kind is Kind.ROTATE_KEY:
-            return self._rotate(entry)
-        operation = self._operation(entry)
+        if entry.kind in (Kind.ROTATE_KEY, Kind.RECOVER):
+            return self._hand_over(entry)
+        operation = operation_of(
+            self._verifier, entry.kind, entry.body, entry.signatures, channel=self.channels.get
+        )
         if operation.digest != entry.request_digest:
             raise InvalidRequest("its digest is not that of its request.")
         if operation.signatures != entry.signatures:
@@ -233,32 +237,6 @@ class Auditor:
         if isinstance(decision, Effect):
             return decision
         raise InvalidRequest("its request should have been refused.")
-
-    def _operation(self, entry: Entry) -> Operation:
-        body, proof = entry.body, entry.signatures
-        signer, signature = proof[:33], proof[33:98]
-        if entry.kind is Kind.TRANSFER:
-            return self._verifier.transfer(body, signer=signer, signature=signature)
-        if entry.kind is Kind.OPEN_CHANNEL:
-            return self._verifier.open_channel(
-                body, signer=signer, signature=signature, refund_signature=proof[98:]
-            )
-        if entry.kind is Kind.TOP_UP:
-            return self._verifier.top_up(body, signer=signer, signature=signature)
-        if entry.kind is Kind.UPDATE:
-            return self._verifier.update(body, k1=signer, signature=signature)
-        if entry.kind is Kind.REQUEST_CLOSE:
-            return self._verifier.request_close(body, signer=signer, signature=signature)
-        if entry.kind is Kind.FINALIZE:
-            return self._verifier.finalize(body)
-        return self._verifier.close_channel(
-            body,
-            signer=signer,
-            signature=signature,
-            cumulative=int.from_bytes(proof[98:106], "big"),
-            update_signature=proof[106:],
-            k1=rules.known(self.channels.get(body[:32])).k1,
-        )
 
     def _issue(self, entry: Entry) -> Effect:
         if entry.seq != 1 or len(entry.body) != 28:
@@ -271,16 +249,22 @@ class Auditor:
         _, effect = genesis.issue(entry.body[:20], int.from_bytes(entry.body[20:], "big"))
         return effect
 
-    def _rotate(self, entry: Entry) -> Effect:
-        message = KeyRotation.decode(entry.body)
-        if message.epoch != self._epoch + 1 or message.digest(self.ledger_id) != entry.request_digest:
+    def _hand_over(self, entry: Entry) -> Effect:
+        message = read_hand_over(entry.body)
+        if isinstance(message, LedgerRecovery):
+            begins = entry.kind is Kind.RECOVER and message.epoch > self._epoch
+            if (message.ended_seq, message.ended_hash) != (self.head.seq, self.head.hash):
+                raise InvalidRequest("it goes on from another entry.")
+        else:
+            begins = entry.kind is Kind.ROTATE_KEY and message.epoch == self._epoch + 1
+        if not begins or message.digest(self.ledger_id) != entry.request_digest:
             raise InvalidRequest("it does not begin the next epoch.")
         if entry.signatures[:33] != self.operator_key:
             raise InvalidRequest("the ledger is handed over by a key that is not its operator's.")
         verify(PublicKey(self.operator_key), message, self.ledger_id, entry.signatures[33:98])
         verify(message.next_key, message, self.ledger_id, entry.signatures[98:])
         self._epoch, self.operator_key = message.epoch, message.next_key.data
-        return Effect(Kind.ROTATE_KEY, ())
+        return Effect(entry.kind, ())
 
     def report(self) -> Report:
         """Returns what the journal so far comes to."""

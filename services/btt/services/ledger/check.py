@@ -11,11 +11,11 @@ from operator import itemgetter
 from typing import Final
 
 from btt.sdk.errors import InvariantBroken
+from btt.sdk.ledger.rotation import read_hand_over
 from btt.sdk.signing import (
     ChannelClose,
     ChannelCommit,
     ChannelUpdate,
-    KeyRotation,
     TopUp,
 )
 from btt.sdk.signing.layout import preimage, tag
@@ -33,6 +33,7 @@ _NAMES: Final = {
     Kind.REQUEST_CLOSE: "CloseRequest",
     Kind.FINALIZE: "ChannelFinalize",
     Kind.ROTATE_KEY: "KeyRotation",
+    Kind.RECOVER: "LedgerRecovery",
 }
 
 
@@ -119,8 +120,8 @@ def check_books(connection: sqlite3.Connection) -> None:
         if entry.kind is Kind.OPEN_CHANNEL:
             commit = ChannelCommit.decode(entry.body)
             channels[entry.request_digest] = _Told(entry.seq, int(commit.amount))
-        elif entry.kind is Kind.ROTATE_KEY:
-            rotation = KeyRotation.decode(entry.body)
+        elif entry.kind in (Kind.ROTATE_KEY, Kind.RECOVER):
+            rotation = read_hand_over(entry.body)
             epochs.append((rotation.epoch, rotation.next_key.data, entry.seq + 1))
         elif entry.kind not in (Kind.GENESIS, Kind.TRANSFER):
             if (told := channels.get(entry.body[:32])) is None or told.phase is Phase.CLOSED:

@@ -289,3 +289,109 @@ def rotate_key(
         typer.echo(json.dumps({"operator": str(operator), "entry": entry.seq}))
         return
     typer.echo(f"Entry {entry.seq} hands the ledger to {operator}; the address of the ledger stays.")
+
+
+@app.command()
+def recover(
+    folder: Annotated[Path, typer.Argument(help="Folder of the ledger, with its keys.")],
+    evidence: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Files from `btt wallet receipts --export` and `btt node receipts --export`."),
+    ] = None,
+    source: Annotated[
+        Path | None,
+        typer.Option("--from", help="Newest backup, or an older database; needed at the first call."),
+    ] = None,
+    finish: Annotated[
+        bool, typer.Option("--finish", help="End the recovery: what nobody has shown by now is lost.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Bring a ledger back whose newest books are lost, from a backup and its users' receipts."""
+    from btt.services.ledger.recovery import recover as run
+
+    report = run(folder, source=source, evidence=evidence or (), finish=finish)
+    if report is None:
+        done = {"finished": True}
+        typer.echo(json.dumps(done) if as_json else "This recovery had been finished before.")
+        return
+    assert report.head is not None
+    if as_json:
+        found = {
+            "finished": report.finished,
+            "epoch": report.epoch,
+            "base_seq": report.base_seq,
+            "ended_seq": report.ended_seq,
+            "reached_seq": report.reached_seq,
+            "restored": report.restored,
+            "repeated": report.repeated,
+            "updates": report.updates,
+            "missing": report.missing,
+            "refused": [
+                {"operation": what, "reason": error.reason or type(error).__name__, "why": error.message}
+                for what, error in report.refused
+            ],
+            "undone": report.undone,
+            "head_seq": report.head.seq,
+            "head_hash": report.head.hash.hex(),
+        }
+        typer.echo(json.dumps(found))
+        return
+    typer.echo(
+        f"The copy ends with entry {report.base_seq}; the lost books had come to {report.reached_seq}."
+    )
+    typer.echo(f"Restored as they were: {report.restored} entries. Carried out again: {report.repeated}.")
+    if report.updates:
+        typer.echo(f"Payments that only their payees had: {report.updates}.")
+    if report.undone:
+        typer.echo(f"Receipts that an earlier recovery had gone back behind: {report.undone}.")
+    for first, last in report.missing:
+        typer.echo(f"Nobody showed entry {first}." if first == last else f"Nobody showed {first} to {last}.")
+    for what, error in report.refused:
+        typer.echo(f"Refused, {what}: {error.message}")
+    if report.finished:
+        typer.echo(f"Epoch {report.epoch} begins after entry {report.ended_seq}, with a new operator key.")
+        typer.echo(f"Run it: btt ledger serve {folder}")
+    else:
+        typer.echo("Nothing is served yet. Give more files, or end it with --finish.")
+
+
+@app.command("verify-receipts")
+def verify_receipts(
+    files: Annotated[list[Path], typer.Argument(help="Files that wallets or nodes exported.")],
+    ledger: Annotated[
+        str, typer.Option("--ledger", envvar="BTT_LEDGER", help="The ledger they are about: btt-ledger://…")
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Check exported receipts offline, and say what they prove."""
+    from btt.sdk.errors import InvalidRequest
+    from btt.sdk.ledger import LedgerAddress
+    from btt.sdk.ledger.proving import prove
+
+    try:
+        address = LedgerAddress.parse(ledger)
+    except InvalidRequest as error:
+        raise typer.BadParameter(error.message, param_hint="--ledger") from None
+    proof = prove(files, address)
+    if as_json:
+        found = {
+            "acknowledged": [str(one) for one in proof.acknowledged],
+            "unacknowledged": [str(one) for one in proof.unacknowledged],
+            "undone": [str(one) for one in proof.undone],
+            "equivocations": [[str(one), str(other)] for one, other in proof.equivocations],
+        }
+        typer.echo(json.dumps(found))
+        return
+    for one in proof.acknowledged:
+        typer.echo(f"Acknowledged, {one}")
+    for one in proof.unacknowledged:
+        typer.echo(f"Signed by its payer, {one}")
+    for one in proof.undone:
+        typer.echo(f"Acknowledged, and gone back behind in a recovery since, {one}")
+    for one, other in proof.equivocations:
+        typer.echo("THE LEDGER SIGNED TWO HISTORIES:")
+        typer.echo(f"  {one}, hash {one.receipt.receipt.entry_hash.hex()}" if one.receipt else "")
+        typer.echo(f"  {other}, hash {other.receipt.receipt.entry_hash.hex()}" if other.receipt else "")
+    if not proof.equivocations:
+        typer.echo("Every receipt holds, and none contradicts another.")

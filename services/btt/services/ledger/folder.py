@@ -73,6 +73,49 @@ class LedgerFolder:
         except (OSError, ValueError, InvalidRequest) as error:
             raise ConfigError(f"The keys of the ledger in {path} cannot be read: {error}.") from error
 
+    def key_of(self, operator_key: bytes) -> PrivateKey:
+        """Returns the secret of a key that signs, or signed, for the ledger.
+
+        Args:
+            operator_key: Its public key, 33 bytes.
+
+        Raises:
+            ConfigError: The folder does not hold it.
+        """
+        for key in self.operator_keys():
+            if key.public.data == operator_key:
+                return key
+        raise ConfigError(
+            f"The folder {self.path} does not hold the operator key of these books.",
+            hint="Put the key that signed for the ledger into operator.key.",
+        )
+
+    def operator_keys(self) -> list[PrivateKey]:
+        """Returns the current operator key and those that were handed over before.
+
+        Raises:
+            ConfigError: One of them cannot be read.
+        """
+        try:
+            retired = [_read_key(path) for path in sorted(self.path.glob("operator.T*.key"))]
+        except (OSError, ValueError, InvalidRequest) as error:
+            raise ConfigError(f"The keys of the ledger in {self.path} cannot be read: {error}.") from error
+        return [self.operator_key, *retired]
+
+    def following_key(self) -> PrivateKey:
+        """Returns the key that the ledger will be handed to; made and kept at the first call.
+
+        Raises:
+            StorageError: It cannot be written or read.
+        """
+        path = self.path / NEXT_KEY
+        try:
+            if not path.exists():
+                _write_secret(path, PrivateKey.generate().secret.hex().encode())
+            return _read_key(path)
+        except OSError as error:
+            raise StorageError(f"The new key cannot be written: {error}.") from error
+
     def settled(self, operator_key: bytes) -> LedgerFolder:
         """Returns the folder with the operator key that the books name.
 
@@ -125,12 +168,7 @@ def rotate(path: Path, *, clock: Callable[[], int] = system_ms) -> tuple[Address
     folder = LedgerFolder.open(path)
     with store.Store.open(folder.database) as books:
         folder = folder.settled(books.operator_key)
-        try:
-            if not (path / NEXT_KEY).exists():
-                _write_secret(path / NEXT_KEY, PrivateKey.generate().secret.hex().encode())
-            following = _read_key(path / NEXT_KEY)
-        except OSError as error:
-            raise StorageError(f"The new key cannot be written: {error}.") from error
+        following = folder.following_key()
         entry = books.rotate(following, folder.operator_key, clock_ms=clock())
         folder.settled(following.public.data)
     return following.address, entry

@@ -33,10 +33,13 @@ class Kind(IntEnum):
     REQUEST_CLOSE = 7
     FINALIZE = 8
     ROTATE_KEY = 9
+    RECOVER = 10
 
 
-MOVES_NOTHING: Final = frozenset((Kind.UPDATE, Kind.REQUEST_CLOSE, Kind.ROTATE_KEY))
+MOVES_NOTHING: Final = frozenset((Kind.UPDATE, Kind.REQUEST_CLOSE, Kind.ROTATE_KEY, Kind.RECOVER))
 """Entries that have no postings; all others have two or more."""
+BY_THE_LEDGER: Final = frozenset((Kind.GENESIS, Kind.ROTATE_KEY, Kind.RECOVER))
+"""Entries that no user's request made."""
 
 
 class Side(IntEnum):

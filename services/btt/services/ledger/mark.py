@@ -58,7 +58,8 @@ def read(path: Path) -> Mark | None:
     found = [mark for n in (0, 1) if (mark := _decode(data[n * _SLOT_SIZE :])) is not None]
     if not found:
         raise StorageError(f"The ledger's mark {path} is damaged.")
-    return max(found, key=lambda mark: mark.seq)
+    # A ledger that was recovered goes on from an older entry, in a newer epoch.
+    return max(found, key=lambda mark: (mark.epoch, mark.seq))
 
 
 def _decode(data: bytes) -> Mark | None:

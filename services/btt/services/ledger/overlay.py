@@ -159,9 +159,9 @@ class Batch:
         ref = self._refs[digest] = entry.ref
         return ref
 
-    def begin_epoch(self, operator_key: bytes) -> None:
+    def begin_epoch(self, epoch: int, operator_key: bytes) -> None:
         """Lets the entries that follow belong to a new epoch with a new operator key (33 bytes)."""
-        self.head = replace(self.head, epoch=self.head.epoch + 1)
+        self.head = replace(self.head, epoch=epoch)
         self.epochs.append((self.head.epoch, operator_key, self.head.seq + 1))
 
     def _put_channel(self, channel: Channel) -> None:

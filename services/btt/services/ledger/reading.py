@@ -13,7 +13,7 @@ from btt.sdk.keys import PublicKey
 from btt.services.ledger import books, rows
 from btt.services.ledger.books import Account
 from btt.services.ledger.check import entries
-from btt.services.ledger.journal import Entry, Head
+from btt.services.ledger.journal import BY_THE_LEDGER, Entry, Head
 from btt.services.ledger.machine import Channel
 from btt.services.ledger.rows import Totals
 
@@ -90,6 +90,24 @@ class Reader:
             finally:
                 self._connection.execute("COMMIT")
         return found, found[-1][0] if len(found) == most else head.seq
+
+    def operations(
+        self, *, channel: bytes | None, key: PublicKey, after: int, most: int
+    ) -> tuple[list[Entry], int, bool]:
+        """Returns the entries of `events` that a user's request made.
+
+        Returns:
+            The entries, the number of the entry up to which they are complete, and whether there
+            may be more.
+        """
+        found, seen_seq = self.events(channel=channel, key=key, after=after, most=most)
+        with storage():
+            told = [
+                next(entries(self._connection, after=seq - 1, upto=seq))
+                for seq, _, kind, *_ in found
+                if kind not in BY_THE_LEDGER
+            ]
+        return told, seen_seq, len(found) == most
 
     def entries(self, after: int, most: int) -> list[Entry]:
         """Returns a page of the journal."""

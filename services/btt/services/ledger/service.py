@@ -214,6 +214,26 @@ class LedgerService(LedgerServiceServicer):
         finally:
             await pages.aclose()
 
+    async def GetOperations(  # noqa: N802
+        self, request: pb.GetOperationsRequest, context: _Context
+    ) -> pb.GetOperationsResponse:
+        """Reads what was acknowledged about an account or a channel, for its holders."""
+
+        async def operations() -> pb.GetOperationsResponse:
+            query, _, _ = await self._query(request.query)
+            key = public_key(request.query.public_key)
+            channel = await self._subject(query, key)
+            after = min(request.after_seq, 2**62)
+            found, seen_seq, more = await self._read(
+                lambda: self._reader.operations(
+                    channel=channel, key=key, after=after, most=watching.MOST_OPERATIONS
+                )
+            )
+            told = [watching.operation(entry, self._voice.receipt(entry.ref)) for entry in found]
+            return pb.GetOperationsResponse(operations=told, seen_seq=seen_seq, more=more)
+
+        return await self._answer(context, operations())
+
     async def GetEntries(  # noqa: N802
         self, request: pb.GetEntriesRequest, context: _Context
     ) -> pb.GetEntriesResponse:
@@ -312,6 +332,12 @@ class LedgerService(LedgerServiceServicer):
             raise SignerMismatch("A channel is read with the payer's account key, K1 or K2.")
         return channel
 
+    async def _subject(self, query: Query, key: PublicKey) -> bytes | None:
+        """Returns the channel that a query is about; None for the account of its key."""
+        if query.subject == bytes(12) + key.address.data:
+            return None
+        return (await self._own_channel(query.subject, key)).id
+
     async def _channel(self, signed: pb.SignedBody) -> pb.GetChannelResponse:
         query, digest, now_ms = await self._query(signed)
         channel = await self._own_channel(query.subject, public_key(signed.public_key))
@@ -363,9 +389,7 @@ class LedgerService(LedgerServiceServicer):
     async def _watch(self, request: pb.WatchRequest) -> AsyncGenerator[pb.WatchResponse, None]:
         query, digest, now_ms = await self._query(request.query)
         key = public_key(request.query.public_key)
-        channel = None
-        if query.subject != bytes(12) + key.address.data:
-            channel = (await self._own_channel(query.subject, key)).id
+        channel = await self._subject(query, key)
         found = watching.pages(
             self._hub,
             self._events,

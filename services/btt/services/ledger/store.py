@@ -40,6 +40,8 @@ from btt.services.ledger.reading import connect, storage
 from btt.services.ledger.verify import Operation
 
 _log = logging.getLogger(__name__)
+RECOVERY: Final = "recovery"
+"""Folder, beside the books, of a recovery that has not ended; until then nothing is served."""
 _PURGE_EVERY_MS: Final = 60_000
 _MOST_PURGED: Final = 1_000
 
@@ -139,25 +141,33 @@ class Store(Committed):
         self.identity = rows.read_identity(connection)
 
     @classmethod
-    def open(cls, path: Path) -> Store:
+    def open(cls, path: Path, *, durable: bool = True) -> Store:
         """Opens the books, after checking all of them.
 
         Args:
             path: Of the database.
+            durable: False for a scratch copy, whose maker syncs it as a whole at the end.
 
         Raises:
-            ConfigError: There is no ledger, or another process has it.
+            ConfigError: There is no ledger, another process has it, or it is being recovered.
             InvariantBroken: The books do not add up.
             StorageError: The disk failed.
         """
         if not path.is_file():
             raise ConfigError(f"There is no ledger at {path}.", hint="Make one with `btt ledger init`.")
-        lock = _take_lock(path)
+        if path.with_name(RECOVERY).exists():
+            raise ConfigError(
+                f"The recovery of the ledger at {path} has not ended.",
+                hint="Go on with it, or end it: btt ledger recover … --finish",
+            )
+        lock = take_lock(path)
         connection = None
         try:
             connection = connect(path)
             with storage():
                 connection.execute("PRAGMA journal_mode = WAL")  # a restored backup is not in it
+                if not durable:
+                    connection.execute("PRAGMA synchronous = OFF")
                 _migrate(connection)
                 check_books(connection)
                 store = cls(path, connection, lock)
@@ -305,7 +315,7 @@ class Store(Committed):
             body=message.encode(),
             signatures=operator_key.public.data + operator_key.sign(digest) + next_key.sign(digest),
         )
-        batch.begin_epoch(next_key.public.data)
+        batch.begin_epoch(message.epoch, next_key.public.data)
         self.commit(batch)
         if self._mark is not None:
             self._mark.flush()
@@ -352,6 +362,26 @@ def _check_mark(connection: sqlite3.Connection, path: Path) -> None:
     )
 
 
+def is_newest(path: Path) -> bool:
+    """Says whether the books are known to be the newest: they hold what their mark remembers.
+
+    Args:
+        path: Of the database, which may be missing or damaged.
+
+    Raises:
+        StorageError: The mark cannot be read.
+    """
+    noted = mark.read(mark.path_of(path))
+    if noted is None or not path.is_file():
+        return False
+    try:
+        with closing(connect(path, read_only=True)) as connection:
+            found = connection.execute("SELECT hash FROM entries WHERE seq = ?", (noted.seq,)).fetchone()
+    except (StorageError, sqlite3.Error):
+        return False
+    return found is not None and found[0] == noted.hash
+
+
 def _migrate(connection: sqlite3.Connection) -> None:
     """Brings the tables to this program's version, or leaves them as they are."""
     while (version := connection.execute("PRAGMA user_version").fetchone()[0]) != schema.VERSION:
@@ -372,7 +402,18 @@ def _migrate(connection: sqlite3.Connection) -> None:
             raise
 
 
-def _take_lock(path: Path) -> int:
+def take_lock(path: Path) -> int:
+    """Makes this process the only one that may write a ledger's books.
+
+    Args:
+        path: Of the database, which need not exist.
+
+    Returns:
+        A descriptor that holds the lock until it is closed.
+
+    Raises:
+        ConfigError: Another process has it.
+    """
     lock = os.open(path.with_name(path.name + ".lock"), os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -17,6 +17,8 @@ MOST_EVENTS: Final = 256
 """Events in one message; about 40 KiB."""
 MOST_ENTRIES: Final = 64
 """Entries in one message; less than 48 KiB."""
+MOST_OPERATIONS: Final = 64
+"""Operations in one message; less than 48 KiB."""
 
 _Event = tuple[int, int, int, bytes, bytes, bytes]
 Read = Callable[[bytes | None, PublicKey, int], Awaitable[tuple[list[_Event], int]]]
@@ -38,6 +40,16 @@ def journal_entry(entry: Entry) -> pb.JournalEntry:
         ],
         prev_hash=entry.prev_hash,
         hash=entry.hash,
+    )
+
+
+def operation(entry: Entry, receipt: pb.LedgerReceipt) -> pb.AcknowledgedOperation:
+    """Returns an entry as its holder keeps it."""
+    return pb.AcknowledgedOperation(
+        kind=pb.EntryKind.ValueType(entry.kind),
+        body=entry.body,
+        signatures=entry.signatures,
+        receipt=receipt,
     )
 
 

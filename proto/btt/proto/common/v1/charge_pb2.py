@@ -25,21 +25,21 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import descriptor_pb2 as google_dot_protobuf_dot_descriptor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n btt/proto/common/v1/charge.proto\x12\x13\x62tt.proto.common.v1\x1a google/protobuf/descriptor.proto\"O\n\x0b\x46ieldCharge\x12-\n\x07payable\x18\x01 \x01(\x0e\x32\x1c.btt.proto.common.v1.Payable\x12\x11\n\tcap_field\x18\x02 \x01(\t\"\x87\x01\n\x0cMethodCharge\x12+\n\x06policy\x18\x01 \x01(\x0e\x32\x1b.btt.proto.common.v1.Policy\x12\x17\n\x0flargest_message\x18\x02 \x01(\x04\x12\x12\n\nfree_bytes\x18\x03 \x01(\x04\x12\x1d\n\x15\x66ree_calls_per_minute\x18\x04 \x01(\r*;\n\x04Unit\x12\x14\n\x10UNIT_UNSPECIFIED\x10\x00\x12\r\n\tUNIT_BYTE\x10\x01\x12\x0e\n\nUNIT_COUNT\x10\x02*`\n\x07Payable\x12\x17\n\x13PAYABLE_UNSPECIFIED\x10\x00\x12\x13\n\x0fPAYABLE_RECEIPT\x10\x01\x12\x14\n\x10PAYABLE_VERIFIED\x10\x02\x12\x11\n\rPAYABLE_ACKED\x10\x03*E\n\x06Policy\x12\x16\n\x12POLICY_UNSPECIFIED\x10\x00\x12\x0f\n\x0bPOLICY_FREE\x10\x01\x12\x12\n\x0ePOLICY_METERED\x10\x02:W\n\x0c\x66ield_charge\x12\x1d.google.protobuf.FieldOptions\x18\xb5\x87\x03 \x01(\x0b\x32 .btt.proto.common.v1.FieldCharge:Z\n\rmethod_charge\x12\x1e.google.protobuf.MethodOptions\x18\xb6\x87\x03 \x01(\x0b\x32!.btt.proto.common.v1.MethodChargeb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n btt/proto/common/v1/charge.proto\x12\x13\x62tt.proto.common.v1\x1a google/protobuf/descriptor.proto\"O\n\x0b\x46ieldCharge\x12-\n\x07payable\x18\x01 \x01(\x0e\x32\x1c.btt.proto.common.v1.Payable\x12\x11\n\tcap_field\x18\x02 \x01(\t\"\xad\x01\n\x0cMethodCharge\x12+\n\x06policy\x18\x01 \x01(\x0e\x32\x1b.btt.proto.common.v1.Policy\x12\x17\n\x0flargest_message\x18\x02 \x01(\x04\x12\x12\n\nfree_bytes\x18\x03 \x01(\x04\x12\x1d\n\x15\x66ree_calls_per_minute\x18\x04 \x01(\r\x12\x0b\n\x03\x66\x65\x65\x18\x05 \x01(\r\x12\x17\n\x0flargest_request\x18\x06 \x01(\x04*J\n\x04Unit\x12\x14\n\x10UNIT_UNSPECIFIED\x10\x00\x12\r\n\tUNIT_BYTE\x10\x01\x12\x0e\n\nUNIT_COUNT\x10\x02\x12\r\n\tUNIT_CALL\x10\x03*`\n\x07Payable\x12\x17\n\x13PAYABLE_UNSPECIFIED\x10\x00\x12\x13\n\x0fPAYABLE_RECEIPT\x10\x01\x12\x14\n\x10PAYABLE_VERIFIED\x10\x02\x12\x11\n\rPAYABLE_ACKED\x10\x03*E\n\x06Policy\x12\x16\n\x12POLICY_UNSPECIFIED\x10\x00\x12\x0f\n\x0bPOLICY_FREE\x10\x01\x12\x12\n\x0ePOLICY_METERED\x10\x02:W\n\x0c\x66ield_charge\x12\x1d.google.protobuf.FieldOptions\x18\xb5\x87\x03 \x01(\x0b\x32 .btt.proto.common.v1.FieldCharge:Z\n\rmethod_charge\x12\x1e.google.protobuf.MethodOptions\x18\xb6\x87\x03 \x01(\x0b\x32!.btt.proto.common.v1.MethodChargeb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'btt.proto.common.v1.charge_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_UNIT']._serialized_start=310
-  _globals['_UNIT']._serialized_end=369
-  _globals['_PAYABLE']._serialized_start=371
-  _globals['_PAYABLE']._serialized_end=467
-  _globals['_POLICY']._serialized_start=469
-  _globals['_POLICY']._serialized_end=538
+  _globals['_UNIT']._serialized_start=348
+  _globals['_UNIT']._serialized_end=422
+  _globals['_PAYABLE']._serialized_start=424
+  _globals['_PAYABLE']._serialized_end=520
+  _globals['_POLICY']._serialized_start=522
+  _globals['_POLICY']._serialized_end=591
   _globals['_FIELDCHARGE']._serialized_start=91
   _globals['_FIELDCHARGE']._serialized_end=170
   _globals['_METHODCHARGE']._serialized_start=173
-  _globals['_METHODCHARGE']._serialized_end=308
+  _globals['_METHODCHARGE']._serialized_end=346
 # @@protoc_insertion_point(module_scope)

@@ -34,6 +34,8 @@ class _UnitEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Unit.ValueType],
     """Bytes of a charged `bytes` field."""
     UNIT_COUNT: _Unit.ValueType  # 2
     """The value of a charged unsigned integer field."""
+    UNIT_CALL: _Unit.ValueType  # 3
+    """The fee of a call."""
 
 class Unit(_Unit, metaclass=_UnitEnumTypeWrapper):
     """What a price is per."""
@@ -44,6 +46,8 @@ UNIT_BYTE: Unit.ValueType  # 1
 """Bytes of a charged `bytes` field."""
 UNIT_COUNT: Unit.ValueType  # 2
 """The value of a charged unsigned integer field."""
+UNIT_CALL: Unit.ValueType  # 3
+"""The fee of a call."""
 Global___Unit: _TypeAlias = Unit  # noqa: Y015
 
 class _Payable:
@@ -59,7 +63,14 @@ class _PayableEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Payable.Value
     PAYABLE_VERIFIED: _Payable.ValueType  # 2
     """When the caller's verifier accepts the message; a rejected one is never paid."""
     PAYABLE_ACKED: _Payable.ValueType  # 3
-    """Request units, when the server acknowledges them."""
+    """Request units, the only mode of a request: when the server acknowledges the
+    message. Nothing stands in the schema or in a service for that; the rule is:
+    the one request of a call is acknowledged by the first response, or by the good
+    end of a call without one; a request of a stream when the handler asks for the
+    next, yields a response, or ends well. So a handler asks for the next only when
+    it is done with the last (a store: when it is on disk). A message that the
+    handler was given when it failed or refused is not acknowledged, and is free.
+    """
 
 class Payable(_Payable, metaclass=_PayableEnumTypeWrapper):
     """When a charged unit becomes payable."""
@@ -71,7 +82,14 @@ PAYABLE_RECEIPT: Payable.ValueType  # 1
 PAYABLE_VERIFIED: Payable.ValueType  # 2
 """When the caller's verifier accepts the message; a rejected one is never paid."""
 PAYABLE_ACKED: Payable.ValueType  # 3
-"""Request units, when the server acknowledges them."""
+"""Request units, the only mode of a request: when the server acknowledges the
+message. Nothing stands in the schema or in a service for that; the rule is:
+the one request of a call is acknowledged by the first response, or by the good
+end of a call without one; a request of a stream when the handler asks for the
+next, yields a response, or ends well. So a handler asks for the next only when
+it is done with the last (a store: when it is on disk). A message that the
+handler was given when it failed or refused is not acknowledged, and is free.
+"""
 Global___Payable: _TypeAlias = Payable  # noqa: Y015
 
 class _Policy:
@@ -85,17 +103,17 @@ class _PolicyEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Policy.ValueTy
     POLICY_FREE: _Policy.ValueType  # 1
     """Nothing, within the bounds of MethodCharge."""
     POLICY_METERED: _Policy.ValueType  # 2
-    """Its charged fields."""
+    """Its charged fields and its fee."""
 
 class Policy(_Policy, metaclass=_PolicyEnumTypeWrapper):
-    """What a method costs as a whole."""
+    """How a method is charged."""
 
 POLICY_UNSPECIFIED: Policy.ValueType  # 0
 """Not set; a service with such a method is refused."""
 POLICY_FREE: Policy.ValueType  # 1
 """Nothing, within the bounds of MethodCharge."""
 POLICY_METERED: Policy.ValueType  # 2
-"""Its charged fields."""
+"""Its charged fields and its fee."""
 Global___Policy: _TypeAlias = Policy  # noqa: Y015
 
 @_typing.final
@@ -112,7 +130,8 @@ class FieldCharge(_message.Message):
     """When the units become payable."""
     cap_field: _builtins.str
     """For an integer in a response, which is a bill by the provider: the name of
-    the unsigned integer field of the request that caps the sum over the call.
+    the unsigned integer field of the request that caps the sum over the call; with
+    many requests, their sum so far does.
     """
     def __init__(
         self,
@@ -138,16 +157,29 @@ class MethodCharge(_message.Message):
     LARGEST_MESSAGE_FIELD_NUMBER: _builtins.int
     FREE_BYTES_FIELD_NUMBER: _builtins.int
     FREE_CALLS_PER_MINUTE_FIELD_NUMBER: _builtins.int
+    FEE_FIELD_NUMBER: _builtins.int
+    LARGEST_REQUEST_FIELD_NUMBER: _builtins.int
     policy: Global___Policy.ValueType
     """FREE or METERED."""
     largest_message: _builtins.int
-    """METERED: the most units one message may carry; no more than the verify unit
-    that the node offers.
+    """METERED, with a charged response: the most units one response may carry; no more
+    than the verify unit that the node offers.
     """
     free_bytes: _builtins.int
     """FREE: the most bytes of serialised responses one call may return."""
     free_calls_per_minute: _builtins.int
     """FREE: the most calls a minute from one network (/24 or /48)."""
+    fee: _builtins.int
+    """METERED: what a call costs besides, in units of UNIT_CALL. It is owed once: with
+    the first acknowledged request if requests are charged, else with the first
+    response (if that is paid on verification, once it is accepted), and with the
+    good end of a call that had neither. A call that is refused costs nothing.
+    """
+    largest_request: _builtins.int
+    """METERED, with a charged request: the most units one request may carry; no more
+    than the verify unit, together with the response if both are charged per the
+    same unit and there is one request.
+    """
     def __init__(
         self,
         *,
@@ -155,10 +187,12 @@ class MethodCharge(_message.Message):
         largest_message: _builtins.int = ...,
         free_bytes: _builtins.int = ...,
         free_calls_per_minute: _builtins.int = ...,
+        fee: _builtins.int = ...,
+        largest_request: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["free_bytes", b"free_bytes", "free_calls_per_minute", b"free_calls_per_minute", "largest_message", b"largest_message", "policy", b"policy"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fee", b"fee", "free_bytes", b"free_bytes", "free_calls_per_minute", b"free_calls_per_minute", "largest_message", b"largest_message", "largest_request", b"largest_request", "policy", b"policy"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -88,6 +88,8 @@ class _ReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Reason.ValueTy
     """The ledger found its own books inconsistent and has stopped."""
     REASON_LEDGER_UNREACHABLE: _Reason.ValueType  # 31
     """The ledger could not be reached, so no credit can be given."""
+    REASON_DEADLINE_EXCEEDED: _Reason.ValueType  # 32
+    """The call took longer than it may."""
     REASON_SERVICE_UNAVAILABLE: _Reason.ValueType  # 33
     """The service of the node has failed or is switched off."""
 
@@ -158,6 +160,8 @@ REASON_INVARIANT_BROKEN: Reason.ValueType  # 30
 """The ledger found its own books inconsistent and has stopped."""
 REASON_LEDGER_UNREACHABLE: Reason.ValueType  # 31
 """The ledger could not be reached, so no credit can be given."""
+REASON_DEADLINE_EXCEEDED: Reason.ValueType  # 32
+"""The call took longer than it may."""
 REASON_SERVICE_UNAVAILABLE: Reason.ValueType  # 33
 """The service of the node has failed or is switched off."""
 Global___Reason: _TypeAlias = Reason  # noqa: Y015

@@ -77,6 +77,8 @@ class _EntryKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EntryKind.V
     """A channel was paid out after its window."""
     ENTRY_KIND_ROTATE_KEY: _EntryKind.ValueType  # 9
     """The operator's key was changed."""
+    ENTRY_KIND_RECOVER: _EntryKind.ValueType  # 10
+    """The ledger was recovered from an older copy of its books."""
 
 class EntryKind(_EntryKind, metaclass=_EntryKindEnumTypeWrapper):
     """What a journal entry records."""
@@ -101,6 +103,8 @@ ENTRY_KIND_FINALIZE: EntryKind.ValueType  # 8
 """A channel was paid out after its window."""
 ENTRY_KIND_ROTATE_KEY: EntryKind.ValueType  # 9
 """The operator's key was changed."""
+ENTRY_KIND_RECOVER: EntryKind.ValueType  # 10
+"""The ledger was recovered from an older copy of its books."""
 Global___EntryKind: _TypeAlias = EntryKind  # noqa: Y015
 
 @_typing.final
@@ -171,7 +175,7 @@ class OperatorRotation(_message.Message):
     NEW_SIGNATURE_FIELD_NUMBER: _builtins.int
     SEQ_FIELD_NUMBER: _builtins.int
     body: _builtins.bytes
-    """A canonical KeyRotation."""
+    """A canonical KeyRotation, or a canonical LedgerRecovery: their lengths differ."""
     old_key: _builtins.bytes
     """Compressed public key that handed over, 33 bytes."""
     old_signature: _builtins.bytes
@@ -1166,6 +1170,138 @@ class JournalPosting(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___JournalPosting: _TypeAlias = JournalPosting  # noqa: Y015
+
+@_typing.final
+class AcknowledgedOperation(_message.Message):
+    """An operation that the ledger acknowledged, with all that proves it offline and that brings it
+    back when the ledger has lost it.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: _builtins.int
+    BODY_FIELD_NUMBER: _builtins.int
+    SIGNATURES_FIELD_NUMBER: _builtins.int
+    RECEIPT_FIELD_NUMBER: _builtins.int
+    kind: Global___EntryKind.ValueType
+    """What it does."""
+    body: _builtins.bytes
+    """The canonical body that was signed."""
+    signatures: _builtins.bytes
+    """Keys and signatures that prove the body, as in JournalEntry."""
+    @_builtins.property
+    def receipt(self) -> Global___LedgerReceipt:
+        """The ledger's receipt; absent for an update (T3) that the ledger was never shown."""
+
+    def __init__(
+        self,
+        *,
+        kind: Global___EntryKind.ValueType = ...,
+        body: _builtins.bytes = ...,
+        signatures: _builtins.bytes = ...,
+        receipt: Global___LedgerReceipt | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["receipt", b"receipt"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "kind", b"kind", "receipt", b"receipt", "signatures", b"signatures"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AcknowledgedOperation: _TypeAlias = AcknowledgedOperation  # noqa: Y015
+
+@_typing.final
+class EvidenceHeader(_message.Message):
+    """Who signs for a ledger: the beginning of a file of AcknowledgedOperations."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEDGER_ID_FIELD_NUMBER: _builtins.int
+    OPERATOR_KEY_FIELD_NUMBER: _builtins.int
+    ROTATIONS_FIELD_NUMBER: _builtins.int
+    ledger_id: _builtins.bytes
+    """32 bytes."""
+    operator_key: _builtins.bytes
+    """Compressed public key of the operator, 33 bytes."""
+    @_builtins.property
+    def rotations(self) -> _containers.RepeatedCompositeFieldContainer[Global___OperatorRotation]:
+        """How the operator's key came from the first one to `operator_key`, in order."""
+
+    def __init__(
+        self,
+        *,
+        ledger_id: _builtins.bytes = ...,
+        operator_key: _builtins.bytes = ...,
+        rotations: _abc.Iterable[Global___OperatorRotation] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ledger_id", b"ledger_id", "operator_key", b"operator_key", "rotations", b"rotations"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EvidenceHeader: _TypeAlias = EvidenceHeader  # noqa: Y015
+
+@_typing.final
+class GetOperationsRequest(_message.Message):
+    """Asks for the operations that concern an account or a channel, so that their holder can prove them
+    without the ledger.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    QUERY_FIELD_NUMBER: _builtins.int
+    AFTER_SEQ_FIELD_NUMBER: _builtins.int
+    after_seq: _builtins.int
+    """Number of the journal entry before the first one wanted."""
+    @_builtins.property
+    def query(self) -> Global___SignedBody:
+        """A canonical Query, signed as for Watch, and with the same scope."""
+
+    def __init__(
+        self,
+        *,
+        query: Global___SignedBody | None = ...,
+        after_seq: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["query", b"query"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after_seq", b"after_seq", "query", b"query"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetOperationsRequest: _TypeAlias = GetOperationsRequest  # noqa: Y015
+
+@_typing.final
+class GetOperationsResponse(_message.Message):
+    """A page of operations."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OPERATIONS_FIELD_NUMBER: _builtins.int
+    SEEN_SEQ_FIELD_NUMBER: _builtins.int
+    MORE_FIELD_NUMBER: _builtins.int
+    seen_seq: _builtins.int
+    """All that concerns the query up to this entry has been told."""
+    more: _builtins.bool
+    """True when there is another page."""
+    @_builtins.property
+    def operations(self) -> _containers.RepeatedCompositeFieldContainer[Global___AcknowledgedOperation]:
+        """In order."""
+
+    def __init__(
+        self,
+        *,
+        operations: _abc.Iterable[Global___AcknowledgedOperation] | None = ...,
+        seen_seq: _builtins.int = ...,
+        more: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["more", b"more", "operations", b"operations", "seen_seq", b"seen_seq"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetOperationsResponse: _TypeAlias = GetOperationsResponse  # noqa: Y015
 
 @_typing.final
 class GetTotalsRequest(_message.Message):

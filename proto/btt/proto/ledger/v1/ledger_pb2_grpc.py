@@ -90,6 +90,11 @@ class LedgerServiceStub:
                 request_serializer=btt_dot_proto_dot_ledger_dot_v1_dot_ledger__pb2.WatchRequest.SerializeToString,
                 response_deserializer=btt_dot_proto_dot_ledger_dot_v1_dot_ledger__pb2.WatchResponse.FromString,
                 _registered_method=True)
+        self.GetOperations = channel.unary_unary(
+                '/btt.proto.ledger.v1.LedgerService/GetOperations',
+                request_serializer=btt_dot_proto_dot_ledger_dot_v1_dot_ledger__pb2.GetOperationsRequest.SerializeToString,
+                response_deserializer=btt_dot_proto_dot_ledger_dot_v1_dot_ledger__pb2.GetOperationsResponse.FromString,
+                _registered_method=True)
         self.GetEntries = channel.unary_unary(
                 '/btt.proto.ledger.v1.LedgerService/GetEntries',
                 request_serializer=btt_dot_proto_dot_ledger_dot_v1_dot_ledger__pb2.GetEntriesRequest.SerializeToString,
@@ -183,6 +188,13 @@ class LedgerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetOperations(self, request, context):
+        """Reads the operations of an account or a channel, with their receipts.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetEntries(self, request, context):
         """Reads the journal, for auditors.
         """
@@ -254,6 +266,11 @@ def add_LedgerServiceServicer_to_server(servicer, server):
                     servicer.Watch,
                     request_deserializer=btt_dot_proto_dot_ledger_dot_v1_dot_ledger__pb2.WatchRequest.FromString,
                     response_serializer=btt_dot_proto_dot_ledger_dot_v1_dot_ledger__pb2.WatchResponse.SerializeToString,
+            ),
+            'GetOperations': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetOperations,
+                    request_deserializer=btt_dot_proto_dot_ledger_dot_v1_dot_ledger__pb2.GetOperationsRequest.FromString,
+                    response_serializer=btt_dot_proto_dot_ledger_dot_v1_dot_ledger__pb2.GetOperationsResponse.SerializeToString,
             ),
             'GetEntries': grpc.unary_unary_rpc_method_handler(
                     servicer.GetEntries,
@@ -564,6 +581,33 @@ class LedgerService:
             '/btt.proto.ledger.v1.LedgerService/Watch',
             btt_dot_proto_dot_ledger_dot_v1_dot_ledger__pb2.WatchRequest.SerializeToString,
             btt_dot_proto_dot_ledger_dot_v1_dot_ledger__pb2.WatchResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetOperations(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/btt.proto.ledger.v1.LedgerService/GetOperations',
+            btt_dot_proto_dot_ledger_dot_v1_dot_ledger__pb2.GetOperationsRequest.SerializeToString,
+            btt_dot_proto_dot_ledger_dot_v1_dot_ledger__pb2.GetOperationsResponse.FromString,
             options,
             channel_credentials,
             insecure,

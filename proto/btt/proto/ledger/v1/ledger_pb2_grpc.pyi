@@ -58,6 +58,8 @@ class LedgerServiceStub:
     """Pays out a channel whose window has ended."""
     Watch: _grpc.UnaryStreamMultiCallable[_ledger_pb2.WatchRequest, _ledger_pb2.WatchResponse]
     """Tells what happens to an account or a channel, from any point on."""
+    GetOperations: _grpc.UnaryUnaryMultiCallable[_ledger_pb2.GetOperationsRequest, _ledger_pb2.GetOperationsResponse]
+    """Reads the operations of an account or a channel, with their receipts."""
     GetEntries: _grpc.UnaryUnaryMultiCallable[_ledger_pb2.GetEntriesRequest, _ledger_pb2.GetEntriesResponse]
     """Reads the journal, for auditors."""
     GetTotals: _grpc.UnaryUnaryMultiCallable[_ledger_pb2.GetTotalsRequest, _ledger_pb2.GetTotalsResponse]
@@ -90,6 +92,8 @@ class LedgerServiceAsyncStub(LedgerServiceStub):
     """Pays out a channel whose window has ended."""
     Watch: _aio.UnaryStreamMultiCallable[_ledger_pb2.WatchRequest, _ledger_pb2.WatchResponse]  # type: ignore[assignment]
     """Tells what happens to an account or a channel, from any point on."""
+    GetOperations: _aio.UnaryUnaryMultiCallable[_ledger_pb2.GetOperationsRequest, _ledger_pb2.GetOperationsResponse]  # type: ignore[assignment]
+    """Reads the operations of an account or a channel, with their receipts."""
     GetEntries: _aio.UnaryUnaryMultiCallable[_ledger_pb2.GetEntriesRequest, _ledger_pb2.GetEntriesResponse]  # type: ignore[assignment]
     """Reads the journal, for auditors."""
     GetTotals: _aio.UnaryUnaryMultiCallable[_ledger_pb2.GetTotalsRequest, _ledger_pb2.GetTotalsResponse]  # type: ignore[assignment]
@@ -185,6 +189,14 @@ class LedgerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_ledger_pb2.WatchResponse], _abc.AsyncIterator[_ledger_pb2.WatchResponse]]:
         """Tells what happens to an account or a channel, from any point on."""
+
+    @_abc_1.abstractmethod
+    def GetOperations(
+        self,
+        request: _ledger_pb2.GetOperationsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_ledger_pb2.GetOperationsResponse, _abc.Awaitable[_ledger_pb2.GetOperationsResponse]]:
+        """Reads the operations of an account or a channel, with their receipts."""
 
     @_abc_1.abstractmethod
     def GetEntries(

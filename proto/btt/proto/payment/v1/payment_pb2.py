@@ -26,7 +26,7 @@ from btt.proto.common.v1 import charge_pb2 as btt_dot_proto_dot_common_dot_v1_do
 from btt.proto.common.v1 import document_pb2 as btt_dot_proto_dot_common_dot_v1_dot_document__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"btt/proto/payment/v1/payment.proto\x12\x14\x62tt.proto.payment.v1\x1a btt/proto/common/v1/charge.proto\x1a\"btt/proto/common/v1/document.proto\"/\n\x06Update\x12\x12\n\ncumulative\x18\x01 \x01(\x04\x12\x11\n\tsignature\x18\x02 \x01(\x0c\"K\n\x05\x43ount\x12\x14\n\x0coffer_digest\x18\x01 \x01(\x0c\x12\x0f\n\x07service\x18\x02 \x01(\t\x12\x0c\n\x04unit\x18\x03 \x01(\r\x12\r\n\x05units\x18\x04 \x01(\x04\"\x0e\n\x0c\x42\x65ginRequest\"%\n\rBeginResponse\x12\x14\n\x0cserver_nonce\x18\x01 \x01(\x0c\"$\n\x12\x41greeRefundRequest\x12\x0e\n\x06\x63ommit\x18\x01 \x01(\x0c\"(\n\x13\x41greeRefundResponse\x12\x11\n\tsignature\x18\x01 \x01(\x0c\"\x89\x01\n\x0bOpenRequest\x12\x0c\n\x04open\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\x12*\n\x04\x62\x65st\x18\x03 \x01(\x0b\x32\x1c.btt.proto.payment.v1.Update\x12-\n\x08\x61\x63\x63\x65pted\x18\x04 \x03(\x0b\x32\x1b.btt.proto.payment.v1.Count\"\x96\x01\n\x0cOpenResponse\x12\r\n\x05token\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12*\n\x04\x62\x65st\x18\x03 \x01(\x0b\x32\x1c.btt.proto.payment.v1.Update\x12,\n\x07settled\x18\x04 \x03(\x0b\x32\x1b.btt.proto.payment.v1.Count\x12\x0e\n\x06\x63redit\x18\x05 \x01(\x04\";\n\x06\x41ttach\x12\r\n\x05token\x18\x01 \x01(\x0c\x12\x0f\n\x07\x63\x61ll_id\x18\x02 \x01(\x0c\x12\x11\n\tsignature\x18\x03 \x01(\x0c\"w\n\x06Report\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\x0c\x12-\n\x08received\x18\x02 \x03(\x0b\x32\x1b.btt.proto.payment.v1.Count\x12-\n\x08\x61\x63\x63\x65pted\x18\x03 \x03(\x0b\x32\x1b.btt.proto.payment.v1.Count\"\xb7\x01\n\nPayRequest\x12.\n\x06\x61ttach\x18\x01 \x01(\x0b\x32\x1c.btt.proto.payment.v1.AttachH\x00\x12.\n\x06update\x18\x02 \x01(\x0b\x32\x1c.btt.proto.payment.v1.UpdateH\x00\x12.\n\x06report\x18\x03 \x01(\x0b\x32\x1c.btt.proto.payment.v1.ReportH\x00\x12\x11\n\x07\x64\x65posit\x18\x04 \x01(\x04H\x00\x42\x06\n\x04kind\"X\n\tStatement\x12\x0c\n\x04owed\x18\x01 \x01(\x04\x12\x0c\n\x04paid\x18\x02 \x01(\x04\x12\x0e\n\x06\x63redit\x18\x03 \x01(\x04\x12\x0e\n\x06\x64\x65mand\x18\x04 \x01(\x04\x12\x0f\n\x07\x64\x65posit\x18\x05 \x01(\x04\"K\n\nSettlement\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\x0c\x12,\n\x07settled\x18\x02 \x03(\x0b\x32\x1b.btt.proto.payment.v1.Count\"\x83\x01\n\x0bPayResponse\x12\x34\n\tstatement\x18\x01 \x01(\x0b\x32\x1f.btt.proto.payment.v1.StatementH\x00\x12\x36\n\nsettlement\x18\x02 \x01(\x0b\x32 .btt.proto.payment.v1.SettlementH\x00\x42\x06\n\x04kind\"X\n\x0c\x43loseRequest\x12\r\n\x05token\x18\x01 \x01(\x0c\x12\x15\n\rclose_channel\x18\x02 \x01(\x08\x12\x0f\n\x07\x63\x61ll_id\x18\x03 \x01(\x0c\x12\x11\n\tsignature\x18\x04 \x01(\x0c\"\xa5\x01\n\x10SessionStatement\x12\x12\n\nchannel_id\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12,\n\x07settled\x18\x03 \x03(\x0b\x32\x1b.btt.proto.payment.v1.Count\x12\x0c\n\x04owed\x18\x04 \x01(\x04\x12\x0c\n\x04paid\x18\x05 \x01(\x04\x12\x13\n\x0bwritten_off\x18\x06 \x01(\x04\x12\x0f\n\x07time_ms\x18\x07 \x01(\x04\"y\n\rCloseResponse\x12\x36\n\tstatement\x18\x01 \x01(\x0b\x32#.btt.proto.common.v1.SignedDocument\x12\x16\n\x0eledger_receipt\x18\x02 \x01(\x0c\x12\x18\n\x10ledger_signature\x18\x03 \x01(\x0c\x32\x82\x04\n\x0ePaymentService\x12^\n\x05\x42\x65gin\x12\".btt.proto.payment.v1.BeginRequest\x1a#.btt.proto.payment.v1.BeginResponse\"\x0c\xb2\xbb\x18\x08\x08\x01\x18\x80\x08 \xd8\x04\x12p\n\x0b\x41greeRefund\x12(.btt.proto.payment.v1.AgreeRefundRequest\x1a).btt.proto.payment.v1.AgreeRefundResponse\"\x0c\xb2\xbb\x18\x08\x08\x01\x18\x80\x08 \xd8\x04\x12\\\n\x04Open\x12!.btt.proto.payment.v1.OpenRequest\x1a\".btt.proto.payment.v1.OpenResponse\"\r\xb2\xbb\x18\t\x08\x01\x18\x80\x80\x04 \xd8\x04\x12_\n\x03Pay\x12 .btt.proto.payment.v1.PayRequest\x1a!.btt.proto.payment.v1.PayResponse\"\x0f\xb2\xbb\x18\x0b\x08\x01\x18\x80\x80\x80\x80\x04 \xd8\x04(\x01\x30\x01\x12_\n\x05\x43lose\x12\".btt.proto.payment.v1.CloseRequest\x1a#.btt.proto.payment.v1.CloseResponse\"\r\xb2\xbb\x18\t\x08\x01\x18\x80\x80\x04 \xd8\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"btt/proto/payment/v1/payment.proto\x12\x14\x62tt.proto.payment.v1\x1a btt/proto/common/v1/charge.proto\x1a\"btt/proto/common/v1/document.proto\"/\n\x06Update\x12\x12\n\ncumulative\x18\x01 \x01(\x04\x12\x11\n\tsignature\x18\x02 \x01(\x0c\"K\n\x05\x43ount\x12\x14\n\x0coffer_digest\x18\x01 \x01(\x0c\x12\x0f\n\x07service\x18\x02 \x01(\t\x12\x0c\n\x04unit\x18\x03 \x01(\r\x12\r\n\x05units\x18\x04 \x01(\x04\"\x0e\n\x0c\x42\x65ginRequest\"%\n\rBeginResponse\x12\x14\n\x0cserver_nonce\x18\x01 \x01(\x0c\"$\n\x12\x41greeRefundRequest\x12\x0e\n\x06\x63ommit\x18\x01 \x01(\x0c\"(\n\x13\x41greeRefundResponse\x12\x11\n\tsignature\x18\x01 \x01(\x0c\"H\n\x08\x41ppGrant\x12\x0f\n\x07\x61pp_key\x18\x01 \x01(\x0c\x12\x13\n\x0b\x63hannel_key\x18\x02 \x01(\x0c\x12\x16\n\x0evalid_until_ms\x18\x03 \x01(\x04\"\xc1\x01\n\x0bOpenRequest\x12\x0c\n\x04open\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\x12*\n\x04\x62\x65st\x18\x03 \x01(\x0b\x32\x1c.btt.proto.payment.v1.Update\x12-\n\x08\x61\x63\x63\x65pted\x18\x04 \x03(\x0b\x32\x1b.btt.proto.payment.v1.Count\x12\x36\n\tapp_grant\x18\x05 \x01(\x0b\x32#.btt.proto.common.v1.SignedDocument\"\x96\x01\n\x0cOpenResponse\x12\r\n\x05token\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12*\n\x04\x62\x65st\x18\x03 \x01(\x0b\x32\x1c.btt.proto.payment.v1.Update\x12,\n\x07settled\x18\x04 \x03(\x0b\x32\x1b.btt.proto.payment.v1.Count\x12\x0e\n\x06\x63redit\x18\x05 \x01(\x04\";\n\x06\x41ttach\x12\r\n\x05token\x18\x01 \x01(\x0c\x12\x0f\n\x07\x63\x61ll_id\x18\x02 \x01(\x0c\x12\x11\n\tsignature\x18\x03 \x01(\x0c\"w\n\x06Report\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\x0c\x12-\n\x08received\x18\x02 \x03(\x0b\x32\x1b.btt.proto.payment.v1.Count\x12-\n\x08\x61\x63\x63\x65pted\x18\x03 \x03(\x0b\x32\x1b.btt.proto.payment.v1.Count\"\xb7\x01\n\nPayRequest\x12.\n\x06\x61ttach\x18\x01 \x01(\x0b\x32\x1c.btt.proto.payment.v1.AttachH\x00\x12.\n\x06update\x18\x02 \x01(\x0b\x32\x1c.btt.proto.payment.v1.UpdateH\x00\x12.\n\x06report\x18\x03 \x01(\x0b\x32\x1c.btt.proto.payment.v1.ReportH\x00\x12\x11\n\x07\x64\x65posit\x18\x04 \x01(\x04H\x00\x42\x06\n\x04kind\"X\n\tStatement\x12\x0c\n\x04owed\x18\x01 \x01(\x04\x12\x0c\n\x04paid\x18\x02 \x01(\x04\x12\x0e\n\x06\x63redit\x18\x03 \x01(\x04\x12\x0e\n\x06\x64\x65mand\x18\x04 \x01(\x04\x12\x0f\n\x07\x64\x65posit\x18\x05 \x01(\x04\"K\n\nSettlement\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\x0c\x12,\n\x07settled\x18\x02 \x03(\x0b\x32\x1b.btt.proto.payment.v1.Count\"4\n\x0f\x41\x63knowledgement\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\x0c\x12\x10\n\x08messages\x18\x02 \x01(\x04\"\xc5\x01\n\x0bPayResponse\x12\x34\n\tstatement\x18\x01 \x01(\x0b\x32\x1f.btt.proto.payment.v1.StatementH\x00\x12\x36\n\nsettlement\x18\x02 \x01(\x0b\x32 .btt.proto.payment.v1.SettlementH\x00\x12@\n\x0f\x61\x63knowledgement\x18\x03 \x01(\x0b\x32%.btt.proto.payment.v1.AcknowledgementH\x00\x42\x06\n\x04kind\"X\n\x0c\x43loseRequest\x12\r\n\x05token\x18\x01 \x01(\x0c\x12\x15\n\rclose_channel\x18\x02 \x01(\x08\x12\x0f\n\x07\x63\x61ll_id\x18\x03 \x01(\x0c\x12\x11\n\tsignature\x18\x04 \x01(\x0c\"\xa5\x01\n\x10SessionStatement\x12\x12\n\nchannel_id\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12,\n\x07settled\x18\x03 \x03(\x0b\x32\x1b.btt.proto.payment.v1.Count\x12\x0c\n\x04owed\x18\x04 \x01(\x04\x12\x0c\n\x04paid\x18\x05 \x01(\x04\x12\x13\n\x0bwritten_off\x18\x06 \x01(\x04\x12\x0f\n\x07time_ms\x18\x07 \x01(\x04\"y\n\rCloseResponse\x12\x36\n\tstatement\x18\x01 \x01(\x0b\x32#.btt.proto.common.v1.SignedDocument\x12\x16\n\x0eledger_receipt\x18\x02 \x01(\x0c\x12\x18\n\x10ledger_signature\x18\x03 \x01(\x0c\x32\x82\x04\n\x0ePaymentService\x12^\n\x05\x42\x65gin\x12\".btt.proto.payment.v1.BeginRequest\x1a#.btt.proto.payment.v1.BeginResponse\"\x0c\xb2\xbb\x18\x08\x08\x01\x18\x80\x08 \xd8\x04\x12p\n\x0b\x41greeRefund\x12(.btt.proto.payment.v1.AgreeRefundRequest\x1a).btt.proto.payment.v1.AgreeRefundResponse\"\x0c\xb2\xbb\x18\x08\x08\x01\x18\x80\x08 \xd8\x04\x12\\\n\x04Open\x12!.btt.proto.payment.v1.OpenRequest\x1a\".btt.proto.payment.v1.OpenResponse\"\r\xb2\xbb\x18\t\x08\x01\x18\x80\x80\x04 \xd8\x04\x12_\n\x03Pay\x12 .btt.proto.payment.v1.PayRequest\x1a!.btt.proto.payment.v1.PayResponse\"\x0f\xb2\xbb\x18\x0b\x08\x01\x18\x80\x80\x80\x80\x04 \xd8\x04(\x01\x30\x01\x12_\n\x05\x43lose\x12\".btt.proto.payment.v1.CloseRequest\x1a#.btt.proto.payment.v1.CloseResponse\"\r\xb2\xbb\x18\t\x08\x01\x18\x80\x80\x04 \xd8\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -55,28 +55,32 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_AGREEREFUNDREQUEST']._serialized_end=347
   _globals['_AGREEREFUNDRESPONSE']._serialized_start=349
   _globals['_AGREEREFUNDRESPONSE']._serialized_end=389
-  _globals['_OPENREQUEST']._serialized_start=392
-  _globals['_OPENREQUEST']._serialized_end=529
-  _globals['_OPENRESPONSE']._serialized_start=532
-  _globals['_OPENRESPONSE']._serialized_end=682
-  _globals['_ATTACH']._serialized_start=684
-  _globals['_ATTACH']._serialized_end=743
-  _globals['_REPORT']._serialized_start=745
-  _globals['_REPORT']._serialized_end=864
-  _globals['_PAYREQUEST']._serialized_start=867
-  _globals['_PAYREQUEST']._serialized_end=1050
-  _globals['_STATEMENT']._serialized_start=1052
-  _globals['_STATEMENT']._serialized_end=1140
-  _globals['_SETTLEMENT']._serialized_start=1142
-  _globals['_SETTLEMENT']._serialized_end=1217
-  _globals['_PAYRESPONSE']._serialized_start=1220
-  _globals['_PAYRESPONSE']._serialized_end=1351
-  _globals['_CLOSEREQUEST']._serialized_start=1353
-  _globals['_CLOSEREQUEST']._serialized_end=1441
-  _globals['_SESSIONSTATEMENT']._serialized_start=1444
-  _globals['_SESSIONSTATEMENT']._serialized_end=1609
-  _globals['_CLOSERESPONSE']._serialized_start=1611
-  _globals['_CLOSERESPONSE']._serialized_end=1732
-  _globals['_PAYMENTSERVICE']._serialized_start=1735
-  _globals['_PAYMENTSERVICE']._serialized_end=2249
+  _globals['_APPGRANT']._serialized_start=391
+  _globals['_APPGRANT']._serialized_end=463
+  _globals['_OPENREQUEST']._serialized_start=466
+  _globals['_OPENREQUEST']._serialized_end=659
+  _globals['_OPENRESPONSE']._serialized_start=662
+  _globals['_OPENRESPONSE']._serialized_end=812
+  _globals['_ATTACH']._serialized_start=814
+  _globals['_ATTACH']._serialized_end=873
+  _globals['_REPORT']._serialized_start=875
+  _globals['_REPORT']._serialized_end=994
+  _globals['_PAYREQUEST']._serialized_start=997
+  _globals['_PAYREQUEST']._serialized_end=1180
+  _globals['_STATEMENT']._serialized_start=1182
+  _globals['_STATEMENT']._serialized_end=1270
+  _globals['_SETTLEMENT']._serialized_start=1272
+  _globals['_SETTLEMENT']._serialized_end=1347
+  _globals['_ACKNOWLEDGEMENT']._serialized_start=1349
+  _globals['_ACKNOWLEDGEMENT']._serialized_end=1401
+  _globals['_PAYRESPONSE']._serialized_start=1404
+  _globals['_PAYRESPONSE']._serialized_end=1601
+  _globals['_CLOSEREQUEST']._serialized_start=1603
+  _globals['_CLOSEREQUEST']._serialized_end=1691
+  _globals['_SESSIONSTATEMENT']._serialized_start=1694
+  _globals['_SESSIONSTATEMENT']._serialized_end=1859
+  _globals['_CLOSERESPONSE']._serialized_start=1861
+  _globals['_CLOSERESPONSE']._serialized_end=1982
+  _globals['_PAYMENTSERVICE']._serialized_start=1985
+  _globals['_PAYMENTSERVICE']._serialized_end=2499
 # @@protoc_insertion_point(module_scope)

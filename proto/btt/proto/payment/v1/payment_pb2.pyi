@@ -166,6 +166,36 @@ class AgreeRefundResponse(_message.Message):
 Global___AgreeRefundResponse: _TypeAlias = AgreeRefundResponse  # noqa: Y015
 
 @_typing.final
+class AppGrant(_message.Message):
+    """An application stands by a channel key for a time; the payload of a SignedDocument."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    APP_KEY_FIELD_NUMBER: _builtins.int
+    CHANNEL_KEY_FIELD_NUMBER: _builtins.int
+    VALID_UNTIL_MS_FIELD_NUMBER: _builtins.int
+    app_key: _builtins.bytes
+    """The app's key, compressed secp256k1, 33 bytes."""
+    channel_key: _builtins.bytes
+    """K1 of the channel that acts for it, compressed secp256k1, 33 bytes."""
+    valid_until_ms: _builtins.int
+    """Unix milliseconds; later the grant is worth nothing."""
+    def __init__(
+        self,
+        *,
+        app_key: _builtins.bytes = ...,
+        channel_key: _builtins.bytes = ...,
+        valid_until_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["app_key", b"app_key", "channel_key", b"channel_key", "valid_until_ms", b"valid_until_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AppGrant: _TypeAlias = AppGrant  # noqa: Y015
+
+@_typing.final
 class OpenRequest(_message.Message):
     """Binds a channel to a session."""
 
@@ -175,6 +205,7 @@ class OpenRequest(_message.Message):
     SIGNATURE_FIELD_NUMBER: _builtins.int
     BEST_FIELD_NUMBER: _builtins.int
     ACCEPTED_FIELD_NUMBER: _builtins.int
+    APP_GRANT_FIELD_NUMBER: _builtins.int
     open: _builtins.bytes
     """The canonical SessionOpen."""
     signature: _builtins.bytes
@@ -187,6 +218,12 @@ class OpenRequest(_message.Message):
     def accepted(self) -> _containers.RepeatedCompositeFieldContainer[Global___Count]:
         """What the payer has accepted and settled, per offer and line."""
 
+    @_builtins.property
+    def app_grant(self) -> _document_pb2.SignedDocument:
+        """An AppGrant, signed by the app's key with tag "btt/v1/secp256k1/AppGrant";
+        required if SessionOpen names an app.
+        """
+
     def __init__(
         self,
         *,
@@ -194,10 +231,11 @@ class OpenRequest(_message.Message):
         signature: _builtins.bytes = ...,
         best: Global___Update | None = ...,
         accepted: _abc.Iterable[Global___Count] | None = ...,
+        app_grant: _document_pb2.SignedDocument | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["best", b"best"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["app_grant", b"app_grant", "best", b"best"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "best", b"best", "open", b"open", "signature", b"signature"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "app_grant", b"app_grant", "best", b"best", "open", b"open", "signature", b"signature"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -424,6 +462,32 @@ class Settlement(_message.Message):
 Global___Settlement: _TypeAlias = Settlement  # noqa: Y015
 
 @_typing.final
+class Acknowledgement(_message.Message):
+    """How many requests of a call with many the service has acknowledged so far."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CALL_ID_FIELD_NUMBER: _builtins.int
+    MESSAGES_FIELD_NUMBER: _builtins.int
+    call_id: _builtins.bytes
+    """The call, 16 bytes."""
+    messages: _builtins.int
+    """Messages since the call began."""
+    def __init__(
+        self,
+        *,
+        call_id: _builtins.bytes = ...,
+        messages: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["call_id", b"call_id", "messages", b"messages"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Acknowledgement: _TypeAlias = Acknowledgement  # noqa: Y015
+
+@_typing.final
 class PayResponse(_message.Message):
     """From payee to payer."""
 
@@ -431,6 +495,7 @@ class PayResponse(_message.Message):
 
     STATEMENT_FIELD_NUMBER: _builtins.int
     SETTLEMENT_FIELD_NUMBER: _builtins.int
+    ACKNOWLEDGEMENT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def statement(self) -> Global___Statement:
         """Where the payee stands."""
@@ -439,17 +504,22 @@ class PayResponse(_message.Message):
     def settlement(self) -> Global___Settlement:
         """The end of a call."""
 
+    @_builtins.property
+    def acknowledgement(self) -> Global___Acknowledgement:
+        """Charged requests became payable."""
+
     def __init__(
         self,
         *,
         statement: Global___Statement | None = ...,
         settlement: Global___Settlement | None = ...,
+        acknowledgement: Global___Acknowledgement | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "settlement", b"settlement", "statement", b"statement"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["acknowledgement", b"acknowledgement", "kind", b"kind", "settlement", b"settlement", "statement", b"statement"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "settlement", b"settlement", "statement", b"statement"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acknowledgement", b"acknowledgement", "kind", b"kind", "settlement", b"settlement", "statement", b"statement"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["statement", "settlement"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["statement", "settlement", "acknowledgement"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 

@@ -1,0 +1,93 @@
+"""Free methods: nothing is charged, so their number and size are bounded instead."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import grpc
+import structlog
+
+from btt.node.payments.network import network_of
+from btt.sdk.errors import BttError, InternalError, RateLimited
+from btt.sdk.payment.charges import MethodCharge
+from btt.sdk.rpc import abort
+
+log = structlog.get_logger(__name__)
+
+
+class FreeLimit:
+    """Counts free calls a minute, per method and network.
+
+    Args:
+        clock: Unix milliseconds.
+    """
+
+    MAX_KEYS = 65536
+
+    def __init__(self, clock: Callable[[], int]) -> None:
+        self._clock = clock
+        self._minute = 0
+        self._calls: dict[tuple[str, str], int] = {}
+
+    def take(self, charge: MethodCharge, network: str) -> None:
+        """Counts one call.
+
+        Raises:
+            RateLimited: There were too many this minute.
+        """
+        minute = self._clock() // 60_000
+        if minute != self._minute:
+            self._minute, self._calls = minute, {}
+        key = (charge.path, network)
+        calls = self._calls.get(key, 0) + 1
+        if calls > charge.free_calls_per_minute or (calls == 1 and len(self._calls) >= self.MAX_KEYS):
+            raise RateLimited(f"More than {charge.free_calls_per_minute} calls of {charge.path} this minute.")
+        self._calls[key] = calls
+
+
+def bounded(handler: Any, charge: MethodCharge, limit: FreeLimit) -> grpc.RpcMethodHandler[Any, Any]:
+    """Wraps the handler of a free method, of any kind."""
+    if handler.response_streaming:
+        inner = handler.stream_stream or handler.unary_stream
+
+        async def stream(request: Any, context: Any) -> AsyncIterator[Any]:
+            sent = 0
+            try:
+                limit.take(charge, network_of(context.peer()))
+                async for message in inner(request, context):
+                    sent += message.ByteSize()
+                    _bound(sent, charge)
+                    yield message
+            except BttError as error:
+                await abort(context, error)
+
+        make = (
+            grpc.stream_stream_rpc_method_handler
+            if handler.request_streaming
+            else grpc.unary_stream_rpc_method_handler
+        )
+        return make(stream, handler.request_deserializer, handler.response_serializer)
+    inner_unary = handler.stream_unary or handler.unary_unary
+
+    async def unary(request: Any, context: Any) -> Any:
+        try:
+            limit.take(charge, network_of(context.peer()))
+            message = await inner_unary(request, context)
+            _bound(message.ByteSize(), charge)
+        except BttError as error:
+            await abort(context, error)
+        return message
+
+    make_unary = (
+        grpc.stream_unary_rpc_method_handler
+        if handler.request_streaming
+        else grpc.unary_unary_rpc_method_handler
+    )
+    return make_unary(unary, handler.request_deserializer, handler.response_serializer)
+
+
+def _bound(sent: int, charge: MethodCharge) -> None:
+    if sent > charge.free_bytes:
+        log.error("service.free_bytes_exceeded", method=charge.path)
+        raise InternalError(f"{charge.path} sent more than its free bytes.")

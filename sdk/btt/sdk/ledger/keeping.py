@@ -1,0 +1,207 @@
+"""Where a wallet or a node keeps its evidence: one SQLite file, written before the receipt is used.
+
+Nothing is ever replaced: a second receipt for the same entry that says something else is not an
+update but a proof against the ledger, and both stay.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+from btt.proto.ledger.v1 import ledger_pb2 as pb
+from btt.sdk.database import open_books
+from btt.sdk.errors import StorageError
+from btt.sdk.ledger.evidence import Evidence
+from btt.sdk.ledger.receipt import SignedReceipt
+from btt.sdk.signing import Receipt
+
+RECEIPTS: Final = "receipts.db"
+"""Name of the file in the folder of a wallet or node."""
+_VERSION: Final = 1
+_SCHEMA: Final = """
+CREATE TABLE ledgers(
+    ledger_id BLOB PRIMARY KEY CHECK(length(ledger_id) = 32),
+    header BLOB NOT NULL
+) STRICT, WITHOUT ROWID;
+CREATE TABLE operations(
+    ledger_id BLOB NOT NULL,
+    seq INTEGER NOT NULL,
+    epoch INTEGER NOT NULL,
+    entry_hash BLOB NOT NULL,
+    digest BLOB NOT NULL,
+    kind INTEGER NOT NULL,
+    body BLOB NOT NULL,
+    signatures BLOB NOT NULL,
+    receipt BLOB,
+    receipt_signature BLOB,
+    PRIMARY KEY(ledger_id, seq, epoch, entry_hash)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX operations_by_digest ON operations(ledger_id, digest);
+CREATE TABLE seen(
+    ledger_id BLOB NOT NULL,
+    subject BLOB NOT NULL,
+    recovered INTEGER NOT NULL,
+    seq INTEGER NOT NULL,
+    PRIMARY KEY(ledger_id, subject)
+) STRICT, WITHOUT ROWID;
+"""
+_COLUMNS: Final = "kind, body, signatures, receipt, receipt_signature"
+
+
+class EvidenceStore:
+    """Evidence about any number of ledgers; safe to use from several threads and processes.
+
+    Args:
+        path: The SQLite file; made if missing.
+
+    Raises:
+        ConfigError: It is of a newer version.
+        StorageError: It cannot be opened.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._lock = threading.RLock()
+        self._db = open_books(path, schema=_SCHEMA, version=_VERSION)
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._db.close()
+
+    def keep(
+        self,
+        header: pb.EvidenceHeader,
+        operations: Iterable[Evidence],
+        *,
+        seen: tuple[bytes, int, int] | None = None,
+    ) -> None:
+        """Keeps operations; what is kept already stays as it is.
+
+        Args:
+            header: Who signs for the ledger now.
+            operations: Checked by the caller.
+            seen: A subject (32 bytes), the epoch of the ledger's last recovery, and the entry up to
+                which it has told all that concerns the subject.
+
+        Raises:
+            StorageError: Nothing was kept.
+        """
+        ledger_id = header.ledger_id
+        with self._transaction() as db:
+            db.execute(
+                "INSERT INTO ledgers VALUES(?, ?) ON CONFLICT DO UPDATE SET header = excluded.header "
+                "WHERE header <> excluded.header",
+                (ledger_id, header.SerializeToString(deterministic=True)),
+            )
+            db.executemany(
+                "INSERT OR IGNORE INTO operations VALUES(?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (_row(ledger_id, operation) for operation in operations),
+            )
+            if seen is not None:
+                db.execute("INSERT OR REPLACE INTO seen VALUES(?, ?, ?, ?)", (ledger_id, *seen))
+
+    def seen(self, ledger_id: bytes, subject: bytes, recovered: int) -> int:
+        """Returns the entry up to which all about a subject is kept; 0 after a recovery new to us."""
+        row = self._one(
+            "SELECT seq FROM seen WHERE ledger_id = ? AND subject = ? AND recovered = ?",
+            (ledger_id, subject, recovered),
+        )
+        return int(row[0]) if row else 0
+
+    def header(self, ledger_id: bytes) -> pb.EvidenceHeader | None:
+        """Returns who signed for a ledger when it was last heard of; None if it never was."""
+        row = self._one("SELECT header FROM ledgers WHERE ledger_id = ?", (ledger_id,))
+        return pb.EvidenceHeader.FromString(row[0]) if row else None
+
+    def operations(self, ledger_id: bytes) -> Iterator[Evidence]:
+        """Returns all that is kept about a ledger: what has no receipt, then the rest by its entries."""
+        cursor = self._db.execute(
+            f"SELECT {_COLUMNS} FROM operations WHERE ledger_id = ? ORDER BY seq, epoch",  # noqa: S608
+            (ledger_id,),
+        )
+        return map(_evidence, cursor)
+
+    def epochs(self, ledger_id: bytes) -> dict[int, tuple[int, int]]:
+        """Returns the first and the last entry that is kept of each epoch of a ledger."""
+        found = self._db.execute(
+            "SELECT epoch, min(seq), max(seq) FROM operations WHERE ledger_id = ? AND epoch > 0 "
+            "GROUP BY epoch ORDER BY epoch",
+            (ledger_id,),
+        )
+        return {epoch: (first, last) for epoch, first, last in found}
+
+    def rival(self, ledger_id: bytes, operation: Evidence) -> Evidence | None:
+        """Returns what is kept and cannot be true beside an operation with its receipt."""
+        if operation.receipt is None:
+            return None
+        said = operation.receipt.receipt
+        row = self._one(
+            f"SELECT {_COLUMNS} FROM operations WHERE ledger_id = ?1 AND epoch = ?2 AND "  # noqa: S608
+            "((seq = ?3 AND entry_hash <> ?4) OR (digest = ?5 AND seq <> ?3)) LIMIT 1",
+            (ledger_id, said.epoch, said.seq, said.entry_hash, said.request_digest),
+        )
+        return _evidence(row) if row else None
+
+    def equivocations(self, ledger_id: bytes) -> list[tuple[Evidence, Evidence]]:
+        """Returns pairs of receipts that one honest ledger cannot both have signed.
+
+        In one epoch an entry has one hash, and a request has one entry.
+        """
+        pairs = (
+            "a.seq = b.seq AND a.entry_hash < b.entry_hash",
+            "a.digest = b.digest AND a.seq < b.seq",
+        )
+        columns = ", ".join(f"{side}.{name}" for side in "ab" for name in _COLUMNS.split(", "))
+        found: list[tuple[Evidence, Evidence]] = []
+        for differ in pairs:
+            rows = self._db.execute(
+                f"SELECT {columns} FROM operations a JOIN operations b "  # noqa: S608 (our own words)
+                f"ON a.ledger_id = b.ledger_id AND a.epoch = b.epoch AND {differ} "
+                "WHERE a.ledger_id = ? AND a.epoch > 0 ORDER BY a.seq",
+                (ledger_id,),
+            )
+            found += [(_evidence(row[:5]), _evidence(row[5:])) for row in rows]
+        return found
+
+    def _one(self, query: str, values: tuple[object, ...]) -> Any:
+        with self._lock:
+            try:
+                return self._db.execute(query, values).fetchone()
+            except sqlite3.Error as error:
+                raise StorageError(f"The kept receipts could not be read ({error}).") from error
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        with self._lock:
+            try:
+                self._db.execute("BEGIN IMMEDIATE")
+                yield self._db
+                self._db.execute("COMMIT")
+            except Exception as error:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+                if isinstance(error, sqlite3.Error):
+                    raise StorageError(f"The receipts could not be kept ({error}).") from error
+                raise
+
+
+def _row(ledger_id: bytes, operation: Evidence) -> tuple[object, ...]:
+    digest = operation.digest(ledger_id)
+    signed = operation.receipt
+    place: tuple[object, ...] = (0, 0, digest, digest)
+    proof: tuple[object, ...] = (None, None)
+    if signed is not None:
+        receipt = signed.receipt
+        place = (receipt.seq, receipt.epoch, receipt.entry_hash, digest)
+        proof = (signed.encode(), signed.signature)
+    return (ledger_id, *place, operation.kind, operation.body, operation.signatures, *proof)
+
+
+def _evidence(row: tuple[Any, ...]) -> Evidence:
+    kind, body, signatures, receipt, signature = row
+    signed = SignedReceipt(Receipt.decode(receipt), signature) if receipt is not None else None
+    return Evidence(kind, body, signatures, signed)

@@ -1,0 +1,274 @@
+"""One paid call on the payer's side: what it sent, what arrived, and what of it is payable.
+
+Units are counted on arrival, before the message is handed over, because code behind a
+`yield` does not run when the reader breaks off. What a request will cost is set aside before
+it is sent: what cannot be paid is not requested.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import secrets
+from collections import deque
+from collections.abc import AsyncIterable, AsyncIterator, Iterable
+from typing import TYPE_CHECKING, Any
+
+import grpc.aio
+
+from btt.sdk.channel import Segment
+from btt.sdk.errors import ConfigError, CountsDiffer, InvalidRequest
+from btt.sdk.payment.charges import MethodCharge, total
+from btt.sdk.payment.verdicts import Units, current_verdicts
+
+if TYPE_CHECKING:
+    from btt.sdk.payment.session import PaymentSession
+
+ACKNOWLEDGED_KEY = "btt-acknowledged"
+
+
+class MeteredCall:
+    """One metered call, from its first message to its report.
+
+    Args:
+        session: Who pays.
+        charge: Of the method.
+        request: The only one; None if the method takes many, which come by `outgoing`.
+
+    Raises:
+        BudgetExceeded: The channel does not cover it.
+        ConfigError: The method is paid on verification, and called outside `verdicts()`.
+        InvalidRequest: The request is larger than the method allows.
+    """
+
+    def __init__(self, session: PaymentSession, charge: MethodCharge, request: Any = None) -> None:
+        verdicts = current_verdicts()
+        if charge.verified and verdicts is None:
+            raise ConfigError(
+                f"{charge.path} is paid on verification.", hint="Call it inside `with session.verdicts()`."
+            )
+        self.call_id = secrets.token_bytes(16)
+        self.failure: BaseException | None = None
+        """What ended the call from within: a request that could not be sent."""
+        self._session = session
+        self._charge = charge
+        self._verdicts = verdicts if charge.verified else None
+        self._bills = [(field, field.cap) for field in charge.fields if field.cap is not None]
+        self._caps = [0] * len(self._bills)
+        self._sums = [0] * len(self._bills)
+        self._fee: Units = []
+        self._unacknowledged: deque[Units] = deque()
+        self._acknowledged = 0
+        self._rpc: grpc.aio.Call | None = None
+        self._sender: asyncio.Task[Any] | None = None
+        self._late_at = math.inf
+        self._finished = False
+        self._decided = self._verdicts is None
+        self._reported = False
+        session.begin_call(self)
+        try:
+            fee = self._units(charge.fee)
+            session.capacity.reserve(fee)
+            self._fee = fee
+            if request is not None:
+                self._sending(request)
+        except BaseException:
+            self._decided = True
+            self.finish()
+            raise
+        if self._verdicts is not None:
+            self._verdicts.watch(self)
+
+    def attach(self, rpc: grpc.aio.Call, timeout: float | None) -> None:
+        """Follows the call under way to its end, however that comes.
+
+        Args:
+            rpc: The call.
+            timeout: Seconds that it was given.
+        """
+        self._rpc = rpc
+        if timeout is not None:
+            self._late_at = asyncio.get_running_loop().time() + timeout
+
+        def ended(_: object) -> None:
+            # At its natural end the reader has yet to take what arrived.
+            if rpc.cancelled():
+                self.finish()
+
+        rpc.add_done_callback(ended)
+
+    @property
+    def is_late(self) -> bool:
+        """Its deadline has passed."""
+        return asyncio.get_running_loop().time() >= self._late_at
+
+    def cancel(self) -> None:
+        """Ends the call."""
+        if self._rpc is not None:
+            self._rpc.cancel()
+        self.finish()
+
+    # Requests
+
+    async def outgoing(self, requests: AsyncIterable[Any] | Iterable[Any]) -> AsyncIterator[Any]:
+        """Counts the requests of a call with many, each just before it is sent."""
+        self._sender = asyncio.current_task()
+        try:
+            async for request in _each(requests):
+                if self._charge.requests:
+                    await self._session.capacity.cover(self._units(self._charge.units_asked(request)))
+                self._sending(request)
+                yield request
+        except Exception as error:
+            self.failure = error
+            raise
+
+    def _sending(self, request: Any) -> None:
+        for index, (_, cap) in enumerate(self._bills):
+            self._caps[index] += cap(request)
+        if not self._charge.requests:
+            return
+        asked = self._charge.units_asked(request)
+        if total(asked) > self._charge.largest_request:
+            raise InvalidRequest(
+                f"A request of {self._charge.path} carries at most {self._charge.largest_request} units."
+            )
+        units = self._units(asked)
+        self._session.capacity.reserve(units)
+        self._unacknowledged.append([*units, *self._fee])
+        self._fee = []
+
+    def acknowledged(self, messages: int) -> None:
+        """The service has acknowledged so many requests since the call began.
+
+        Raises:
+            CountsDiffer: It never got so many; the session ends.
+        """
+        if self._finished:
+            return  # it was reported on without them
+        if messages > self._acknowledged + len(self._unacknowledged):
+            self._differ("The node acknowledges requests that were not sent.")
+        while self._acknowledged < messages:
+            self._acknowledged += 1
+            units = self._unacknowledged.popleft()
+            self._session.capacity.release(units)
+            self._received(units)
+            self.accepted(units)
+
+    # Responses
+
+    def arrived(self, message: Any) -> None:
+        """Counts a message on arrival.
+
+        Raises:
+            CountsDiffer: It bills more than the request allowed; the session ends.
+        """
+        for index, (field, _) in enumerate(self._bills):
+            self._sums[index] += field.count(message)
+            if self._sums[index] > self._caps[index]:
+                self._differ(
+                    f"The node bills {self._sums[index]} units; the request allowed {self._caps[index]}."
+                )
+        counted = self._charge.units(message)
+        if total(counted) > self._charge.largest_message:
+            self._differ("The node sent a message with more units than its service allows.")
+        units = self._units(counted)
+        if self._charge.requests:
+            if not self._charge.streams_requests:
+                self.acknowledged(1)
+        elif self._fee:
+            units += self._take_fee()
+        self._received(units)
+        if self._verdicts is None:
+            self.accepted(units)
+        elif not self._decided:
+            self._verdicts.expect(message, self, units)
+
+    def accepted(self, units: Units) -> None:
+        """Counts the units of a message as payable."""
+        for segment, count in units:
+            self._session.payer.accepted(self.call_id, segment, count)
+        self._session.nudge()
+
+    async def completed(self, rpc: Any) -> None:
+        """The call has ended well; the fee is due even if nothing came.
+
+        Raises:
+            CountsDiffer: The service acknowledged requests that were not sent.
+        """
+        if self._charge.requests:
+            if self._charge.streams_requests:
+                self.learned(await rpc.trailing_metadata())
+            else:
+                self.acknowledged(1)
+        if self._fee:
+            units = self._take_fee()
+            self._received(units)
+            self.accepted(units)
+
+    def learned(self, trailer: Any) -> None:
+        """Takes from a call that has ended how many requests were acknowledged.
+
+        Raises:
+            CountsDiffer: More than were sent.
+        """
+        for key, value in trailer or ():
+            if key == ACKNOWLEDGED_KEY and self._charge.streams_requests:
+                if not (isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 20):
+                    self._differ("The node's count of acknowledged requests is malformed.")
+                self.acknowledged(int(value))
+
+    # The end
+
+    def finish(self) -> None:
+        """The call has ended on the wire."""
+        if not self._finished:
+            self._finished = True
+            for units in self._unacknowledged:
+                self._session.capacity.release(units)
+            self._unacknowledged.clear()
+            self._take_fee()
+            if self._sender is not None and self._sender is not asyncio.current_task():
+                self._sender.cancel()  # it may wait for the caller's next request for ever
+        self._report()
+
+    def decide(self) -> None:
+        """No more verdicts will come."""
+        self._decided = True
+        if not self._finished:
+            self.cancel()
+        self._report()
+
+    def _report(self) -> None:
+        if self._finished and self._decided and not self._reported:
+            self._reported = True
+            self._session.report_call(self)
+
+    # Helpers
+
+    def _units(self, counted: Iterable[Any]) -> Units:
+        digest = self._session.offer.digest
+        return [(Segment(digest, line), count) for line, count in counted]
+
+    def _take_fee(self) -> Units:
+        fee, self._fee = self._fee, []
+        self._session.capacity.release(fee)
+        return fee
+
+    def _received(self, units: Units) -> None:
+        for segment, count in units:
+            self._session.payer.received(self.call_id, segment, count)
+
+    def _differ(self, text: str) -> None:
+        error = CountsDiffer(text)
+        self._session.fail(error)
+        raise error
+
+
+async def _each(requests: AsyncIterable[Any] | Iterable[Any]) -> AsyncIterator[Any]:
+    if isinstance(requests, AsyncIterable):
+        async for request in requests:
+            yield request
+    else:
+        for request in requests:
+            yield request

@@ -1,0 +1,257 @@
+"""Content from many nodes at once, over real sockets: slow ones, liars, and nodes that are gone."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from btt.sdk.content.feed import LINE
+from btt.sdk.content.store import Destination
+from btt.sdk.errors import BudgetExceeded, ContentMismatch, NoProviders
+from btt.sdk.money import Amount, Rate
+from btt.sdk.selection import Cause, allow, deny, max_price
+from btt.services.content.service import ContentServicer
+from kit import economy as kit
+from kit.economy import CONTENT_PRICE, RUN, content
+
+RUNS = 30
+DATA = content(RUNS * RUN + 4321)
+OWED = CONTENT_PRICE[LINE].rate.owed
+UNIT = OWED(RUN)
+DEAR = Rate.parse("5 BTT / GiB")
+
+
+class Odd(ContentServicer):
+    """Serves content as some `way` has it; counts the runs it was made to send."""
+
+    way = None
+    sent = 0
+    held = 0
+
+    async def Fetch(self, request, context):  # noqa: N802
+        async for response in super().Fetch(request, context):
+            self.sent += 1
+            if self.way is None:
+                yield response
+            else:
+                async for message in self.way(response):
+                    yield message
+
+
+@pytest.fixture
+async def three(economy, monkeypatch):
+    """Three nodes with the same film."""
+    monkeypatch.setattr(kit, "ContentServicer", Odd)
+    nodes = []
+    for _ in range(3):
+        node, infohash = await economy.content_node({"film.bin": DATA})
+        node.infohash = infohash["film.bin"]
+        nodes.append(node)
+    return nodes
+
+
+async def fetch(btt, infohash, folder, **options):
+    async with btt.content.fetch(infohash, folder, **options) as transfer:
+        async for _ in transfer.progress(interval_s=0.02):
+            pass
+    return transfer.receipt
+
+
+async def earned(economy, node):
+    return (await economy.ledger.account(node.payee_key)).available
+
+
+def check_paid_once(btt, receipt):
+    assert all(closed.counts_agree for closed in btt.receipts)
+    assert receipt.fetched_bytes == len(DATA)
+    # Each node rounds up what it is owed by itself.
+    assert 0 <= receipt.spent - OWED(len(DATA)) < len(receipt.parts)
+    assert sum(part.fetched_bytes for part in receipt.parts) == len(DATA)
+
+
+async def test_all_nodes_share_the_work_and_each_is_paid_for_its_part(economy, three, tmp_path):
+    async with economy.client(three, await economy.wallet()) as btt:
+        quote = await btt.content.quote(three[0].infohash)
+        assert {node.node for node in quote.nodes} == {node.identity.public.address for node in three}
+        receipt = await fetch(btt, quote, tmp_path)
+    assert (tmp_path / "film.bin").read_bytes() == DATA
+    check_paid_once(btt, receipt)
+    assert len(receipt.parts) == 3
+    assert len(btt.receipts) == 3
+    by_node = {part.node: part for part in receipt.parts}
+    for node in three:
+        part = by_node[node.identity.public.address]
+        assert part.fetched_bytes > 0
+        assert await earned(economy, node) == part.spent
+    assert (await economy.ledger.totals()).open_channels == 0
+
+
+async def test_a_liar_among_honest_nodes_is_dropped_unpaid_for_its_lie_and_shunned(economy, three, tmp_path):
+    liar, *honest = three
+
+    async def lie(response):
+        if liar.servicer.sent > 2:
+            response.data = bytes(len(response.data))
+        yield response
+
+    liar.servicer.way = lie
+    async with economy.client(three, await economy.wallet()) as btt:
+        receipt = await fetch(btt, liar.infohash, tmp_path)
+        assert (tmp_path / "film.bin").read_bytes() == DATA
+        [part] = [part for part in receipt.parts if part.error is not None]
+        assert part.node == liar.identity.public.address
+        assert isinstance(part.error, ContentMismatch)
+        assert part.fetched_bytes == 2 * RUN
+        quote = await btt.content.quote(liar.infohash)
+        assert {node.node for node in quote.nodes} == {node.identity.public.address for node in honest}
+        [rejection] = quote.rejections
+        assert (rejection.node, rejection.cause) == (str(liar.address), Cause.SHUNNED)
+    check_paid_once(btt, receipt)
+    assert await earned(economy, liar) == OWED(2 * RUN)
+
+
+async def test_all_nodes_lie(economy, three, tmp_path):
+    async def lie(response):
+        response.data = bytes(len(response.data))
+        yield response
+
+    for node in three:
+        node.servicer.way = lie
+    async with economy.client(three, await economy.wallet()) as btt:
+        with pytest.raises(ContentMismatch):
+            await fetch(btt, three[0].infohash, tmp_path)
+        with pytest.raises(NoProviders) as caught:
+            await btt.content.quote(three[0].infohash)
+        assert caught.value.counts == {Cause.SHUNNED: 3}
+    assert [await earned(economy, node) for node in three if node.store] == [0, 0, 0]
+
+
+async def test_others_take_over_what_a_slow_node_has_before_it(economy, three, tmp_path):
+    slow, *_ = three
+    let_go = asyncio.Event()
+
+    async def stall(response):
+        slow.servicer.held += 1
+        if slow.servicer.held > 1:
+            await let_go.wait()
+        yield response
+
+    slow.servicer.way = stall
+    async with economy.client(three, await economy.wallet()) as btt:
+        receipt = await fetch(btt, slow.infohash, tmp_path)
+        let_go.set()
+    assert (tmp_path / "film.bin").read_bytes() == DATA
+    check_paid_once(btt, receipt)
+    mine = next(part for part in receipt.parts if part.node == slow.identity.public.address)
+    assert mine.fetched_bytes == RUN
+    assert mine.error is None
+    assert await earned(economy, slow) == UNIT
+
+
+async def test_a_node_that_goes_away_midway_is_replaced_by_the_others(economy, three, tmp_path):
+    gone, *rest = three
+    reached, stopped = asyncio.Event(), asyncio.Event()
+
+    async def go(response):
+        if gone.servicer.sent == 3:
+            reached.set()
+            await stopped.wait()
+        yield response
+
+    gone.servicer.way = go
+
+    async def stop():
+        await reached.wait()
+        await gone.server.stop(0)
+
+    async with economy.client(three, await economy.wallet()) as btt:
+        stopping = asyncio.create_task(stop())
+        receipt = await fetch(btt, gone.infohash, tmp_path)
+        await stopping
+    stopped.set()
+    assert (tmp_path / "film.bin").read_bytes() == DATA
+    assert receipt.fetched_bytes == len(DATA)
+    assert list(btt.unsettled) == [gone.address]
+    assert len(btt.receipts) == 2
+    for closed in btt.receipts:
+        assert closed.counts_agree
+    assert sum([await earned(economy, node) for node in rest]) <= OWED(len(DATA))
+
+
+async def test_nodes_without_the_content_or_gone_or_dear_are_counted_by_cause(economy, three, tmp_path):
+    other, _ = await economy.content_node({"other.bin": content(RUN)})
+    gone = await economy.node(lambda registrar: None)
+    await gone.server.stop(0)
+    dear, _ = await economy.content_node({"film.bin": DATA}, prices={LINE: kit.Price(DEAR, RUN)})
+    async with economy.client([*three, other, gone, dear], await economy.wallet(), "50 BTT") as btt:
+        quote = await btt.content.quote(three[0].infohash)
+        assert len(quote.nodes) == 3
+        assert quote.cost == OWED(len(DATA))
+        assert {r.node: r.cause for r in quote.rejections} == {
+            str(other.address): Cause.UNKNOWN,
+            str(gone.address): Cause.UNREACHABLE,
+            str(dear.address): Cause.DEAR,
+        }
+        with pytest.raises(NoProviders, match="4 denied by you, 1 ") as caught:
+            nobody = deny([node.identity.public.address for node in [*three, dear]])
+            await btt.content.quote(three[0].infohash, policies=[nobody])
+        assert caught.value.counts == {Cause.DENIED: 4, Cause.UNKNOWN: 1, Cause.UNREACHABLE: 1}
+        only = await btt.content.quote(three[0].infohash, policies=[allow([dear.identity.public.address])])
+        assert (only.node, only.cost) == (dear.identity.public.address, DEAR.owed(len(DATA)))
+        with pytest.raises(NoProviders) as caught:
+            await btt.content.quote(three[0].infohash, policies=[max_price(Rate.parse("0.5 BTT / GiB"))])
+        assert caught.value.counts == {Cause.DEAR: 4, Cause.UNKNOWN: 1, Cause.UNREACHABLE: 1}
+
+
+async def test_a_budget_over_several_nodes_is_never_overspent_and_is_used_to_the_end(
+    economy, three, tmp_path
+):
+    wallet = await economy.wallet()
+    before = (await economy.ledger.account(wallet.account)).available
+    budget = Amount(OWED(18 * RUN))
+    async with economy.client(three, wallet, str(budget)) as btt:
+        with pytest.raises(BudgetExceeded):
+            await fetch(btt, three[0].infohash, tmp_path)
+    for provider in btt.providers:
+        assert provider.live is None
+    spent = before - (await economy.ledger.account(wallet.account)).available
+    assert spent == sum([await earned(economy, node) for node in three])
+    assert budget - UNIT <= spent <= budget
+    async with economy.client(three, wallet) as btt:
+        receipt = await fetch(btt, three[0].infohash, tmp_path)
+    assert (tmp_path / "film.bin").read_bytes() == DATA
+    assert OWED(len(DATA)) <= spent + receipt.spent <= OWED(len(DATA)) + 6, "nothing was paid twice"
+
+
+async def test_the_quoted_cost_and_a_unit_suffice_as_a_budget(economy, three, tmp_path):
+    async with economy.client(three, await economy.wallet()) as btt:
+        cost = (await btt.content.quote(three[0].infohash)).cost
+    async with economy.client(three, await economy.wallet(), str(Amount(cost + 3))) as btt:
+        receipt = await fetch(btt, three[0].infohash, tmp_path)
+    assert (tmp_path / "film.bin").read_bytes() == DATA
+    assert receipt.spent <= cost + 3
+
+
+async def test_a_node_that_raises_its_price_is_left_and_the_others_go_on(economy, three, tmp_path):
+    async with economy.client(three, await economy.wallet()) as btt:
+        quote = await btt.content.quote(three[0].infohash)
+        three[0].sign({LINE: kit.Price(DEAR, RUN)})
+        btt.providers[0]._node = None  # as if its offer had run out meanwhile
+        receipt = await fetch(btt, quote, tmp_path)
+    assert (tmp_path / "film.bin").read_bytes() == DATA
+    assert three[0].identity.public.address not in {part.node for part in receipt.parts}
+    assert OWED(len(DATA)) <= receipt.spent < OWED(len(DATA)) + 3
+
+
+async def test_what_is_on_disk_is_neither_fetched_nor_paid_again(economy, three, tmp_path):
+    async with economy.client(three, await economy.wallet()) as btt:
+        quote = await btt.content.quote(three[0].infohash)
+        with Destination(tmp_path, quote.torrent) as destination:
+            destination.scan()
+            for run in range(0, RUNS, 2):
+                destination.write_run(0, run, DATA[run * RUN : (run + 1) * RUN])
+        receipt = await fetch(btt, quote, tmp_path)
+    assert (tmp_path / "film.bin").read_bytes() == DATA
+    assert receipt.fetched_bytes == len(DATA) - RUNS // 2 * RUN
+    assert receipt.spent < OWED(receipt.fetched_bytes) + 3
