@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from importlib.metadata import entry_points
 
 from pydantic import BaseModel
@@ -42,7 +43,7 @@ def section(model: type[BaseModel], name: str) -> str:
             raise Untold(f"the key {key} of {model.__name__} has no text")
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             place = f"{name}__{key}"
-            head = f"\n### `[{place.replace('__', '.')}]`\n\n{told[key]}\n\n"
+            head = f"\n### `[{place.replace('__', '.')}]`\n\n{summary(field.annotation, place)}\n\n"
             below.append(head + section(field.annotation, place))
             continue
         variable = f"{ENV_PREFIX}{name}__{key}".upper()
@@ -67,4 +68,6 @@ def _default(field: FieldInfo) -> str:
         return f'`"{value // step}{unit}"`'
     if isinstance(value, bool):
         return f"`{str(value).lower()}`"
+    if isinstance(value, tuple):
+        return f"`{json.dumps([str(one) for one in value])}`"
     return f"`{value}`" if type(value) is int else f'`"{value}"`'
