@@ -216,7 +216,14 @@ class LimitsSection(_Section):
 
 
 class ServiceLimits(_Section):
-    """The same for one service, below those of the node; what is 0 is left to them."""
+    """The same for one service, below those of the node; what is 0 is left to them.
+
+    Attributes:
+        calls: Those that run at once.
+        calls_per_payer: Of those, of one payer.
+        calls_per_minute: Those that one payer may begin in a minute.
+        deadline: How long a call may take whose caller sets no deadline.
+    """
 
     up: Speed = 0
     down: Speed = 0

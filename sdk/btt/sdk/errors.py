@@ -82,7 +82,10 @@ class BttError(Exception):
 
 
 class ConfigError(BttError):
-    """What the user configured cannot work."""
+    """What the user configured cannot work.
+
+    The message names the place and what to write there.
+    """
 
 
 class TransportError(BttError):
@@ -110,7 +113,10 @@ class RemoteError(TransportError):
 
 
 class InvalidRequest(BttError):
-    """A request is malformed or out of range."""
+    """A request is malformed or out of range.
+
+    The message names the field; the same request is refused again.
+    """
 
     reason = "INVALID_REQUEST"
 
@@ -119,12 +125,14 @@ class SignatureInvalid(InvalidRequest):
     """A signature does not verify."""
 
     reason = "SIGNATURE_INVALID"
+    hint = "Check that the key is the right one and that nothing changed what was signed."
 
 
 class SignerMismatch(InvalidRequest):
     """The signer may not do this."""
 
     reason = "SIGNER_MISMATCH"
+    hint = "Sign with the key of the account or channel that the request is about."
 
 
 class WrongLedger(InvalidRequest):
@@ -177,6 +185,7 @@ class ChannelUnknown(LedgerError):
     """No such channel on the ledger."""
 
     reason = "CHANNEL_UNKNOWN"
+    hint = "Check the channel's id and the ledger."
 
 
 class ChannelClosed(LedgerError):
@@ -211,12 +220,14 @@ class ChannelLocked(LedgerError):
     """The refund of the channel is not due yet."""
 
     reason = "CHANNEL_LOCKED"
+    hint = "Wait until the lock time has passed."
 
 
 class TermsRefused(LedgerError):
     """The terms of the channel are outside what the other side accepts."""
 
     reason = "TERMS_REFUSED"
+    hint = "Choose terms within what it states in its offer or its ledger information."
 
 
 class InvariantBroken(LedgerError):
@@ -272,6 +283,7 @@ class UpdateInvalid(PaymentError):
     """A payment update is not valid for this channel."""
 
     reason = "UPDATE_INVALID"
+    hint = "Open the session again; if it stays, leave this node."
 
 
 class PaymentRequired(PaymentError):
@@ -301,6 +313,7 @@ class CallRepeated(PaymentError):
     """The call id was used before in this session."""
 
     reason = "CALL_REPEATED"
+    hint = "Use a fresh call id for each call."
 
 
 class CountsDiffer(PaymentError):
@@ -318,6 +331,7 @@ class AppRefused(ServiceError):
     """The application is not served here."""
 
     reason = "APP_REFUSED"
+    hint = "Use a node that serves this application."
 
 
 class Banned(ServiceError):
@@ -461,6 +475,7 @@ class InternalError(BttError):
     """A defect of the other side; the call was not charged."""
 
     reason = "INTERNAL"
+    hint = "Use another node; tell the operator what the message says."
 
 
 def _tree(cls: type[BttError]) -> list[type[BttError]]:
