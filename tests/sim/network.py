@@ -149,6 +149,9 @@ class Context:
     def set_trailing_metadata(self, trailing: Any) -> None:
         pass
 
+    def trailing_metadata(self) -> Any:
+        return self.status[2]
+
     async def abort(self, code: grpc.StatusCode, details: str = "", trailing: Any = ()) -> None:
         self.status = (code, details, trailing)
         raise Abort(details)

@@ -11,6 +11,7 @@ import grpc.aio
 from btt.node.config import NodeConfig
 from btt.node.folder import NodeFolder
 from btt.node.runtime import Node
+from btt.node.services import Patience
 from btt.sdk.budget import Budget
 from btt.sdk.client import Client, Wallet
 from btt.sdk.errors import BttError, InsufficientFunds, LedgerRolledBack, RequestExpired
@@ -80,7 +81,9 @@ def node(generosity: float = 1.0) -> Any:
         certificate = tls_name(identity.address).encode()
         folder = NodeFolder(me.files, config, identity, payee, b"key", certificate)
         plugins = {"sim": lambda: plugin(generosity, world.random.random)}
-        async with Node(folder, plugins=plugins, clock=me.clock, grace_s=2.0) as running:
+        async with Node(
+            folder, plugins=plugins, clock=me.clock, grace_s=2.0, patience=Patience(block_s=0)
+        ) as running:
             world.trace(me.name, "serves")
             stopped = asyncio.ensure_future(me.stop.wait())
             failed = asyncio.ensure_future(running.failed())

@@ -8,10 +8,9 @@ from importlib.metadata import entry_points
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from btt.node.config import ENV_PREFIX, NodeConfig, ServiceSection, parse_duration
+from btt.node.config import ENV_PREFIX, NodeConfig, ServiceSection
+from btt.node.values import duration_text, parse_duration, parse_speed, speed_text
 from reference.text import Untold, entries, summary, table
-
-_STEPS = ((86_400_000, "d"), (3_600_000, "h"), (60_000, "m"), (1000, "s"), (1, "ms"))
 
 
 def all_keys() -> str:
@@ -63,9 +62,11 @@ def _default(field: FieldInfo) -> str:
     value = field.get_default(call_default_factory=True)
     if value is None or value == "":
         return "-"
-    if any(getattr(known, "func", None) is parse_duration for known in field.metadata):
-        step, unit = next(known for known in _STEPS if value % known[0] == 0)
-        return f'`"{value // step}{unit}"`'
+    readers = {getattr(known, "func", None) for known in field.metadata}
+    if parse_duration in readers and value:
+        return f'`"{duration_text(value)}"`'
+    if parse_speed in readers:
+        return f'`"{speed_text(value)}"`'
     if isinstance(value, bool):
         return f"`{str(value).lower()}`"
     if isinstance(value, tuple):

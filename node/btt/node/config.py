@@ -219,6 +219,8 @@ class ServiceLimits(_Section):
     """The same for one service, below those of the node; what is 0 is left to them.
 
     Attributes:
+        up: Bytes a second that leave.
+        down: Bytes a second that come.
         calls: Those that run at once.
         calls_per_payer: Of those, of one payer.
         calls_per_minute: Those that one payer may begin in a minute.

@@ -33,7 +33,7 @@ class Patience:
         start_s: To start.
         stop_s: To stop.
         leak_s: To end what they left running.
-        block_s: To hold up the loop.
+        block_s: To hold up the loop; 0 does not watch over that.
         backoff: Before they are started again, after so many failures.
     """
 
@@ -85,6 +85,7 @@ class Services:
         self.registry = Registry(plugins, around=around, limiter=limiter, credit_limit=credit_limit)
         self.supervisor = Supervisor(self.registry, restarted, backoff=patience.backoff)
         self.watchdog = Watchdog(lambda: self.registry.packages, self._blocked, limit_s=patience.block_s)
+        self._patience = patience
         self._health = health
         self._running: Running | None = None
         self._telling: set[asyncio.Future[None]] = set()
@@ -100,8 +101,9 @@ class Services:
             ConfigError: A service is not installed, or its configuration does not do.
         """
         stack.callback(follow_tasks(asyncio.get_running_loop()))
-        self.watchdog.start()
-        stack.push_async_callback(self.watchdog.stop)
+        if self._patience.block_s:
+            self.watchdog.start()
+            stack.push_async_callback(self.watchdog.stop)
         stack.push_async_callback(self.registry.stop)
         self.registry.configure(sections)
         stack.push_async_callback(self.supervisor.stop)

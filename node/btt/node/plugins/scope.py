@@ -11,7 +11,7 @@ import contextvars
 from collections.abc import Callable, Coroutine
 from contextvars import ContextVar
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 _current: ContextVar[Scope | None] = ContextVar("btt_service", default=None)
 
@@ -75,18 +75,6 @@ class Scope:
         return self.alive
 
 
-def _factory(
-    loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, Any], **options: Any
-) -> asyncio.Task[Any]:
-    context: contextvars.Context | None = options.get("context")
-    scope = _current.get() if context is None else context.get(_current)
-    if scope is None:
-        return asyncio.Task(work, loop=loop, **options)
-    task = asyncio.Task(_contained(work), loop=loop, **options)
-    scope.add(task)
-    return task
-
-
 async def _contained(work: Coroutine[Any, Any, Any]) -> Any:
     """Keeps what would end the loop inside the task."""
     try:
@@ -95,17 +83,40 @@ async def _contained(work: Coroutine[Any, Any, Any]) -> Any:
         raise RuntimeError("It tried to end the process.") from error
 
 
+_followed: WeakKeyDictionary[asyncio.AbstractEventLoop, int] = WeakKeyDictionary()
+_before: WeakKeyDictionary[asyncio.AbstractEventLoop, Any] = WeakKeyDictionary()
+
+
 def follow_tasks(loop: asyncio.AbstractEventLoop) -> Callable[[], None]:
-    """Makes a loop remember which service its tasks belong to.
+    """Makes a loop remember which service its tasks belong to; several nodes may ask for it.
 
     Returns:
         What ends that.
     """
-    before = loop.get_task_factory()
-    loop.set_task_factory(_factory)  # type: ignore[arg-type]
+    before: Any = loop.get_task_factory()
+
+    def make(
+        loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, Any], **options: Any
+    ) -> asyncio.Task[Any]:
+        context: contextvars.Context | None = options.get("context")
+        scope = _current.get() if context is None else context.get(_current)
+        if scope is not None:
+            work = _contained(work)
+        task: asyncio.Task[Any] = (
+            asyncio.Task(work, loop=loop, **options) if before is None else before(loop, work, **options)
+        )
+        if scope is not None:
+            scope.add(task)
+        return task
+
+    if not _followed.get(loop):
+        loop.set_task_factory(make)  # type: ignore[arg-type]
+        _before[loop] = before
+    _followed[loop] = _followed.get(loop, 0) + 1
 
     def undo() -> None:
-        if loop.get_task_factory() is _factory:
-            loop.set_task_factory(before)
+        _followed[loop] -= 1
+        if not _followed[loop]:
+            loop.set_task_factory(_before.pop(loop))
 
     return undo

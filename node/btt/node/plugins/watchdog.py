@@ -61,12 +61,12 @@ class Watchdog:
         self._told = told
         self._limit_s = limit_s
         self._noticed = noticed
-        self._stop = threading.Event()
         self.lag_s = 0.0
 
     def start(self) -> None:
         """Watches the running loop."""
         self._loop = asyncio.get_running_loop()
+        self._stop = threading.Event()
         self._loop_thread = threading.get_ident()
         self._thread = threading.Thread(target=self._watch, name="loop-watchdog", daemon=True)
         self._thread.start()
