@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from btt.node.peers import app as peers
-from btt.sdk.cli.options import AsJson, ExportOption
+from btt.sdk.cli.options import AsJson, ClockFile, ExportOption
 
 if TYPE_CHECKING:
     from btt.node.folder import NodeFolder
@@ -74,6 +74,7 @@ def init(
 def start(
     folder: Folder = None,
     stdin_lifeline: Annotated[bool, typer.Option(help="Stop when standard input ends.")] = False,
+    clock: ClockFile = None,
 ) -> None:
     """Run a node until SIGTERM or SIGINT; prints one JSON line when it is ready."""
     import uvloop
@@ -84,16 +85,18 @@ def start(
     keep_freed_memory()
     opened = NodeFolder.open(folder or default_folder())
     _log_to_stderr()
-    uvloop.run(_start(opened, stdin_lifeline=stdin_lifeline))
+    uvloop.run(_start(opened, clock, stdin_lifeline=stdin_lifeline))
 
 
-async def _start(folder: NodeFolder, *, stdin_lifeline: bool) -> None:
+async def _start(folder: NodeFolder, clock: Path | None, *, stdin_lifeline: bool) -> None:
     from btt.node.service import serve
+    from btt.sdk.clock import SYSTEM, SharedClock
 
     def ready(address: object) -> None:
         typer.echo(json.dumps({"ready": True, "address": str(address)}))
 
-    await serve(folder, ready=ready, stdin_lifeline=stdin_lifeline)
+    shown = SharedClock(clock) if clock else SYSTEM
+    await serve(folder, ready=ready, clock=shown, stdin_lifeline=stdin_lifeline)
 
 
 def _log_to_stderr() -> None:

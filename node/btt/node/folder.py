@@ -38,11 +38,6 @@ _LOCK_PAUSE_S: Final = 0.02
 PASSWORD_ENV: Final = "BTT_NODE_PASSWORD"  # noqa: S105 - a variable's name
 
 
-def system_ms() -> int:
-    """Returns this machine's time, Unix milliseconds."""
-    return time.time_ns() // 1_000_000
-
-
 def default_folder() -> Path:
     """Returns where a node lives unless told otherwise."""
     from platformdirs import user_data_path

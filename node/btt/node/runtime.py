@@ -20,7 +20,7 @@ from grpc_reflection.v1alpha._async import ReflectionServicer
 from btt.node import registry
 from btt.node.admission import Admission, Apps
 from btt.node.config import parse_listen
-from btt.node.folder import NodeFolder, Running, system_ms
+from btt.node.folder import NodeFolder, Running
 from btt.node.health import HealthServicer
 from btt.node.offers import OfferContent, Offers, OfferServicer
 from btt.node.payments.closing import Closer
@@ -32,6 +32,7 @@ from btt.node.payments.sessions import CreditPolicy, Sessions
 from btt.node.payments.store import PayeeStore
 from btt.proto.offer.v1 import offer_pb2, offer_pb2_grpc
 from btt.proto.payment.v1 import payment_pb2, payment_pb2_grpc
+from btt.sdk.clock import SYSTEM
 from btt.sdk.errors import BttError, ConfigError, Draining
 from btt.sdk.identity import NodeAddress
 from btt.sdk.ledger.keeping import RECEIPTS, EvidenceStore
@@ -89,7 +90,7 @@ class Node:
         folder: NodeFolder,
         *,
         plugins: registry.Plugins | None = None,
-        clock: Callable[[], int] = system_ms,
+        clock: Callable[[], int] = SYSTEM,
         grace_s: float = GRACE_S,
     ) -> None:
         self.folder = folder

@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import time
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from pathlib import Path
 from types import TracebackType
 
 from btt.sdk.budget import Budget
+from btt.sdk.clock import configured
 from btt.sdk.content.client import ContentClient
 from btt.sdk.errors import BttError, ConfigError
 from btt.sdk.identity import NodeAddress
@@ -78,11 +78,6 @@ class Wallet:
         return cls(folder, Keystore.open(folder / "wallet.json", secret).key())
 
 
-def system_ms() -> int:
-    """Returns this machine's time, Unix milliseconds."""
-    return time.time_ns() // 1_000_000
-
-
 class Client:
     """A dApp's connection to nodes; made by `connect`, used with `async with`.
 
@@ -135,7 +130,7 @@ class Client:
         wallet: Wallet | Path | None = None,
         trust_new: bool = False,
         keep_channels: bool = False,
-        clock: Callable[[], int] = system_ms,
+        clock: Callable[[], int] | None = None,
         app: Granter | None = None,
     ) -> Client:
         """Makes a client; nothing is dialled before it is needed.
@@ -148,7 +143,7 @@ class Client:
             wallet: A wallet, or its folder; the user's default if not given.
             trust_new: Accept a bare `host:port` that was never met before.
             keep_channels: Leave channels open at the end, for the next client.
-            clock: Unix milliseconds.
+            clock: Unix milliseconds; the devnet's if BTT_CLOCK names one, or this machine's.
             app: Gets the grant of the application that this client is; see `btt.sdk.payment.apps`.
 
         Raises:
@@ -170,7 +165,7 @@ class Client:
             budget=budget,
             trust_new=trust_new,
             keep_channels=keep_channels,
-            clock=clock,
+            clock=clock or configured(),
             app=app,
         )
 
