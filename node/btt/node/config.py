@@ -8,7 +8,6 @@ write. The sections of services are checked by the services themselves.
 from __future__ import annotations
 
 import os
-import re
 import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -28,6 +27,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from btt.node.admission.apps import ANY, parse_app
 from btt.node.admission.limits import Limits
 from btt.sdk.channel import BanPolicy
+from btt.sdk.clock import parse_duration
 from btt.sdk.errors import ConfigError, InvalidRequest
 from btt.sdk.identity import ChannelTerms
 from btt.sdk.keys import Address
@@ -36,24 +36,6 @@ from btt.sdk.money import Amount
 from btt.sdk.plugin import did_you_mean
 
 ENV_PREFIX: Final = "BTT_NODE__"
-
-_DURATION = re.compile(r"([0-9]{1,12})\s*(ms|s|m|h|d)")
-_MILLISECONDS: Final = {"ms": 1, "s": 1000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
-
-
-def parse_duration(text: object) -> int:
-    """Reads a duration such as "90s", "15m", "1h" or "7d".
-
-    Returns:
-        Milliseconds.
-
-    Raises:
-        ValueError: It is no duration.
-    """
-    match = _DURATION.fullmatch(text.strip()) if isinstance(text, str) else None
-    if match is None:
-        raise ValueError('write a duration like "30s", "15m", "1h" or "7d"')
-    return int(match.group(1)) * _MILLISECONDS[match.group(2)]
 
 
 def _parse_amount(text: object) -> Amount:

@@ -58,8 +58,8 @@ def ban(
     as_json: AsJson = False,
 ) -> None:
     """Ban a payer, or everybody from a network; a running node disconnects it within seconds."""
-    from btt.node.config import parse_duration
     from btt.node.payments.bans import until_text
+    from btt.sdk.clock import parse_duration
 
     subject = _subject(peer)
     try:

@@ -11,6 +11,7 @@ import asyncio
 import heapq
 import mmap
 import os
+import re
 import struct
 import time
 from collections.abc import Callable
@@ -24,6 +25,8 @@ VARIABLE: Final = "BTT_CLOCK"
 """Names the clock file of a devnet, for clients."""
 LONGEST_MS: Final = 100 * 366 * 86_400_000
 """Furthest that a shared clock can be moved ahead."""
+_DURATION: Final = re.compile(r"([0-9]{1,12})\s*(ms|s|m|h|d)")
+_MILLISECONDS: Final = {"ms": 1, "s": 1000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
 _OFFSET: Final = struct.Struct("<q")
 _LOOK_S: Final = 0.05
 
@@ -163,3 +166,18 @@ def configured() -> Clock:
     """
     path = os.environ.get(VARIABLE)
     return SharedClock(Path(path)) if path else SYSTEM
+
+
+def parse_duration(text: object) -> int:
+    """Reads a duration such as "90s", "15m", "1h" or "7d".
+
+    Returns:
+        Milliseconds.
+
+    Raises:
+        ValueError: It is no duration.
+    """
+    match = _DURATION.fullmatch(text.strip()) if isinstance(text, str) else None
+    if match is None:
+        raise ValueError('write a duration like "30s", "15m", "1h" or "7d"')
+    return int(match.group(1)) * _MILLISECONDS[match.group(2)]
