@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+import grpc.aio
+
 from btt.sdk.budget import Budget
 from btt.sdk.clock import configured
 from btt.sdk.content.client import ContentClient
@@ -26,6 +28,7 @@ from btt.sdk.identity import NodeAddress
 from btt.sdk.keys import PrivateKey
 from btt.sdk.ledger import LedgerAddress, LedgerClient
 from btt.sdk.ledger.keeping import RECEIPTS, EvidenceStore
+from btt.sdk.money import Amount
 from btt.sdk.payment.apps import Granter
 from btt.sdk.payment.connection import NodeConnection
 from btt.sdk.payment.keeper import Keeper
@@ -35,6 +38,7 @@ from btt.sdk.payment.refunds import KEEP_MS, Wanted
 from btt.sdk.payment.session import PaymentSession
 from btt.sdk.payment.store import PayerStore
 from btt.sdk.provider import Provider
+from btt.sdk.service import Service, StubT
 from btt.sdk.wallet import Keystore
 
 HURRY_S = 10.0
@@ -249,6 +253,25 @@ class Client:
             BttError: The node or the ledger refused, or did not answer.
         """
         return await self.providers[0].session(need)
+
+    def service(
+        self,
+        stub: Callable[[grpc.aio.Channel], StubT],
+        *,
+        budget: Amount | str,
+        per_call: Amount | str | None = None,
+    ) -> Service[StubT]:
+        """Returns any service of the node, paid from this client's budget; use it with `async with`.
+
+        Args:
+            stub: The generated stub class of the service.
+            budget: What the calls of the block may cost together; such as "0.5 BTT".
+            per_call: What one of them may; the whole of it if not given.
+
+        Raises:
+            InvalidRequest: That is no stub, or no amount.
+        """
+        return Service(self, stub, budget=budget, per_call=per_call)
 
     async def close_session(self) -> SessionReceipt | None:
         """Pays what is due to the first node, ends the session, and keeps its receipt.
