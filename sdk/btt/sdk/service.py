@@ -191,10 +191,15 @@ class _Recorder:
     unary_unary = unary_stream = stream_unary = stream_stream = _note
 
 
-def _charges(stub: Callable[[Any], object]) -> dict[str, MethodCharge]:
+def stub_methods(stub: Callable[[Any], object]) -> list[str]:
+    """Returns the paths of the methods of a generated stub class."""
     recorder = _Recorder()
     stub(recorder)
-    charges = {path: method_charge(path) for path in recorder.paths}
+    return recorder.paths
+
+
+def _charges(stub: Callable[[Any], object]) -> dict[str, MethodCharge]:
+    charges = {path: method_charge(path) for path in stub_methods(stub)}
     if len({charge.service for charge in charges.values()}) != 1:
         raise InvalidRequest(f"{stub!r} is not the generated stub of a service.")
     return charges

@@ -33,6 +33,7 @@ _BUILT_IN: Final = {
     "content": "btt.sdk.cli.content:app",
     "demo": "btt.sdk.cli.demo:app",
     "devnet": "btt.sdk.cli.devnet:app",
+    "plugin": "btt.sdk.cli.plugin:app",
     "wallet": "btt.sdk.cli.wallet:app",
 }
 
