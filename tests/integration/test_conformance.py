@@ -122,10 +122,10 @@ async def test_a_wrong_configuration_must_be_refused_with_a_typed_error():
 async def test_a_method_that_is_not_tried_or_costs_nothing_is_named():
     some = {name: asked for name, asked in REQUESTS.items() if name != "Relay"}
     assert "/Relay" in (await wrong(case(Good, requests=some)))["every method is tried"]
-    nothing = {**REQUESTS, "Relay": [pb.Up()], "Upload": [pb.Up()]}
+    nothing = {**REQUESTS, "Put": [pb.Up()]}
     found = await wrong(case(Good, requests=nothing))
     assert set(found) == {"paid as counted"}, found
-    assert "/Upload: its request costs nothing" in found["paid as counted"]
+    assert "/Put: its request costs nothing" in found["paid as counted"]
 
 
 async def test_a_service_that_does_not_end_is_named(monkeypatch):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
+from contextlib import redirect_stdout
 from importlib.metadata import EntryPoint, PackageNotFoundError, distribution, entry_points
 from pathlib import Path
 from typing import Annotated, Final
@@ -85,7 +87,8 @@ def check(
         loaded = case.load()
         if not isinstance(loaded, conformance.Case):
             raise ConfigError(f"{case.value} is no Case of btt.sdk.testing.conformance.")
-        results[service] = asyncio.run(conformance.run(loaded))
+        with redirect_stdout(sys.stderr):  # what the node logs is not what was asked for
+            results[service] = asyncio.run(conformance.run(loaded))
     ok = all(finding.ok for findings in results.values() for finding in findings)
     if as_json:
         rows = [
