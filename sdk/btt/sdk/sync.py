@@ -1,0 +1,254 @@
+"""The client for programs without an event loop: the same surface, every call waits.
+
+    with SyncClient.connect(budget=Budget("5 BTT")) as btt:
+        quote = btt.content.quote(infohash)
+        with btt.content.fetch(quote, "downloads") as transfer:
+            for step in transfer.progress():
+                print(step.done_bytes, step.spent)
+
+All work is done by `Client` in a private thread; here is only waiting. A test compares both surfaces.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, cast
+
+import grpc
+import grpc.aio
+
+from btt.sdk.background import Background, stepwise
+from btt.sdk.client import Client, Wallet
+from btt.sdk.errors import ConfigError
+from btt.sdk.money import Amount, Rate, Unit
+from btt.sdk.payment.options import method_charge
+
+if TYPE_CHECKING:
+    from btt.sdk.budget import Budget
+    from btt.sdk.content.client import ContentClient, Quote
+    from btt.sdk.content.torrent import Torrent
+    from btt.sdk.content.transfer import Progress, Transfer, TransferReceipt
+    from btt.sdk.payment.apps import Granter
+    from btt.sdk.payment.receipt import SessionReceipt
+    from btt.sdk.payment.verdicts import Verdicts
+    from btt.sdk.service import Service
+
+StubT = TypeVar("StubT")
+
+
+class SyncClient:
+    """As `Client`; made by `connect`, used with `with`."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self._background: Background | None = None
+        self._stack = ExitStack()
+        self.content = SyncContent(self, client.content)
+
+    @classmethod
+    def connect(
+        cls,
+        node: str | None = None,
+        *,
+        budget: Budget,
+        ledger: str | None = None,
+        wallet: Wallet | Path | None = None,
+        trust_new: bool = False,
+        keep_channels: bool = False,
+        clock: Callable[[], int] | None = None,
+        app: Granter | None = None,
+    ) -> SyncClient:
+        """As `Client.connect`."""
+        return cls(
+            Client.connect(
+                node,
+                budget=budget,
+                ledger=ledger,
+                wallet=wallet,
+                trust_new=trust_new,
+                keep_channels=keep_channels,
+                clock=clock,
+                app=app,
+            )
+        )
+
+    def __enter__(self) -> Self:
+        with ExitStack() as stack:
+            self._background = Background()
+            stack.callback(self._background.close)
+            stack.enter_context(self._background.entered(self._client))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.__exit__(kind, error, trace)
+        self._background = None
+
+    @property
+    def background(self) -> Background:
+        """Where the work is done.
+
+        Raises:
+            ConfigError: The client is not open.
+        """
+        if self._background is None:
+            raise ConfigError("The client is not open.", hint="Use it inside `with`.")
+        return self._background
+
+    @property
+    def receipts(self) -> list[SessionReceipt]:
+        """As `Client.receipts`."""
+        return self._client.receipts
+
+    def close_session(self) -> SessionReceipt | None:
+        """As `Client.close_session`."""
+        return self.background.run(self._client.close_session())
+
+    def service(
+        self,
+        stub: Callable[[grpc.Channel], StubT],
+        *,
+        budget: Amount | str,
+        per_call: Amount | str | None = None,
+    ) -> SyncService[StubT]:
+        """As `Client.service`; the stub's methods wait, and give an iterator of many responses."""
+        made = cast("Callable[[grpc.aio.Channel], StubT]", stub)
+        return SyncService(self, self._client.service(made, budget=budget, per_call=per_call))
+
+
+class SyncContent:
+    """As `Client.content`."""
+
+    def __init__(self, client: SyncClient, content: ContentClient) -> None:
+        self._client = client
+        self._content = content
+
+    def quote(self, content: str | bytes) -> Quote:
+        """As `ContentClient.quote`."""
+        return self._client.background.run(self._content.quote(content))
+
+    @contextmanager
+    def fetch(
+        self, content: str | bytes | Quote, dest: Path | str, *, max_rate: Rate | None = None
+    ) -> Iterator[SyncTransfer]:
+        """As `ContentClient.fetch`."""
+        background = self._client.background
+        with background.entered(self._content.fetch(content, dest, max_rate=max_rate)) as transfer:
+            yield SyncTransfer(background, transfer)
+
+
+class SyncTransfer:
+    """As `Transfer`."""
+
+    def __init__(self, background: Background, transfer: Transfer) -> None:
+        self._background = background
+        self._transfer = transfer
+
+    @property
+    def torrent(self) -> Torrent:
+        """As `Transfer.torrent`."""
+        return self._transfer.torrent
+
+    @property
+    def receipt(self) -> TransferReceipt | None:
+        """As `Transfer.receipt`."""
+        return self._transfer.receipt
+
+    def progress(self, interval_s: float = 0.2) -> Iterator[Progress]:
+        """As `Transfer.progress`."""
+        return self._background.iterate(self._transfer.progress(interval_s))
+
+    def state(self) -> Progress:
+        """As `Transfer.state`."""
+        return self._background.call(self._transfer.state)
+
+
+class SyncService(Generic[StubT]):
+    """As `Service`."""
+
+    def __init__(self, client: SyncClient, service: Service[StubT]) -> None:
+        self._client = client
+        self._service = service
+        self._entered: AbstractContextManager[StubT] | None = None
+
+    @property
+    def name(self) -> str:
+        """As `Service.name`."""
+        return self._service.name
+
+    @property
+    def spent(self) -> Amount:
+        """As `Service.spent`."""
+        return self._service.spent
+
+    def rates(self) -> dict[Unit, Rate]:
+        """As `Service.rates`."""
+        return self._client.background.run(self._service.rates())
+
+    def estimate(self, units: Mapping[Unit, int]) -> Amount:
+        """As `Service.estimate`."""
+        return self._client.background.run(self._service.estimate(units))
+
+    @contextmanager
+    def verdicts(self) -> Iterator[SyncVerdicts]:
+        """As `Service.verdicts`."""
+        verdicts, background = self._service.verdicts(), self._client.background
+        with verdicts.entered():
+            try:
+                yield SyncVerdicts(background, verdicts)
+            finally:
+                background.call(verdicts.finish)
+
+    def __enter__(self) -> StubT:
+        background = self._client.background
+        self._entered = background.entered(self._service)
+        return cast(StubT, _Waiting(background, self._entered.__enter__(), self._service.name))
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool | None:
+        assert self._entered is not None, "entered before it is left"
+        return self._entered.__exit__(kind, error, trace)
+
+
+class SyncVerdicts:
+    """As `Verdicts`."""
+
+    def __init__(self, background: Background, verdicts: Verdicts) -> None:
+        self._background = background
+        self._verdicts = verdicts
+
+    def accept(self, message: Any) -> None:
+        """As `Verdicts.accept`."""
+        self._background.call(lambda: self._verdicts.accept(message))
+
+    def reject(self, message: Any) -> None:
+        """As `Verdicts.reject`."""
+        self._background.call(lambda: self._verdicts.reject(message))
+
+
+class _Waiting:
+    """A stub whose methods wait."""
+
+    def __init__(self, background: Background, stub: Any, service: str) -> None:
+        self._background = background
+        self._stub = stub
+        self._service = service
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        method = getattr(self._stub, name)
+        streams_requests = method_charge(f"/{self._service}/{name}").streams_requests
+
+        def call(request: Any, **options: Any) -> Any:
+            answer = method(stepwise(request) if streams_requests else request, **options)
+            if inspect.isawaitable(answer):
+                return self._background.run(cast(Any, answer))
+            return self._background.iterate(answer)
+
+        return call
