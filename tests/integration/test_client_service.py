@@ -97,7 +97,7 @@ async def test_errors_of_free_methods_are_typed_too(node, economy):
 
 async def test_a_node_without_the_service_is_not_paid(node, economy):
     async with economy.client(node, await economy.wallet()) as btt:
-        with pytest.raises(NoProviders, match="CallsService"):
+        with pytest.raises(NoProviders, match="CallsService: 1 without this service"):
             async with btt.service(rpc.CallsServiceStub, budget="1 BTT"):
                 pass
         with pytest.raises(InvalidRequest, match="not charge per CALL"):

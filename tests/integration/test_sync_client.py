@@ -60,6 +60,9 @@ async def test_a_plain_script_quotes_fetches_calls_and_keeps_receipts(tmp_path: 
                 assert transfer.receipt is not None
                 assert transfer.receipt.spent == quote.cost
                 assert (tmp_path / "got" / "film").read_bytes() == data
+                with btt.content.open_stream(quote, tmp_path / "read") as stream:
+                    assert stream.seek(-5, os.SEEK_END) == stream.size - 5
+                    assert stream.read() == data[-5:]
                 with pytest.raises(ContentUnknown):
                     btt.content.quote("ab" * 32)
 

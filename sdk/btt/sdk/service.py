@@ -19,17 +19,19 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 import grpc
 import grpc.aio
 
-from btt.sdk.channel.prices import Line
-from btt.sdk.errors import BudgetExceeded, InvalidRequest, NoProviders
+from btt.sdk.channel.prices import Line, Price
+from btt.sdk.errors import BttError, BudgetExceeded, InvalidRequest
 from btt.sdk.money import Amount, Rate, Unit
 from btt.sdk.payment.charges import MethodCharge
 from btt.sdk.payment.options import method_charge
 from btt.sdk.payment.verdicts import Verdicts
 from btt.sdk.rpc import to_error
+from btt.sdk.selection import Rejection, cause_of, no_providers
 
 if TYPE_CHECKING:
     from btt.sdk.client import Client
     from btt.sdk.payment.session import PaymentSession
+    from btt.sdk.provider import Provider
 
 StubT = TypeVar("StubT")
 Steps = Iterable[tuple[Line, int]]
@@ -104,7 +106,6 @@ class Service(Generic[StubT]):
         self._per_call = self._budget if per_call is None else _amount(per_call)
         self._charges = _charges(stub)
         self._bound: Bound | None = None
-        self._session: PaymentSession | None = None
 
     @property
     def name(self) -> str:
@@ -112,12 +113,13 @@ class Service(Generic[StubT]):
         return next(iter(self._charges.values())).service
 
     async def rates(self) -> dict[Unit, Rate]:
-        """Returns what the node asks, per unit; free of charge.
+        """Returns what the node of the next block asks, per unit; free of charge.
 
         Raises:
-            NoProviders: The node does not offer the service.
+            NoProviders: No node can be used; `rejections` says why for each.
         """
-        return {line.unit: rate for line, rate in self._offered(await self._sheet()).items()}
+        _, rates = await self._choose()
+        return {line.unit: rate for line, rate in rates.items()}
 
     async def estimate(self, units: Mapping[Unit, int]) -> Amount:
         """Returns what some units will cost; free of charge.
@@ -127,7 +129,7 @@ class Service(Generic[StubT]):
 
         Raises:
             InvalidRequest: The service does not charge such a unit.
-            NoProviders: The node does not offer the service.
+            NoProviders: No node can be used; `rejections` says why for each.
         """
         rates = await self.rates()
         if unknown := units.keys() - rates.keys():
@@ -148,11 +150,11 @@ class Service(Generic[StubT]):
 
         Raises:
             BudgetExceeded: The client's budget does not reach for it.
-            NoProviders: The node does not offer the service.
+            NoProviders: No node can be used; `rejections` says why for each.
             BttError: The node or the ledger refused, or did not answer.
         """
-        self._offered(await self._sheet())
-        self._session = session = await self._client.session(int(self._budget))
+        provider, _ = await self._choose()
+        session = await provider.session(int(self._budget))
         rates = self._offered(session.offer.sheet.prices)
         self._bound = Bound(int(self._budget), rates, "The budget of this block")
         channel = _BoundChannel(session, self._charges, self._bound, int(self._per_call), rates)
@@ -162,13 +164,20 @@ class Service(Generic[StubT]):
     async def __aexit__(self, *_: object) -> None:
         """The session stays, for the client's next work."""
 
-    async def _sheet(self) -> Mapping[Line, Any]:
-        return (await self._client.node()).offer.sheet.prices
+    async def _choose(self) -> tuple[Provider, dict[Line, Rate]]:
+        """Returns the first node, in the order the client knows them, that offers the service."""
+        rejections = []
+        for provider in self._client.providers:
+            try:
+                return provider, self._offered((await provider.node()).offer.sheet.prices)
+            except BttError as error:
+                rejections.append(Rejection(provider.name, cause_of(error), error.message))
+        raise no_providers(f"No node can be used for {self.name}", rejections)
 
-    def _offered(self, prices: Mapping[Line, Any]) -> dict[Line, Rate]:
+    def _offered(self, prices: Mapping[Line, Price]) -> dict[Line, Rate]:
         lines = {line for charge in self._charges.values() for line in charge.largest()}
-        if missing := lines - prices.keys():
-            raise NoProviders(f"The node does not offer {missing.pop().service}.")
+        if lines - prices.keys():
+            raise InvalidRequest(f"The node does not offer {self.name}.")
         return {line: prices[line].rate for line in lines}
 
 

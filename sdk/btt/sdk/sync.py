@@ -12,7 +12,8 @@ All work is done by `Client` in a private thread; here is only waiting. A test c
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -23,15 +24,18 @@ import grpc.aio
 
 from btt.sdk.background import Background, stepwise
 from btt.sdk.client import Client, Wallet
-from btt.sdk.errors import ConfigError
+from btt.sdk.errors import BttError, ConfigError
 from btt.sdk.money import Amount, Rate, Unit
 from btt.sdk.payment.options import method_charge
+from btt.sdk.selection import DEFAULT_POLICIES, Policy
 
 if TYPE_CHECKING:
     from btt.sdk.budget import Budget
     from btt.sdk.content.client import ContentClient, Quote
+    from btt.sdk.content.stream import ContentStream
     from btt.sdk.content.torrent import Torrent
-    from btt.sdk.content.transfer import Progress, Transfer, TransferReceipt
+    from btt.sdk.content.transfer import Part, Progress, Transfer, TransferReceipt
+    from btt.sdk.identity import NodeAddress
     from btt.sdk.payment.apps import Granter
     from btt.sdk.payment.receipt import SessionReceipt
     from btt.sdk.payment.verdicts import Verdicts
@@ -52,7 +56,7 @@ class SyncClient:
     @classmethod
     def connect(
         cls,
-        node: str | None = None,
+        nodes: str | Sequence[str] | None = None,
         *,
         budget: Budget,
         ledger: str | None = None,
@@ -65,7 +69,7 @@ class SyncClient:
         """As `Client.connect`."""
         return cls(
             Client.connect(
-                node,
+                nodes,
                 budget=budget,
                 ledger=ledger,
                 wallet=wallet,
@@ -106,6 +110,16 @@ class SyncClient:
         """As `Client.receipts`."""
         return self._client.receipts
 
+    @property
+    def unsettled(self) -> dict[NodeAddress, BttError]:
+        """As `Client.unsettled`."""
+        return self._client.unsettled
+
+    @property
+    def ledger_id(self) -> bytes:
+        """As `Client.ledger_id`."""
+        return self._client.ledger_id
+
     def close_session(self) -> SessionReceipt | None:
         """As `Client.close_session`."""
         return self.background.run(self._client.close_session())
@@ -129,18 +143,68 @@ class SyncContent:
         self._client = client
         self._content = content
 
-    def quote(self, content: str | bytes) -> Quote:
+    def quote(self, content: str | bytes, *, policies: Sequence[Policy] = DEFAULT_POLICIES) -> Quote:
         """As `ContentClient.quote`."""
-        return self._client.background.run(self._content.quote(content))
+        return self._client.background.run(self._content.quote(content, policies=policies))
 
     @contextmanager
     def fetch(
-        self, content: str | bytes | Quote, dest: Path | str, *, max_rate: Rate | None = None
+        self,
+        content: str | bytes | Quote,
+        dest: Path | str,
+        *,
+        max_rate: Rate | None = None,
+        first: Sequence[str] = (),
     ) -> Iterator[SyncTransfer]:
         """As `ContentClient.fetch`."""
         background = self._client.background
-        with background.entered(self._content.fetch(content, dest, max_rate=max_rate)) as transfer:
+        fetching = self._content.fetch(content, dest, max_rate=max_rate, first=first)
+        with background.entered(fetching) as transfer:
             yield SyncTransfer(background, transfer)
+
+    @contextmanager
+    def open_stream(
+        self,
+        content: str | bytes | Quote,
+        dest: Path | str,
+        *,
+        path: str | None = None,
+        max_rate: Rate | None = None,
+    ) -> Iterator[SyncContentStream]:
+        """As `ContentClient.open_stream`."""
+        background = self._client.background
+        opening = self._content.open_stream(content, dest, path=path, max_rate=max_rate)
+        with background.entered(opening) as stream:
+            yield SyncContentStream(background, stream)
+
+
+class SyncContentStream:
+    """As `ContentStream`."""
+
+    def __init__(self, background: Background, stream: ContentStream) -> None:
+        self._background = background
+        self._stream = stream
+
+    @property
+    def size(self) -> int:
+        """As `ContentStream.size`."""
+        return self._stream.size
+
+    def tell(self) -> int:
+        """As `ContentStream.tell`."""
+        return self._stream.tell()
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """As `ContentStream.seek`."""
+        return self._stream.seek(offset, whence)
+
+    def read(self, count: int = -1) -> bytes:
+        """As `ContentStream.read`."""
+        return self._background.run(self._stream.read(count))
+
+    def close(self) -> None:
+        """As `ContentStream.close`."""
+        self._background.run(self._stream.close())
 
 
 class SyncTransfer:
@@ -167,6 +231,14 @@ class SyncTransfer:
     def state(self) -> Progress:
         """As `Transfer.state`."""
         return self._background.call(self._transfer.state)
+
+    def parts(self) -> tuple[Part, ...]:
+        """As `Transfer.parts`."""
+        return self._background.call(self._transfer.parts)
+
+    def ended(self) -> None:
+        """As `Transfer.ended`."""
+        self._background.run(self._transfer.ended())
 
 
 class SyncService(Generic[StubT]):
