@@ -20,6 +20,7 @@ from bench.harness import heard, say
 from bench.operations import Clock, Operations
 from bench.transfers import FUNDS, accounts, signed, streams
 from btt.proto.ledger.v1 import ledger_pb2 as pb
+from btt.sdk.clock import SYSTEM
 from btt.sdk.keys import PrivateKey, PublicKey
 from btt.sdk.ledger.address import tls_name
 from btt.sdk.ledger.receipt import SignedReceipt
@@ -65,14 +66,14 @@ def make(path: Path, clients: int) -> bytes:
 @asynccontextmanager
 async def _running(made: folder.LedgerFolder) -> AsyncIterator[LedgerService]:
     store = Store.open(made.database)
-    async with Sequencer(store, clock=folder.system_ms) as sequencer:
+    async with Sequencer(store, clock=SYSTEM) as sequencer:
         service = LedgerService(
             sequencer=sequencer,
             reader=Reader(made.database),
             identity=store.identity,
             operator_key=made.operator_key,
             certificates=[],
-            clock=folder.system_ms,
+            clock=SYSTEM,
             hub=Hub(),
             limiter=RateLimiter(rate=NO_LIMIT, burst=int(NO_LIMIT)),
         )

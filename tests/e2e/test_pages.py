@@ -28,7 +28,7 @@ def test_what_pages_say_is_what_happens(reader: Reader, story: tuple[Page, ...])
     films = {path.read_bytes() for path in reader.home.rglob("film.mkv")}
     assert len(films) <= 1
     if story[0].name == "README.md":
-        assert len(list(reader.home.rglob("film.mkv"))) == 4
+        assert len(list(reader.home.rglob("film.mkv"))) == 5
 
 
 def test_the_readme_begins_with_the_two_commands() -> None:

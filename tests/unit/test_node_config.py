@@ -10,7 +10,8 @@ import pytest
 from btt.node import config
 from btt.node.admission import Limits
 from btt.node.config import parse
-from btt.node.values import parse_duration, parse_listen
+from btt.node.values import parse_listen
+from btt.sdk.clock import parse_duration
 from btt.sdk.errors import ConfigError
 from btt.sdk.keys import PrivateKey
 from btt.sdk.ledger import LedgerAddress

@@ -9,7 +9,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from btt.node.config import ENV_PREFIX, NodeConfig, ServiceSection
-from btt.node.values import duration_text, parse_duration, parse_speed, speed_text
+from btt.node.values import duration_text, parse_speed, speed_text
+from btt.sdk.clock import parse_duration
 from reference.text import Untold, entries, summary, table
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 from structlog.testing import capture_logs
 
 from btt.node import registry
-from btt.node.clock import system_ms
 from btt.node.config import NodeConfig
 from btt.node.limits.limiter import Limiter
 from btt.node.metrics import NodeMetrics, Sample
 from btt.node.plugins.host import State, Surroundings
+from btt.sdk.clock import SYSTEM
 from btt.sdk.errors import ConfigError
 
 
@@ -32,7 +32,7 @@ def check_services(config: NodeConfig) -> list[str]:
         made = registry.Registry(
             registry.installed(),
             around=Surroundings(
-                folder=Path(folder), clock=system_ms, limiter=limiter.of, metrics=NodeMetrics(nothing).of
+                folder=Path(folder), clock=SYSTEM, limiter=limiter.of, metrics=NodeMetrics(nothing).of
             ),
             limiter=limiter,
             credit_limit=config.payments.credit_limit,

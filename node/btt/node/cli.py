@@ -11,7 +11,7 @@ import typer
 from btt.node.commands.config import app as config
 from btt.node.commands.options import AsJson, Folder
 from btt.node.peers import app as peers
-from btt.sdk.cli.options import ExportOption
+from btt.sdk.cli.options import ClockFile, ExportOption
 
 if TYPE_CHECKING:
     import signal
@@ -89,6 +89,7 @@ def init(
 def start(
     folder: Folder = None,
     stdin_lifeline: Annotated[bool, typer.Option(help="Stop when standard input ends.")] = False,
+    clock: ClockFile = None,
 ) -> None:
     """Run a node until SIGTERM or SIGINT; prints one JSON line when it is ready."""
     import uvloop
@@ -100,19 +101,21 @@ def start(
     keep_freed_memory()
     opened = NodeFolder.open(folder or default_folder())
     configure(opened.config.log)
-    uvloop.run(_start(opened, stdin_lifeline=stdin_lifeline))
+    uvloop.run(_start(opened, clock, stdin_lifeline=stdin_lifeline))
 
 
-async def _start(folder: NodeFolder, *, stdin_lifeline: bool) -> None:
+async def _start(folder: NodeFolder, clock: Path | None, *, stdin_lifeline: bool) -> None:
     import os
     import sys
 
     from btt.node.service import serve
+    from btt.sdk.clock import SYSTEM, SharedClock
 
     def ready(address: object) -> None:
         typer.echo(json.dumps({"ready": True, "address": str(address)}))
 
-    if not await serve(folder, ready=ready, stdin_lifeline=stdin_lifeline):
+    shown = SharedClock(clock) if clock else SYSTEM
+    if not await serve(folder, ready=ready, clock=shown, stdin_lifeline=stdin_lifeline):
         # Its task would keep the loop, and with it the process, from ending.
         sys.stdout.flush()
         os._exit(0)
@@ -149,7 +152,7 @@ def _end(folder: Path | None, number: signal.Signals, within: str, *, as_json: b
 
     from btt.node.commands.options import existing
     from btt.node.editing import signal_node, wait_until_stopped
-    from btt.node.values import parse_duration
+    from btt.sdk.clock import parse_duration
     from btt.sdk.errors import InternalError
 
     path = existing(folder)

@@ -26,8 +26,9 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from btt.node.admission.apps import ANY, parse_app
 from btt.node.admission.limits import Limits
-from btt.node.values import listen_text, parse_amount, parse_duration, parse_speed, parsed
+from btt.node.values import listen_text, parse_amount, parse_speed, parsed
 from btt.sdk.channel import BanPolicy
+from btt.sdk.clock import parse_duration
 from btt.sdk.errors import ConfigError, InvalidRequest
 from btt.sdk.identity import ChannelTerms
 from btt.sdk.keys import Address

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from btt.node.books import reading
-from btt.node.clock import system_ms
 from btt.node.config import NodeConfig, load
 from btt.node.folder import CONFIG, NodeFolder, running_address, running_facts
 from btt.node.registry import GROUP
 from btt.node.values import duration_text, parse_listen
+from btt.sdk.clock import SYSTEM
 from btt.sdk.errors import BttError, LedgerUnreachable
 from btt.sdk.ledger import LedgerClient
 from btt.sdk.money import Amount
@@ -65,7 +65,7 @@ def _ok(check: str, found: str) -> Finding:
     return Finding(check, Result.OK, found)
 
 
-async def examine(path: Path, *, clock: Callable[[], int] = system_ms) -> list[Finding]:
+async def examine(path: Path, *, clock: Callable[[], int] = SYSTEM) -> list[Finding]:
     """Makes all checks.
 
     Args:

@@ -14,6 +14,7 @@ from btt.node.payments.store import PayeeStore
 from btt.proto.common.v1.document_pb2 import SignedDocument
 from btt.proto.offer.v1 import offer_pb2, offer_pb2_grpc
 from btt.sdk.channel import Line, Price
+from btt.sdk.clock import sleep
 from btt.sdk.errors import BttError
 from btt.sdk.identity import MAX_OFFER_LIFE_MS, ChannelTerms, Offer, sign_offer
 from btt.sdk.keys import Address, PrivateKey, PublicKey
@@ -164,7 +165,7 @@ class Offers:
             looked: Called after each, when another offer may have become current, or have ended.
         """
         while True:
-            await asyncio.sleep(interval_s)
+            await sleep(self._clock, interval_s)
             try:
                 await self.current()
             except BttError as error:

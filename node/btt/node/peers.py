@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from btt.sdk.clock import configured
+
 if TYPE_CHECKING:
     from btt.node.payments.bans import Bans
     from btt.node.payments.store import PayeeStore
@@ -30,7 +32,7 @@ def show(folder: Folder = None, as_json: AsJson = False) -> None:
     from btt.sdk.money import Amount
 
     async def ask(store: PayeeStore, bans: Bans) -> list[dict[str, Any]]:
-        return _rows(await store.payers(), await bans.all(), _now())
+        return _rows(await store.payers(), await bans.all(), configured()())
 
     rows = _with_books(folder, ask)
     if as_json:
@@ -57,7 +59,7 @@ def ban(
 ) -> None:
     """Ban a payer, or everybody from a network; a running node disconnects it within seconds."""
     from btt.node.payments.bans import until_text
-    from btt.node.values import parse_duration
+    from btt.sdk.clock import parse_duration
 
     subject = _subject(peer)
     try:
@@ -135,12 +137,6 @@ def _rows(payers: dict[str, tuple[int, int, int]], conduct: dict[str, Any], now:
     return sorted(rows, key=lambda row: (not row["banned"], -int(row["paid"]), row["peer"]))
 
 
-def _now() -> int:
-    from btt.node.clock import system_ms
-
-    return system_ms()
-
-
 def _with_books(folder: Path | None, work: Any) -> Any:
     from btt.node.config import load
     from btt.node.folder import BOOKS, CONFIG, default_folder
@@ -153,7 +149,7 @@ def _with_books(folder: Path | None, work: Any) -> Any:
     async def run() -> Any:
         store = PayeeStore(path / BOOKS)
         try:
-            return await work(store, Bans(store=store, policy=policy, clock=_now))
+            return await work(store, Bans(store=store, policy=policy, clock=configured()))
         finally:
             store.close()
 

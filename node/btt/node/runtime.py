@@ -19,7 +19,6 @@ from grpc_reflection.v1alpha._async import ReflectionServicer
 
 from btt.node import registry
 from btt.node.admission import Admission, Apps
-from btt.node.clock import system_ms
 from btt.node.connections import Connections
 from btt.node.folder import NodeFolder, Running
 from btt.node.health import HealthServicer
@@ -43,6 +42,7 @@ from btt.node.services import Patience, Services
 from btt.node.values import parse_listen
 from btt.proto.offer.v1 import offer_pb2_grpc
 from btt.proto.payment.v1 import payment_pb2_grpc
+from btt.sdk.clock import SYSTEM
 from btt.sdk.errors import BttError, ConfigError, Draining
 from btt.sdk.identity import NodeAddress
 from btt.sdk.ledger.keeping import RECEIPTS, EvidenceStore
@@ -89,7 +89,7 @@ class Node:
         folder: NodeFolder,
         *,
         plugins: registry.Plugins | None = None,
-        clock: Callable[[], int] = system_ms,
+        clock: Callable[[], int] = SYSTEM,
         grace_s: float = GRACE_S,
         patience: Patience = DEFAULT_PATIENCE,
     ) -> None:

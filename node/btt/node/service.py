@@ -10,6 +10,7 @@ import structlog
 
 from btt.node.folder import NodeFolder
 from btt.node.runtime import Node
+from btt.sdk.clock import SYSTEM, Clock
 from btt.sdk.errors import BttError, InternalError
 from btt.sdk.identity import NodeAddress
 from btt.sdk.lifeline import set_at_end_of_stdin
@@ -20,7 +21,11 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 async def serve(
-    folder: NodeFolder, *, ready: Callable[[NodeAddress], None], stdin_lifeline: bool = False
+    folder: NodeFolder,
+    *,
+    ready: Callable[[NodeAddress], None],
+    clock: Clock = SYSTEM,
+    stdin_lifeline: bool = False,
 ) -> bool:
     """Runs a node until a signal; a second signal cuts its grace time.
 
@@ -29,6 +34,7 @@ async def serve(
     Args:
         folder: The node.
         ready: Called once it serves.
+        clock: The node's time.
         stdin_lifeline: The end of standard input stops it too, so that it never outlives its parent.
 
     Returns:
@@ -39,7 +45,7 @@ async def serve(
     """
     loop = asyncio.get_running_loop()
     stop, drain = asyncio.Event(), asyncio.Event()
-    node = Node(folder)
+    node = Node(folder, clock=clock)
     reloads: set[asyncio.Task[object]] = set()
 
     def on_reload() -> None:

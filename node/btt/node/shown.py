@@ -15,7 +15,8 @@ from pydantic.fields import FieldInfo
 from btt.node.config import ENV_PREFIX, ServiceSection, load
 from btt.node.folder import CONFIG
 from btt.node.reload import needs_restart
-from btt.node.values import duration_text, parse_duration, parse_speed, speed_text
+from btt.node.values import duration_text, parse_speed, speed_text
+from btt.sdk.clock import parse_duration
 
 
 @dataclass(frozen=True, slots=True)

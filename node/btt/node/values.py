@@ -9,23 +9,7 @@ from typing import Any, Final
 from btt.sdk.errors import InvalidRequest
 from btt.sdk.money import Amount
 
-_DURATION = re.compile(r"([0-9]{1,12})\s*(ms|s|m|h|d)")
 _MILLISECONDS: Final = {"ms": 1, "s": 1000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
-
-
-def parse_duration(text: object) -> int:
-    """Reads a duration such as "90s", "15m", "1h" or "7d".
-
-    Returns:
-        Milliseconds.
-
-    Raises:
-        ValueError: It is no duration.
-    """
-    match = _DURATION.fullmatch(text.strip()) if isinstance(text, str) else None
-    if match is None:
-        raise ValueError('write a duration like "30s", "15m", "1h" or "7d"')
-    return int(match.group(1)) * _MILLISECONDS[match.group(2)]
 
 
 def parse_amount(text: object) -> Amount:

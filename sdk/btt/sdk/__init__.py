@@ -10,8 +10,9 @@ from btt.sdk.money import Amount, Rate
 
 if TYPE_CHECKING:
     from btt.sdk.client import Client, Wallet
+    from btt.sdk.sync import SyncClient
 
-__all__ = ["Amount", "BttError", "Budget", "Client", "Rate", "Wallet"]
+__all__ = ["Amount", "BttError", "Budget", "Client", "Rate", "SyncClient", "Wallet"]
 
 
 def __getattr__(name: str) -> object:
@@ -19,4 +20,8 @@ def __getattr__(name: str) -> object:
         from btt.sdk import client
 
         return getattr(client, name)
+    if name == "SyncClient":
+        from btt.sdk.sync import SyncClient
+
+        return SyncClient
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

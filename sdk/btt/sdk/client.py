@@ -12,20 +12,23 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import time
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+import grpc.aio
+
 from btt.sdk.budget import Budget
+from btt.sdk.clock import configured
 from btt.sdk.content.client import ContentClient
 from btt.sdk.errors import BttError, ConfigError
 from btt.sdk.identity import NodeAddress
 from btt.sdk.keys import PrivateKey
 from btt.sdk.ledger import LedgerAddress, LedgerClient
 from btt.sdk.ledger.keeping import RECEIPTS, EvidenceStore
+from btt.sdk.money import Amount
 from btt.sdk.payment.apps import Granter
 from btt.sdk.payment.connection import NodeConnection
 from btt.sdk.payment.keeper import Keeper
@@ -35,6 +38,7 @@ from btt.sdk.payment.refunds import KEEP_MS, Wanted
 from btt.sdk.payment.session import PaymentSession
 from btt.sdk.payment.store import PayerStore
 from btt.sdk.provider import Provider
+from btt.sdk.service import Service, StubT
 from btt.sdk.wallet import Keystore
 
 HURRY_S = 10.0
@@ -76,11 +80,6 @@ class Wallet:
         folder = folder or default_wallet()
         secret = os.environ.get("BTT_WALLET_PASSWORD", "") if password is None else password
         return cls(folder, Keystore.open(folder / "wallet.json", secret).key())
-
-
-def system_ms() -> int:
-    """Returns this machine's time, Unix milliseconds."""
-    return time.time_ns() // 1_000_000
 
 
 class Client:
@@ -135,7 +134,7 @@ class Client:
         wallet: Wallet | Path | None = None,
         trust_new: bool = False,
         keep_channels: bool = False,
-        clock: Callable[[], int] = system_ms,
+        clock: Callable[[], int] | None = None,
         app: Granter | None = None,
     ) -> Client:
         """Makes a client; nothing is dialled before it is needed.
@@ -148,7 +147,7 @@ class Client:
             wallet: A wallet, or its folder; the user's default if not given.
             trust_new: Accept a bare `host:port` that was never met before.
             keep_channels: Leave channels open at the end, for the next client.
-            clock: Unix milliseconds.
+            clock: Unix milliseconds; the devnet's if BTT_CLOCK names one, or this machine's.
             app: Gets the grant of the application that this client is; see `btt.sdk.payment.apps`.
 
         Raises:
@@ -170,7 +169,7 @@ class Client:
             budget=budget,
             trust_new=trust_new,
             keep_channels=keep_channels,
-            clock=clock,
+            clock=clock or configured(),
             app=app,
         )
 
@@ -254,6 +253,25 @@ class Client:
             BttError: The node or the ledger refused, or did not answer.
         """
         return await self.providers[0].session(need)
+
+    def service(
+        self,
+        stub: Callable[[grpc.aio.Channel], StubT],
+        *,
+        budget: Amount | str,
+        per_call: Amount | str | None = None,
+    ) -> Service[StubT]:
+        """Returns any service of the node, paid from this client's budget; use it with `async with`.
+
+        Args:
+            stub: The generated stub class of the service.
+            budget: What the calls of the block may cost together; such as "0.5 BTT".
+            per_call: What one of them may; the whole of it if not given.
+
+        Raises:
+            InvalidRequest: That is no stub, or no amount.
+        """
+        return Service(self, stub, budget=budget, per_call=per_call)
 
     async def close_session(self) -> SessionReceipt | None:
         """Pays what is due to the first node, ends the session, and keeps its receipt.

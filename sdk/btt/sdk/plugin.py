@@ -28,7 +28,7 @@ service is made and started again after a while.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Collection, Coroutine, Mapping
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
@@ -114,6 +114,10 @@ class Tasks(Protocol):
             work: What to do.
             name: For the log.
         """
+
+    @property
+    def alive(self) -> Sequence[asyncio.Task[Any]]:
+        """All tasks of the service that have not ended, also those that it made without this."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

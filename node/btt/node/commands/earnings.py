@@ -122,14 +122,13 @@ def _summed(found: list[Refusal]) -> tuple[list[dict[str, Any]], int]:
 
 
 def _since_day(text: str) -> int:
-    from btt.node.clock import system_ms
     from btt.node.payments.days import DAY_MS
-    from btt.node.values import parse_duration
+    from btt.sdk.clock import SYSTEM, parse_duration
 
     if not text:
         return 0
     try:
-        return (system_ms() - parse_duration(text)) // DAY_MS + 1
+        return (SYSTEM() - parse_duration(text)) // DAY_MS + 1
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--since") from None
 

@@ -21,6 +21,7 @@ from btt.node.payments.ledger import PayeeLedger
 from btt.node.payments.sessions import Sessions
 from btt.node.payments.store import CLOSED, OPEN, ChannelRecord, PayeeStore
 from btt.proto.ledger.v1 import ledger_pb2
+from btt.sdk.clock import sleep
 from btt.sdk.errors import BttError, ChannelClosed, ChannelUnknown, SessionEnded, UpdateInvalid
 from btt.sdk.keys import PrivateKey
 from btt.sdk.signing import ChannelClose, ChannelUpdate
@@ -192,10 +193,10 @@ class Closer:
         while True:
             try:
                 await self.sweep()
-                now = asyncio.get_running_loop().time()
-                if now - watched >= watch_s:
+                now = self._clock() / 1000
+                if not 0 <= now - watched < watch_s:
                     watched = now
                     await self.watch()
             except BttError as error:
                 log.warning("channel.sweep_failed", error=str(error))
-            await asyncio.sleep(min(interval_s, watch_s))
+            await sleep(self._clock, min(interval_s, watch_s))

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from btt.node.clock import system_ms
 from btt.node.payments.days import DAYS_SCHEMA, tell_days
 from btt.node.refusals import REFUSALS_SCHEMA
 from btt.sdk.channel import Checked, Durable, Line, SignedUpdate, Tally
+from btt.sdk.clock import SYSTEM
 from btt.sdk.database import open_books
 from btt.sdk.group_commit import GroupCommit, Job
 from btt.sdk.keys import Address
@@ -127,7 +127,7 @@ class PayeeStore:
         StorageError: They cannot be opened.
     """
 
-    def __init__(self, path: Path, *, clock: Callable[[], int] = system_ms) -> None:
+    def __init__(self, path: Path, *, clock: Callable[[], int] = SYSTEM) -> None:
         self._db = open_books(
             path,
             schema=_SCHEMA + COUNTS_SCHEMA + BANS_SCHEMA + DAYS_SCHEMA + REFUSALS_SCHEMA,

@@ -55,14 +55,14 @@ def _with_purse(
     ledger: str, wallet: Path | None, act: Callable[[LedgerClient, PrivateKey, Purse], Awaitable[_Found]]
 ) -> _Found:
     """Acts on channels and on the wallet's own books of them."""
-    from btt.sdk.client import system_ms
+    from btt.sdk.clock import configured
     from btt.sdk.payment.purse import Purse
     from btt.sdk.payment.store import PayerStore
 
     async def run(client: LedgerClient, key: PrivateKey) -> _Found:
         store = PayerStore(wallet_folder(wallet))
         try:
-            return await act(client, key, Purse(key, store, client, system_ms))
+            return await act(client, key, Purse(key, store, client, configured()))
         finally:
             store.close()
 

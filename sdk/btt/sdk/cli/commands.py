@@ -32,6 +32,8 @@ _BUILT_IN: Final = {
     "channel": "btt.sdk.cli.channel:app",
     "content": "btt.sdk.cli.content:app",
     "demo": "btt.sdk.cli.demo:app",
+    "devnet": "btt.sdk.cli.devnet:app",
+    "plugin": "btt.sdk.cli.plugin:app",
     "wallet": "btt.sdk.cli.wallet:app",
 }
 

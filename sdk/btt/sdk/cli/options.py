@@ -34,6 +34,9 @@ NodeOption = Annotated[
         "--node-address", envvar="BTT_NODES", help="Nodes, separated by commas: btt://T…@host:port,…"
     ),
 ]
+ClockFile = Annotated[
+    Path | None, typer.Option("--clock", help="File of the clock that a devnet shares.", show_default=False)
+]
 TrustNew = Annotated[
     bool, typer.Option("--trust-new", help="Trust an unknown node at a bare host:port, and remember it.")
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar, Token
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -48,6 +50,20 @@ class Verdicts:
     ) -> None:
         if self._token is not None:
             _VERDICTS.reset(self._token)
+            self._token = None
+        self.finish()
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """Ties calls to this block in this context alone; `finish` then runs where the calls do."""
+        token = _VERDICTS.set(self)
+        try:
+            yield
+        finally:
+            _VERDICTS.reset(token)
+
+    def finish(self) -> None:
+        """Rejects what is not decided, and cancels what still runs; called in the loop of the calls."""
         self._waiting.clear()
         for call in self._calls:
             call.decide()

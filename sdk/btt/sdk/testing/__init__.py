@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from btt.sdk.clock import FakeClock
 from btt.sdk.testing.devnet import Devnet, Totals
 
-__all__ = ["Devnet", "Totals"]
+__all__ = ["Devnet", "FakeClock", "Totals"]

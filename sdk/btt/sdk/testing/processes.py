@@ -15,53 +15,64 @@ import sys
 from pathlib import Path
 from typing import Any, Final
 
+from btt.sdk.clock import VARIABLE
 from btt.sdk.errors import BttError, InternalError
 
 READY_SECONDS: Final = 30.0
 STOP_SECONDS: Final = 10.0
 _END_SECONDS: Final = 0.5
 _TAIL_LINES: Final = 12
-_COMMAND: Final = (sys.executable, "-m", "btt.sdk.cli")
+COMMAND: Final = (sys.executable, "-m", "btt.sdk.cli")
 
 
-def _environment() -> dict[str, str]:
+def environment(clock: Path | None = None) -> dict[str, str]:
+    """Returns the environment of a child.
+
+    Args:
+        clock: File of the clock that it shares with the devnet, if it takes none as an option.
+    """
     # What the user configured for the real network must not reach a devnet.
     kept = {name: value for name, value in os.environ.items() if not name.startswith("BTT_")}
-    return {**kept, "PYTHONUNBUFFERED": "1"}
+    shared = {VARIABLE: str(clock)} if clock is not None else {}
+    return {**kept, **shared, "PYTHONUNBUFFERED": "1"}
 
 
-async def _spawn(arguments: tuple[str, ...], log: Path) -> asyncio.subprocess.Process:
+async def _spawn(
+    arguments: tuple[str, ...], log: Path, clock: Path | None = None
+) -> asyncio.subprocess.Process:
     with log.open("ab") as errors:
         return await asyncio.create_subprocess_exec(
-            *_COMMAND,
+            *COMMAND,
             *arguments,
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=errors,
-            env=_environment(),
+            env=environment(clock),
             start_new_session=True,
         )
 
 
-def _tail(log: Path) -> str:
+def tail(log: Path, lines: int = _TAIL_LINES) -> str:
+    """Returns the end of a log."""
     try:
-        lines = log.read_text("utf-8", errors="replace").splitlines()[-_TAIL_LINES:]
+        found = log.read_text("utf-8", errors="replace").splitlines()[-lines:]
     except OSError:
-        lines = []
-    return "\n".join(lines) or "(it wrote nothing)"
+        found = []
+    return "\n".join(found) or "(it wrote nothing)"
 
 
-async def run(*arguments: str, log: Path) -> str:
+async def run(*arguments: str, log: Path, clock: Path | None = None) -> str:
     """Runs a `btt` command to its end and returns its output.
 
     Args:
         arguments: The words after `btt`.
         log: File that takes its standard error.
+        clock: File of the devnet's clock.
 
     Raises:
         InternalError: It failed; the text has the last lines of its log.
     """
-    process = await _spawn(arguments, log)
+    process = await _spawn(arguments, log, clock)
     try:
         assert process.stdout is not None
         output = await process.stdout.read()
@@ -69,7 +80,7 @@ async def run(*arguments: str, log: Path) -> str:
     finally:
         await _end(process)
     if code:
-        raise InternalError(f"`btt {' '.join(arguments[:2])}` failed ({code}): {_tail(log)}")
+        raise InternalError(f"`btt {' '.join(arguments[:2])}` failed ({code}): {tail(log)}")
     return output.decode()
 
 
@@ -121,7 +132,7 @@ class Server:
                 server.address = str((await server._ready())["address"])
         except TimeoutError:
             await _end(process)
-            raise InternalError(f"The {name} was not ready in {READY_SECONDS:.0f} s: {_tail(log)}") from None
+            raise InternalError(f"The {name} was not ready in {READY_SECONDS:.0f} s: {tail(log)}") from None
         except BaseException:
             await _end(process)
             raise
@@ -135,7 +146,7 @@ class Server:
                 if isinstance(found, dict) and found.get("ready"):
                     return found
         await self._process.wait()
-        raise InternalError(f"The {self.name} did not start: {_tail(self._log)}")
+        raise InternalError(f"The {self.name} did not start: {tail(self._log)}")
 
     async def explain(self, error: BttError) -> None:
         """Adds to an error what the process said last, if it has ended by itself."""
@@ -146,7 +157,7 @@ class Server:
         if self._process.returncode is not None:
             error.add_note(
                 f"The {self.name} had ended ({self._process.returncode}). The end of its log:\n"
-                + _tail(self._log)
+                + tail(self._log)
             )
 
     async def kill(self) -> None:

@@ -11,6 +11,8 @@ from typing import Annotated
 
 import typer
 
+from btt.sdk.cli.options import ClockFile
+
 app = typer.Typer(help="Run a private ledger, or look at one.", no_args_is_help=True)
 
 
@@ -95,6 +97,7 @@ def serve(
     listen: Annotated[str, typer.Option(help="host:port; port 0 takes a free one.")] = "127.0.0.1:0",
     advertise: Annotated[str | None, typer.Option(help="Host in the printed address.")] = None,
     stdin_lifeline: Annotated[bool, typer.Option(help="Stop when standard input ends.")] = False,
+    clock: ClockFile = None,
     auditor: Annotated[
         list[str] | None, typer.Option(help="Address that may read the journal; may be repeated.")
     ] = None,
@@ -122,10 +125,11 @@ def serve(
         rate=rate,
         burst=burst,
     )
-    asyncio.run(_serve(config, stdin_lifeline=stdin_lifeline))
+    asyncio.run(_serve(config, clock, stdin_lifeline=stdin_lifeline))
 
 
-async def _serve(config: object, *, stdin_lifeline: bool) -> None:
+async def _serve(config: object, clock: Path | None, *, stdin_lifeline: bool) -> None:
+    from btt.sdk.clock import SYSTEM, SharedClock
     from btt.sdk.lifeline import set_at_end_of_stdin
     from btt.services.ledger import server
 
@@ -136,7 +140,8 @@ async def _serve(config: object, *, stdin_lifeline: bool) -> None:
         loop.add_signal_handler(number, stop.set)
     if stdin_lifeline:
         set_at_end_of_stdin(stop)
-    async with server.serve(config) as ledger:
+    shown = SharedClock(clock) if clock else SYSTEM
+    async with server.serve(config, clock=shown) as ledger:
         typer.echo(json.dumps({"ready": True, "address": str(ledger.address)}))
         await stop.wait()
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
+from btt.sdk.clock import SYSTEM
 from btt.sdk.errors import ConfigError, InvalidRequest, StorageError
 from btt.sdk.keys import Address, PrivateKey
 from btt.sdk.ledger.address import tls_name
@@ -24,11 +24,6 @@ OPERATOR_KEY: Final = "operator.key"
 TLS_KEY: Final = "tls.key"
 CERTIFICATE: Final = "tls.pem"
 NEXT_KEY: Final = "operator.key.next"
-
-
-def system_ms() -> int:
-    """Returns this machine's time, Unix milliseconds."""
-    return time.time_ns() // 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +143,7 @@ class LedgerFolder:
         )
 
 
-def rotate(path: Path, *, clock: Callable[[], int] = system_ms) -> tuple[Address, EntryRef]:
+def rotate(path: Path, *, clock: Callable[[], int] = SYSTEM) -> tuple[Address, EntryRef]:
     """Hands a ledger that does not run to a fresh operator key.
 
     The ledger's address stays; clients follow the hand-over. The old key stays in the folder under
@@ -185,7 +180,7 @@ def init(
     supply_to: Address | None = None,
     amount: int = SUPPLY,
     terms: Terms | None = None,
-    clock: Callable[[], int] = system_ms,
+    clock: Callable[[], int] = SYSTEM,
 ) -> tuple[LedgerFolder, Identity]:
     """Makes a new ledger with an unbacked issue.
 

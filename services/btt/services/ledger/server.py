@@ -12,12 +12,13 @@ from typing import Final
 import grpc.aio
 
 from btt.proto.ledger.v1.ledger_pb2_grpc import add_LedgerServiceServicer_to_server
+from btt.sdk.clock import SYSTEM
 from btt.sdk.errors import ConfigError
 from btt.sdk.keys import Address, PublicKey
 from btt.sdk.ledger.address import LedgerAddress
 from btt.sdk.tls import certificate_sha256, server_credentials
 from btt.services.ledger import genesis
-from btt.services.ledger.folder import LedgerFolder, system_ms
+from btt.services.ledger.folder import LedgerFolder
 from btt.services.ledger.genesis import Identity
 from btt.services.ledger.hub import Hub
 from btt.services.ledger.limits import RateLimiter
@@ -87,9 +88,7 @@ class RunningLedger:
 
 
 @asynccontextmanager
-async def serve(
-    config: LedgerConfig, *, clock: Callable[[], int] = system_ms
-) -> AsyncIterator[RunningLedger]:
+async def serve(config: LedgerConfig, *, clock: Callable[[], int] = SYSTEM) -> AsyncIterator[RunningLedger]:
     """Runs a ledger inside this process until the context ends.
 
     Args:
@@ -127,7 +126,7 @@ async def serve(
         stack.push_async_callback(server.stop, config.grace)
         stack.callback(hub.close)
         sweeper = Sweeper(due=service.due, sequencer=sequencer, verifier=Verifier(store.identity.ledger_id))
-        sweeping = asyncio.create_task(sweeper.run(config.sweep_every), name="ledger-sweeper")
+        sweeping = asyncio.create_task(sweeper.run(config.sweep_every, clock), name="ledger-sweeper")
         stack.push_async_callback(_cancel, sweeping)
         address = LedgerAddress(
             # The address names the first operator for ever; clients follow the hand-overs from there.

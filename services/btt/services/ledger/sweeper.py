@@ -6,11 +6,11 @@ the next round, since the database knows what is due.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from typing import Final
 
+from btt.sdk.clock import sleep
 from btt.sdk.errors import BttError
 from btt.sdk.signing import ChannelFinalize
 from btt.services.ledger.sequencer import Sequencer
@@ -50,14 +50,15 @@ class Sweeper:
             done += 1
         return done
 
-    async def run(self, every: float) -> None:
+    async def run(self, every: float, clock: Callable[[], int]) -> None:
         """Sweeps for ever.
 
         Args:
             every: Seconds between rounds.
+            clock: What they are measured by.
         """
         while True:
-            await asyncio.sleep(every)
+            await sleep(clock, every)
             try:
                 await self.sweep()
             except BttError as error:
