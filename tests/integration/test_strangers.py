@@ -10,11 +10,14 @@ import pytest
 
 from btt.node.runtime import Node
 from btt.sdk.budget import Budget
+from btt.sdk.channel import PriceSheet
 from btt.sdk.client import Client
 from kit.payers import UNIT, RawPayer, Relay, dial, probe_node
-from kit.probe import pb, rpc
+from kit.probe import PRICES, pb, rpc
 
-TOTAL, EACH = 5 * UNIT, 2 * UNIT
+LENT = PriceSheet(bytes(32), PRICES).unit_charge
+"""What a stranger is lent: the dearest message, of which a thief's has the rows alone."""
+TOTAL, EACH = 5, 2  # strangers that the budgets of all networks and of each suffice for
 FIRST_MS = 2 * 3_600_000
 
 
@@ -73,8 +76,8 @@ async def internet(economy, tmp_path) -> AsyncIterator[Internet]:
                 economy,
                 tmp_path / "node",
                 payments={
-                    "strangers_per_hour": f"{TOTAL} base units",
-                    "strangers_per_network": f"{EACH} base units",
+                    "strangers_per_hour": f"{TOTAL * LENT} base units",
+                    "strangers_per_network": f"{EACH * LENT} base units",
                     "grace": "2s",
                 },
                 bans={"first": f"{FIRST_MS} ms", "longest": "30d"},
@@ -91,17 +94,18 @@ async def test_a9_hundreds_of_identities_take_no_more_than_the_strangers_budget(
     thieves = await internet.payers(identities)
     await asyncio.gather(*(thief.grab() for thief in thieves))
     stolen = sum(thief.got for thief in thieves)
-    assert stolen == min(identities * UNIT, EACH * networks, TOTAL)
-    # Coming back, saying that nothing had arrived, brings nothing either.
+    lent = min(identities, EACH * networks, TOTAL)
+    assert UNIT * lent <= stolen <= LENT * lent
+    # Coming back, saying that nothing had arrived, brings no more than was lent either.
     await asyncio.gather(*(thief.grab() for thief in thieves[:20]))
-    assert sum(thief.got for thief in thieves) == stolen
-    if stolen == min(EACH * networks, TOTAL):
+    assert sum(thief.got for thief in thieves) <= LENT * lent
+    if lent < identities:
         assert await internet.newcomer() <= UNIT, "served for one unit ahead, and no more"
 
 
 async def test_a9_pay_and_default_under_a_hundred_fresh_keys_gets_five_percent(internet):
     await internet.networks(4)
-    for pays in (3 * UNIT, 25 * UNIT):
+    for pays in (25 * UNIT, 50 * UNIT):
         thieves = await internet.payers(100)
         await asyncio.gather(*(thief.grab(pays=pays) for thief in thieves))
         got, paid = sum(thief.got for thief in thieves), sum(thief.paid for thief in thieves)
@@ -114,7 +118,7 @@ async def test_a9_strangers_who_never_pay_cost_their_network_its_credit_and_nobo
     thieves = (await internet.payers(12))[::2]
     await asyncio.gather(*(thief.grab(waits=True) for thief in thieves))
     stolen = sum(thief.got for thief in thieves)
-    assert stolen == EACH
+    assert UNIT * EACH <= stolen <= LENT * EACH
     # Enough of the budget is back, and still a fresh key from there is lent nothing.
     fresh, elsewhere = await internet.payers(2)
     internet.economy.clock.ahead_ms += FIRST_MS - 60_000

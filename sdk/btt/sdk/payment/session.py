@@ -52,6 +52,8 @@ from btt.sdk.signing import SessionOpen, sign
 OPEN_VALID_MS = 60_000
 STALL_S = 0.5
 """Seconds that a node waits for payment before something is prepaid although more is under way."""
+REASON_S = 2.0
+"""Seconds that a broken stream may take to say why it broke."""
 PayStream = grpc.aio.StreamStreamCall[payment_pb2.PayRequest, payment_pb2.PayResponse]
 
 
@@ -318,14 +320,14 @@ class PaymentSession:
         try:
             await work(stream)
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as failure:
-            # A write on a stream that broke does not know why; the reader of the same stream hears it.
-            if work == self._read:
-                error: BttError = SessionEnded("The payment stream broke.")
-                if isinstance(failure, grpc.aio.AioRpcError) and not isinstance(
-                    told := to_error(failure), RemoteError
-                ):
-                    error = told
-                self.fail(error)
+            error: BttError = SessionEnded("The payment stream broke.")
+            if isinstance(failure, grpc.aio.AioRpcError):
+                told = to_error(failure)
+                error = error if isinstance(told, RemoteError) else told
+            if work == self._sign:
+                # A write on a stream that broke does not know why; the reader of the same stream hears it.
+                await asyncio.wait(self._tasks[:1], timeout=REASON_S)
+            self.fail(error)
         except BttError as error:
             self.fail(error)
         except Exception as error:
