@@ -101,13 +101,13 @@ class Payer:
         self.tally = tally
         self._reserved: dict[Segment, int] = {}
         self._calls: dict[bytes, PaidCall] = {}
-        self._sheet: PriceSheet | None = None
+        self._prepay = 0
 
     # Counting
 
     def pin(self, sheet: PriceSheet) -> None:
         """Counts from now on under this offer; what was counted under others stands still."""
-        self._sheet = sheet
+        self._prepay = sheet.unit_charge
         for segment, rate in sheet.segments():
             self.tally.price(segment, rate)
 
@@ -191,8 +191,7 @@ class Payer:
         """
         owed = self.tally.owed
         if demand > self.signed:
-            prepay = self._sheet.unit_charge if self._sheet else 0
-            target = max(owed, min(demand, owed + prepay))
+            target = max(owed, min(demand, owed + self._prepay))
         elif flush or 2 * (owed - self.signed) >= credit:
             # Late enough to sign few updates, early enough that the payee need not wait.
             target = owed
@@ -207,8 +206,7 @@ class Payer:
         Raises:
             ValueError: The amount breaks a rule of this module: a defect of the caller.
         """
-        prepay = self._sheet.unit_charge if self._sheet else 0
-        if not self.signed <= cumulative <= min(self.limit, max(self.signed, self.tally.owed + prepay)):
+        if not self.signed <= cumulative <= min(self.limit, max(self.signed, self.tally.owed + self._prepay)):
             raise ValueError(f"{cumulative} is more than is owed, or less than was signed")
         return Intent(self.channel_id, cumulative, self.tally.copy())
 

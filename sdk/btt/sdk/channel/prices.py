@@ -77,11 +77,10 @@ class PriceSheet:
 class Tally:
     """Cumulative units per segment, and what they cost together."""
 
-    __slots__ = ("_owed", "_rates", "_units")
+    __slots__ = ("_lines", "_owed")
 
     def __init__(self) -> None:
-        self._units: dict[Segment, int] = {}
-        self._rates: dict[Segment, Rate] = {}
+        self._lines: dict[Segment, tuple[Rate, int]] = {}
         self._owed = 0
 
     def price(self, segment: Segment, rate: Rate) -> None:
@@ -90,33 +89,33 @@ class Tally:
         Raises:
             ValueError: The segment has another rate already.
         """
-        if self._rates.setdefault(segment, rate) != rate:
+        if self._lines.setdefault(segment, (rate, 0))[0] != rate:
             raise ValueError(f"{segment} already has a rate")
-        self._units.setdefault(segment, 0)
 
     def knows(self, segment: Segment) -> bool:
         """Says whether the segment has a rate."""
-        return segment in self._rates
+        return segment in self._lines
 
     def units(self, segment: Segment) -> int:
         """Returns the units of a segment so far; 0 for an unknown one."""
-        return self._units.get(segment, 0)
+        return self._lines[segment][1] if segment in self._lines else 0
 
     def rate(self, segment: Segment) -> Rate:
         """Returns the rate of a known segment."""
-        return self._rates[segment]
+        return self._lines[segment][0]
 
     def cost(self, segment: Segment, units: int) -> int:
         """Returns by how many base units `units` more of a segment would raise what is owed."""
-        rate, have = self._rates[segment], self._units[segment]
+        rate, have = self._lines[segment]
         return rate.owed(have + units) - rate.owed(have)
 
     def add(self, segment: Segment, units: int) -> None:
         """Adds units, or takes some away again when negative."""
-        if self._units[segment] + units < 0:
+        rate, have = self._lines[segment]
+        if have + units < 0:
             raise ValueError("a tally never falls below zero")
-        self._owed += self.cost(segment, units)
-        self._units[segment] += units
+        self._owed += rate.owed(have + units) - rate.owed(have)
+        self._lines[segment] = rate, have + units
 
     @property
     def owed(self) -> int:
@@ -125,17 +124,17 @@ class Tally:
 
     def refundable(self, segment: Segment, units: int, amount: int) -> int:
         """Returns how many of the last `units` can be taken away for at most `amount` base units."""
-        rate, have = self._rates[segment], self._units[segment]
+        rate, have = self._lines[segment]
         floor = rate.owed(have) - amount
         least = 0 if floor <= 0 else rate.units_for(floor - 1) + 1
         return max(0, min(units, have, have - least))
 
     def __iter__(self) -> Iterator[tuple[Segment, Rate, int]]:
-        for segment, units in self._units.items():
-            yield segment, self._rates[segment], units
+        for segment, (rate, units) in self._lines.items():
+            yield segment, rate, units
 
     def copy(self) -> Tally:
         """Returns an independent copy."""
         twin = Tally()
-        twin._units, twin._rates, twin._owed = dict(self._units), dict(self._rates), self._owed
+        twin._lines, twin._owed = self._lines.copy(), self._owed
         return twin

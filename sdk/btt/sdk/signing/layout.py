@@ -70,7 +70,8 @@ class Kind:
         accepts: Tells whether a value may stand in a message.
         expects: What a valid value is, for the error text.
         pack: Turns a value into what `struct` takes; None if it is that already.
-        unpack: The reverse; it may raise InvalidRequest.
+        unpack: The reverse, and raises ValueError for what a message may not hold; None where
+            all that `struct` gives is a valid value.
     """
 
     code: str
@@ -84,20 +85,33 @@ def _bytes(size: int) -> Kind:
     return Kind(f"{size}s", lambda value: type(value) is bytes and len(value) == size, f"{size} bytes")
 
 
-def _number(code: str, highest: int, unpack: Callable[[Any], Any] | None = None) -> Kind:
+def _number(code: str, highest: int, made: Callable[[Any], Any] = int) -> Kind:
     def accepts(value: object) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= highest
+        return type(value) in _INTEGERS and 0 <= value <= highest  # type: ignore[operator]
 
-    return Kind(code, accepts, f"an integer from 0 to {highest}", unpack=unpack)
+    def unpack(value: int) -> int:
+        if value > highest:
+            raise ValueError
+        return cast(int, made(value))
+
+    every = highest == 2 ** (8 * struct.calcsize(code)) - 1
+    return Kind(code, accepts, f"an integer from 0 to {highest}", unpack=None if every else unpack)
 
 
 def _flags(known: int) -> Kind:
     def accepts(value: object) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and value & ~known == 0 <= value
+        return type(value) in _INTEGERS and value & ~known == 0 <= value  # type: ignore[operator]
 
-    return Kind("I", accepts, f"known flags only (mask {known:#x})")
+    def unpack(value: int) -> int:
+        if value & ~known:
+            raise ValueError
+        return value
+
+    return Kind("I", accepts, f"known flags only (mask {known:#x})", unpack=unpack)
 
 
+_INTEGERS: Final = (int, Amount)
+"""A bool is no number, and neither is what only pretends to be an integer."""
 Bytes16 = Annotated[bytes, _bytes(16)]
 Bytes32 = Annotated[bytes, _bytes(32)]
 U16 = Annotated[int, _number("H", 2**16 - 1)]
@@ -133,22 +147,27 @@ class Message:
     """Bytes of the encoded body."""
     _FIELDS: ClassVar[tuple[tuple[str, Kind], ...]]
     _STRUCT: ClassVar[struct.Struct]
-    _PLAIN: ClassVar[Callable[..., tuple[Any, ...]] | None]
-    """Reads all fields at once, where `struct` takes them as they are: an update is signed per piece."""
+    _values: ClassVar[Callable[..., tuple[Any, ...]]]
+    """Reads all fields."""
+    _PACKED: ClassVar[tuple[tuple[int, Callable[[Any], Any]], ...]]
+    """Which fields `struct` does not take as they are, and what it takes."""
+    _UNPACKED: ClassVar[tuple[tuple[int, Callable[[Any], Any]], ...]]
+    """Which fields are not what `struct` gives, or may hold less than it gives."""
+    _SETTERS: ClassVar[tuple[Callable[[Any, Any], None], ...]]
 
     def __post_init__(self) -> None:
-        for name, kind in self._FIELDS:
-            if not kind.accepts(getattr(self, name)):
+        for value, (name, kind) in zip(self._values(self), self._FIELDS, strict=True):
+            if not kind.accepts(value):
                 raise InvalidRequest(f"{type(self).__name__}.{name} must be {kind.expects}.")
 
     def encode(self) -> bytes:
         """Returns the body, SIZE bytes."""
-        if self._PLAIN is not None:
-            return self._STRUCT.pack(*self._PLAIN(self))
-        values = []
-        for name, kind in self._FIELDS:
-            value = getattr(self, name)
-            values.append(kind.pack(value) if kind.pack else value)
+        values = self._values(self)
+        if self._PACKED:
+            packed = list(values)
+            for index, pack in self._PACKED:
+                packed[index] = pack(values[index])
+            return self._STRUCT.pack(*packed)
         return self._STRUCT.pack(*values)
 
     @classmethod
@@ -163,16 +182,18 @@ class Message:
         """
         if len(body) != cls.SIZE:
             raise InvalidRequest(f"{cls.__name__} is {cls.SIZE} bytes, not {len(body)}.")
-        found: dict[str, Any] = {}
-        for (name, kind), value in zip(cls._FIELDS, cls._STRUCT.unpack(body), strict=True):
-            if kind.unpack is None:
-                found[name] = value
-                continue
+        values = list(cls._STRUCT.unpack(body))
+        for index, unpack in cls._UNPACKED:
             try:
-                found[name] = kind.unpack(value)
+                values[index] = unpack(values[index])
             except ValueError:
+                name, kind = cls._FIELDS[index]
                 raise InvalidRequest(f"{cls.__name__}.{name} must be {kind.expects}.") from None
-        return cls(**found)
+        # Each value was checked as it was read, so the constructor need not do it again.
+        made = object.__new__(cls)
+        for put, value in zip(cls._SETTERS, values, strict=True):
+            put(made, value)
+        return made
 
     def preimage(self, ledger_id: bytes) -> bytes:
         """Returns the bytes whose SHA-256 is signed on a ledger.
@@ -194,7 +215,7 @@ class Message:
         Raises:
             InvalidRequest: The ledger id is not 32 bytes.
         """
-        return sha256(self.preimage(ledger_id)).digest()
+        return sha256(preimage(self.TAG, ledger_id, self.encode())).digest()
 
 
 M = TypeVar("M", bound=Message)
@@ -223,6 +244,9 @@ def message(cls: type[M]) -> type[M]:
     made._FIELDS = tuple(layout)
     made._STRUCT = struct.Struct(">" + "".join(kind.code for _, kind in layout))
     made.SIZE = made._STRUCT.size
-    plain = len(layout) > 1 and all(kind.pack is None for _, kind in layout)
-    made._PLAIN = attrgetter(*(name for name, _ in layout)) if plain else None
+    read = attrgetter(*(name for name, _ in layout))
+    made._values = staticmethod(read if len(layout) > 1 else lambda found: (read(found),))
+    made._PACKED = tuple((index, kind.pack) for index, (_, kind) in enumerate(layout) if kind.pack)
+    made._UNPACKED = tuple((index, kind.unpack) for index, (_, kind) in enumerate(layout) if kind.unpack)
+    made._SETTERS = tuple(getattr(made, name).__set__ for name, _ in layout)  # the class itself is frozen
     return made
