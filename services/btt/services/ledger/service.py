@@ -116,17 +116,8 @@ class LedgerService(LedgerServiceServicer):
 
     async def Transfer(self, request: pb.TransferRequest, context: _Context) -> pb.TransferResponse:  # noqa: N802
         """Moves money between accounts."""
-
-        async def transfer() -> pb.TransferResponse:
-            signed = request.transfer
-            receipt = await self._submit(
-                lambda: self._verifier.transfer(
-                    signed.body, signer=signed.public_key, signature=signed.signature
-                )
-            )
-            return pb.TransferResponse(receipt=receipt)
-
-        return await self._answer(context, transfer())
+        receipt = self._signed(self._verifier.transfer, request.transfer)
+        return pb.TransferResponse(receipt=await self._answer(context, receipt))
 
     async def OpenChannel(  # noqa: N802
         self, request: pb.OpenChannelRequest, context: _Context
@@ -157,17 +148,8 @@ class LedgerService(LedgerServiceServicer):
         self, request: pb.TopUpChannelRequest, context: _Context
     ) -> pb.TopUpChannelResponse:
         """Locks more money in a channel."""
-
-        async def top_up() -> pb.TopUpChannelResponse:
-            signed = request.top_up
-            receipt = await self._submit(
-                lambda: self._verifier.top_up(
-                    signed.body, signer=signed.public_key, signature=signed.signature
-                )
-            )
-            return pb.TopUpChannelResponse(receipt=receipt)
-
-        return await self._answer(context, top_up())
+        receipt = self._signed(self._verifier.top_up, request.top_up)
+        return pb.TopUpChannelResponse(receipt=await self._answer(context, receipt))
 
     async def SubmitUpdate(  # noqa: N802
         self, request: pb.SubmitUpdateRequest, context: _Context
@@ -179,17 +161,8 @@ class LedgerService(LedgerServiceServicer):
         self, request: pb.RequestCloseRequest, context: _Context
     ) -> pb.RequestCloseResponse:
         """Starts the challenge window, for the payer."""
-
-        async def request_close() -> pb.RequestCloseResponse:
-            signed = request.request
-            receipt = await self._submit(
-                lambda: self._verifier.request_close(
-                    signed.body, signer=signed.public_key, signature=signed.signature
-                )
-            )
-            return pb.RequestCloseResponse(receipt=receipt)
-
-        return await self._answer(context, request_close())
+        receipt = self._signed(self._verifier.request_close, request.request)
+        return pb.RequestCloseResponse(receipt=await self._answer(context, receipt))
 
     async def FinalizeChannel(  # noqa: N802
         self, request: pb.FinalizeChannelRequest, context: _Context
@@ -289,13 +262,16 @@ class LedgerService(LedgerServiceServicer):
         head, _ = await self._read(self._reader.head)
         return max(self._clock(), head.time_ms)
 
-    async def _submit(self, verify: Callable[[], Operation]) -> pb.LedgerReceipt:
+    def _submit(self, verify: Callable[[], Operation]) -> Awaitable[pb.LedgerReceipt]:
         def check() -> Operation:
             operation = verify()
             self._limiter.charge(operation.signer or operation.digest)
             return operation
 
-        return await self._sequencer.carry_out(check, self._voice.receipt)
+        return self._sequencer.carry_out(check, self._voice.receipt)
+
+    def _signed(self, verify: Callable[..., Operation], signed: pb.SignedBody) -> Awaitable[pb.LedgerReceipt]:
+        return self._submit(lambda: verify(signed.body, signer=signed.public_key, signature=signed.signature))
 
     async def _info(self) -> pb.GetInfoResponse:
         head, _ = await self._read(self._reader.head)
