@@ -39,6 +39,7 @@ from btt.sdk.channel import Line, Payee, Payer, Price, PriceSheet, SignedUpdate,
 from btt.sdk.channel.prices import Segment
 from btt.sdk.keys import PrivateKey
 from btt.sdk.money import GIB, Rate, Unit
+from btt.sdk.payment.apps import NO_APP
 from btt.sdk.payment.store import OPEN, PayerStore, StoredChannel
 from btt.sdk.signing import ChannelUpdate, sign
 
@@ -124,6 +125,7 @@ def _session(store: PayeeStore, key: PrivateKey, number: int) -> Session:
         epoch=1,
         grace_s=1,
         unpaid=_never,
+        app=NO_APP,
     )
 
 

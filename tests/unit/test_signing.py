@@ -275,6 +275,13 @@ def test_a_time_that_no_database_holds_does_not_decode() -> None:
         ChannelRefund.decode(bytes(32) + (2**63).to_bytes(8, "big"))
 
 
+@pytest.mark.parametrize("flags", [2, 3, 2**31])
+def test_unknown_flags_do_not_decode(flags: int) -> None:
+    body = bytes.fromhex(VECTORS["messages"][0]["body"])
+    with pytest.raises(InvalidRequest, match="flags"):
+        ChannelCommit.decode(body[:126] + flags.to_bytes(4, "big") + body[130:])
+
+
 @pytest.mark.parametrize("offset", [40, 73])
 @pytest.mark.parametrize("point", [bytes(33), b"\2" + b"\xff" * 32, b"\4" + POINTS[0].data[1:]])
 def test_channel_keys_are_points(offset: int, point: bytes) -> None:
