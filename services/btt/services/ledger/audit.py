@@ -52,6 +52,9 @@ _DIGEST: Final = struct.Struct(">32sQ")
 class AuditFailed(InvariantBroken):
     """The journal does not hold.
 
+    Trust nothing from that entry on: keep the file, and compare it with a backup and with what
+    others hold of this ledger (`btt ledger verify-receipts`).
+
     Args:
         seq: Number of the first entry that is wrong.
         why: What is wrong with it.
