@@ -149,12 +149,12 @@ class Kinds(ChaosPayer):
     async def act_deadline(self) -> None:
         hang = [*self.ups(3), pb.Up(data=bytes(1000), order="hang")]
         with pytest.raises(DeadlineExceeded):
-            await self.stub.Upload(hang, timeout=self.random.choice([0.02, 0.05]))
+            await self.stub.Upload(hang, timeout=self.random.choice([0.001, 0.02, 0.05]))
         with pytest.raises(DeadlineExceeded):
-            async for _ in self.stub.Relay(hang, timeout=0.02):
+            async for _ in self.stub.Relay(hang, timeout=self.random.choice([0.001, 0.02])):
                 pass
         with pytest.raises(DeadlineExceeded):
-            await self.stub.Swap(pb.Up(order="hang"), timeout=0.01)
+            await self.stub.Swap(pb.Up(order="hang"), timeout=0.001)
 
     async def act_verdicts(self) -> None:
         with self.session.verdicts() as verdicts:

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 DOMAIN = "btt"
 MAX_WAIT_S = 60.0
 """Longest that a stranger can make us wait before we ask again, seconds."""
-_BROKEN_WRITE = "Internal error from Core"
+BROKEN_WRITE = "Internal error from Core"
 """What gRPC says when the connection goes while it sends a request of a stream."""
 
 _CODES: tuple[tuple[type[BttError], int], ...] = (
@@ -134,7 +134,7 @@ def _named(failure: grpc.aio.AioRpcError) -> BttError:
                     if cls is not None:
                         return cls(_printable(status.message))
     details = _printable(failure.details() or "")
-    if failure.code() is grpc.StatusCode.UNAVAILABLE or details == _BROKEN_WRITE:
+    if failure.code() is grpc.StatusCode.UNAVAILABLE or details == BROKEN_WRITE:
         return ConnectError(f"The connection failed: {details}.")
     if failure.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
         return DeadlineExceeded("The call took longer than its deadline.")

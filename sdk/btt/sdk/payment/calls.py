@@ -7,6 +7,7 @@ kind has a class of its own.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -16,6 +17,7 @@ import grpc.aio
 from btt.sdk.channel import Segment
 from btt.sdk.errors import BttError, ConnectError, DeadlineExceeded
 from btt.sdk.payment.charges import MethodCharge
+from btt.sdk.payment.ending import in_time
 from btt.sdk.payment.metered import ACKNOWLEDGED_KEY, MeteredCall
 from btt.sdk.payment.options import method_charge
 from btt.sdk.payment.verdicts import Verdicts
@@ -47,11 +49,12 @@ Continuation = Callable[[Details, Any], Awaitable[Any]]
 
 
 def _with_session(details: Details, session: PaymentSession, call: MeteredCall) -> Details:
+    timeout = None if details.timeout is None else call.deadline - asyncio.get_running_loop().time()
     metadata = grpc.aio.Metadata(*(details.metadata or ()))
     metadata.add(TOKEN_KEY, session.token)
     metadata.add(CALL_KEY, call.call_id)
     metadata.add(PROOF_KEY, session.proof(call.call_id))
-    return Details(details.method, details.timeout, metadata, details.credentials, details.wait_for_ready)
+    return Details(details.method, timeout, metadata, details.credentials, details.wait_for_ready)
 
 
 def _charge(details: Details) -> MethodCharge:
@@ -67,24 +70,33 @@ async def _start(
     request: Any,
 ) -> tuple[MeteredCall, Any]:
     """Begins one metered call; `request` is one, or what gives many."""
+    deadline = math.inf
+    if details.timeout is not None:
+        deadline = asyncio.get_running_loop().time() + details.timeout
+    await in_time(_afford(session, charge, request), deadline)
+    call = MeteredCall(session, charge, None if charge.streams_requests else request, deadline=deadline)
+    try:
+        # What gRPC does with an iterator of requests takes an end of the call for a wish to cancel it.
+        sent = None if charge.streams_requests else request
+        rpc = await continuation(_with_session(details, session, call), sent)
+    except BaseException:
+        call.finish()
+        raise
+    call.attach(rpc, request if charge.streams_requests else None)
+    return call, rpc
+
+
+async def _afford(session: PaymentSession, charge: MethodCharge, request: Any) -> None:
     await session.capacity.ready()
     if charge.requests and not charge.streams_requests:
         asked = [*charge.units_asked(request), *charge.fee]
         digest = session.offer.digest
         await session.capacity.cover([(Segment(digest, line), units) for line, units in asked])
-    call = MeteredCall(session, charge, None if charge.streams_requests else request)
-    try:
-        sent = call.outgoing(request) if charge.streams_requests else request
-        rpc = await continuation(_with_session(details, session, call), sent)
-    except BaseException:
-        call.finish()
-        raise
-    call.attach(rpc, details.timeout)
-    return call, rpc
 
 
 def _fail(session: PaymentSession, call: MeteredCall, failure: grpc.aio.AioRpcError) -> NoReturn:
     """Raises what a call that failed at the node means."""
+    failure = call.ending.told(failure)
     call.learned(failure.trailing_metadata())
     error = session.error or to_error(failure)
     if isinstance(error, ConnectError) and call.is_late:
@@ -110,10 +122,11 @@ async def _explain_cancel(session: PaymentSession, rpc: Any, call: MeteredCall) 
 
 async def _responses(session: PaymentSession, rpc: Any, call: MeteredCall) -> AsyncIterator[Any]:
     try:
-        async for message in rpc:
+        messages = aiter(rpc)
+        while (message := await call.in_time(anext(messages, None))) is not None:
             call.arrived(message)
             yield message
-        await call.completed(rpc)
+        await call.in_time(call.completed(rpc))
     except grpc.aio.AioRpcError as failure:
         _fail(session, call, failure)
     except BttError:
@@ -128,9 +141,9 @@ async def _responses(session: PaymentSession, rpc: Any, call: MeteredCall) -> As
 
 async def _response(session: PaymentSession, rpc: Any, call: MeteredCall) -> Any:
     try:
-        response = await rpc
+        response = await call.in_time(rpc)
         call.arrived(response)
-        await call.completed(rpc)
+        await call.in_time(call.completed(rpc))
     except grpc.aio.AioRpcError as failure:
         _fail(session, call, failure)
     except asyncio.CancelledError:

@@ -11,20 +11,24 @@ import asyncio
 import math
 import secrets
 from collections import deque
-from collections.abc import AsyncIterable, AsyncIterator, Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Iterable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import grpc.aio
 
 from btt.sdk.channel import Segment
-from btt.sdk.errors import ConfigError, CountsDiffer, InvalidRequest
+from btt.sdk.errors import ConfigError, CountsDiffer, DeadlineExceeded, InvalidRequest
 from btt.sdk.payment.charges import MethodCharge, total
+from btt.sdk.payment.ending import Ending, in_time
 from btt.sdk.payment.verdicts import Units, current_verdicts
 
 if TYPE_CHECKING:
     from btt.sdk.payment.session import PaymentSession
 
 ACKNOWLEDGED_KEY = "btt-acknowledged"
+LATE_S = 1.0
+"""Seconds past the deadline of a call that gRPC may take to end it."""
+T = TypeVar("T")
 
 
 class MeteredCall:
@@ -33,7 +37,8 @@ class MeteredCall:
     Args:
         session: Who pays.
         charge: Of the method.
-        request: The only one; None if the method takes many, which come by `outgoing`.
+        request: The only one; None if the method takes many, which come by `attach`.
+        deadline: When the call is over, whatever gRPC says; seconds of the loop's clock.
 
     Raises:
         BudgetExceeded: The channel does not cover it.
@@ -41,13 +46,21 @@ class MeteredCall:
         InvalidRequest: The request is larger than the method allows.
     """
 
-    def __init__(self, session: PaymentSession, charge: MethodCharge, request: Any = None) -> None:
+    def __init__(
+        self,
+        session: PaymentSession,
+        charge: MethodCharge,
+        request: Any = None,
+        *,
+        deadline: float = math.inf,
+    ) -> None:
         verdicts = current_verdicts()
         if charge.verified and verdicts is None:
             raise ConfigError(
                 f"{charge.path} is paid on verification.", hint="Call it inside `with session.verdicts()`."
             )
         self.call_id = secrets.token_bytes(16)
+        self.deadline = deadline
         self.failure: BaseException | None = None
         """What ended the call from within: a request that could not be sent."""
         self._session = session
@@ -61,7 +74,6 @@ class MeteredCall:
         self._acknowledged = 0
         self._rpc: grpc.aio.Call | None = None
         self._sender: asyncio.Task[Any] | None = None
-        self._late_at = math.inf
         self._finished = False
         self._decided = self._verdicts is None
         self._reported = False
@@ -79,16 +91,15 @@ class MeteredCall:
         if self._verdicts is not None:
             self._verdicts.watch(self)
 
-    def attach(self, rpc: grpc.aio.Call, timeout: float | None) -> None:
+    def attach(self, rpc: grpc.aio.Call, requests: AsyncIterable[Any] | Iterable[Any] | None = None) -> None:
         """Follows the call under way to its end, however that comes.
 
         Args:
             rpc: The call.
-            timeout: Seconds that it was given.
+            requests: What to send in it, if it takes many.
         """
         self._rpc = rpc
-        if timeout is not None:
-            self._late_at = asyncio.get_running_loop().time() + timeout
+        self.ending = Ending(rpc)
 
         def ended(_: object) -> None:
             # At its natural end the reader has yet to take what arrived.
@@ -96,11 +107,25 @@ class MeteredCall:
                 self.finish()
 
         rpc.add_done_callback(ended)
+        if requests is not None:
+            self._sender = asyncio.create_task(self._send(rpc, requests))
 
     @property
     def is_late(self) -> bool:
         """Its deadline has passed."""
-        return asyncio.get_running_loop().time() >= self._late_at
+        return asyncio.get_running_loop().time() >= self.deadline
+
+    async def in_time(self, answer: Awaitable[T]) -> T:
+        """Waits for gRPC, but not much longer than the call may take.
+
+        Raises:
+            DeadlineExceeded: The deadline has passed, and gRPC does not say so.
+        """
+        try:
+            return await in_time(answer, self.deadline + LATE_S)
+        except DeadlineExceeded:
+            self.cancel()
+            raise
 
     def cancel(self) -> None:
         """Ends the call."""
@@ -110,9 +135,17 @@ class MeteredCall:
 
     # Requests
 
-    async def outgoing(self, requests: AsyncIterable[Any] | Iterable[Any]) -> AsyncIterator[Any]:
-        """Counts the requests of a call with many, each just before it is sent."""
-        self._sender = asyncio.current_task()
+    async def _send(self, rpc: Any, requests: AsyncIterable[Any] | Iterable[Any]) -> None:
+        """Sends the requests of a call with many, and counts each just before."""
+        try:
+            async for request in self._outgoing(requests):
+                await rpc.write(request)
+            await rpc.done_writing()
+        except Exception:  # noqa: BLE001 - gRPC has many for one thing: the call has ended, and its status says why
+            if self.failure is not None:
+                self.cancel()
+
+    async def _outgoing(self, requests: AsyncIterable[Any] | Iterable[Any]) -> AsyncIterator[Any]:
         try:
             async for request in _each(requests):
                 if self._charge.requests:

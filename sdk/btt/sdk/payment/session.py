@@ -38,6 +38,7 @@ from btt.sdk.payment.calls import (
 )
 from btt.sdk.payment.capacity import Capacity
 from btt.sdk.payment.connection import NodeConnection
+from btt.sdk.payment.ending import Ending
 from btt.sdk.payment.metered import MeteredCall
 from btt.sdk.payment.opening import OpenedChannel, obtain_channel
 from btt.sdk.payment.outcome import look
@@ -188,6 +189,7 @@ class PaymentSession:
         self._credit = self._most_credit = reply.credit
         self._paid = self.payer.signed
         stream = self._stub.Pay()
+        self._ending = Ending(stream)
         call_id = secrets.token_bytes(16)
         attach = payment_pb2.Attach(token=self.token, call_id=call_id, signature=self.proof(call_id))
         await stream.write(payment_pb2.PayRequest(attach=attach))
@@ -322,7 +324,7 @@ class PaymentSession:
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as failure:
             error: BttError = SessionEnded("The payment stream broke.")
             if isinstance(failure, grpc.aio.AioRpcError):
-                told = to_error(failure)
+                told = to_error(self._ending.told(failure))
                 error = error if isinstance(told, RemoteError) else told
             if work == self._sign:
                 # A write on a stream that broke does not know why; the reader of the same stream hears it.
