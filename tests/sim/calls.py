@@ -177,8 +177,16 @@ class Call:
         self._finish((grpc.StatusCode.CANCELLED, "Locally cancelled by application!", ()))
         return True
 
+    async def code(self) -> grpc.StatusCode:
+        assert self._status is not None, "nobody asks before the end"
+        return self._status[0]
+
     async def details(self) -> str:
         return self._status[1] if self._status is not None else ""
+
+    async def trailing_metadata(self) -> grpc.aio.Metadata:
+        assert self._status is not None, "nobody asks before the end"
+        return grpc.aio.Metadata(*self._status[2])
 
     def cancelled(self) -> bool:
         return self._cancelled
@@ -263,6 +271,7 @@ class _Stream:
         self._call = call
         self._write = write
         self.cancel = call.cancel
+        self.add_done_callback = call.add_done_callback
 
     async def write(self, message: Any) -> None:
         await self._call.write(self._write(message))
