@@ -11,11 +11,15 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import psutil
 import pytest
+
+from btt.sdk.testing.scratch import make_scratch
 
 pytest.importorskip("libtorrent", reason="the node's parts are not installed")
 
@@ -213,6 +217,30 @@ def test_kill_9_leaves_no_process(place: Place, line: int) -> None:
         children = place.processes()
     _, alive = psutil.wait_procs(children, timeout=30)
     assert alive == []
+
+
+def test_the_next_one_removes_what_a_killed_one_left_and_no_other(place: Place) -> None:
+    foreign = place.temporary / "btt-devnet-of-something-else"
+    foreign.mkdir()
+    with place.start() as first, place.start() as killed:
+        for demo in (first, killed):
+            assert demo.stdout is not None
+            assert demo.stdout.readline()
+            assert demo.stdout.readline().startswith("Ledger")
+        lives = {path.parent for path in place.temporary.glob("*/alive")}
+        children = psutil.Process(killed.pid).children(recursive=True)
+        killed.kill()
+        killed.wait()
+        psutil.wait_procs(children, timeout=30)
+        with ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
+            patch.setattr(tempfile, "tempdir", str(place.temporary))
+            make_scratch(stack)
+        [kept] = {path.parent for path in place.temporary.glob("*/alive")}
+        assert kept in lives
+        first.send_signal(signal.SIGINT)
+        first.communicate()
+    assert place.processes() == []
+    assert place.files() == [foreign]
 
 
 def test_a_terminal_sees_a_live_bar(place: Place) -> None:

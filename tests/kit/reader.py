@@ -175,10 +175,9 @@ class Reader:
         """What a command sees: nothing of this machine's own wallets and nodes."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("BTT_", "XDG_"))}
         tools = f"{self._tools()}{os.pathsep}{kept.get('PATH', os.defpath)}"
-        plain = {"COLUMNS": "100", "PYTHONDONTWRITEBYTECODE": "1"}
         # What was copied for nodes and clients is none of the business of a program of the clone.
         copied = {} if in_clone else self.variables
-        return {**kept, **plain, "HOME": str(self.home), "PATH": tools, **copied}
+        return {**kept, "COLUMNS": "100", "HOME": str(self.home), "PATH": tools, **copied}
 
     def _tools(self) -> Path:
         folder = self.home / ".tools"

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import shutil
-import tempfile
 from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -25,6 +23,7 @@ from btt.sdk.keys import Address, PrivateKey
 from btt.sdk.money import Amount, Rate
 from btt.sdk.testing import layout, processes
 from btt.sdk.testing.processes import Server
+from btt.sdk.testing.scratch import make_scratch
 
 if TYPE_CHECKING:
     from btt.sdk.client import Client, Wallet
@@ -67,7 +66,8 @@ class Devnet:
                 async with btt.content.fetch(infohash, folder) as transfer: ...
 
     Needs the installation for operators (`[node]`). When the block ends, or this process does,
-    the processes end; when the block ends the folder is removed.
+    the processes end; when the block ends the folder is removed, or by the next devnet if this
+    process is killed.
 
     Args:
         nodes: How many.
@@ -124,9 +124,7 @@ class Devnet:
 
     async def __aenter__(self) -> Devnet:
         async with AsyncExitStack() as stack:
-            # No await between these two: a cancelled task cannot leave the folder behind.
-            self._folder = folder = Path(tempfile.mkdtemp(prefix="btt-devnet-"))
-            stack.callback(shutil.rmtree, folder, ignore_errors=True)
+            self._folder = folder = make_scratch(stack)
             if self._clock is None:
                 self._clock = SharedClock.create(folder / layout.CLOCK)
             # A node's block ends before the ledger's: it settles while the ledger still answers.
