@@ -422,6 +422,15 @@ def test_the_keys_may_have_a_password(tmp_path, monkeypatch):
 # Payment does not wait behind data
 
 
+async def reached(probe, call) -> None:
+    """Waits until a call is at the gate; a call that fails on the way says why, and nobody waits for ever."""
+    waiting = asyncio.create_task(probe.waiting.acquire())
+    await asyncio.wait([waiting, call], return_when=asyncio.FIRST_COMPLETED)
+    if not waiting.done():
+        waiting.cancel()
+        raise AssertionError("the call has ended") from call.exception()
+
+
 async def many(session):
     stub = rpc.ProbeServiceStub(session.channel)
     return [message async for message in stub.Many(pb.Ask(messages=2, size=5))]
@@ -434,7 +443,7 @@ async def test_with_all_slots_taken_sessions_open_and_pay_and_only_paid_calls_ar
         async with client_of(economy, node, one) as first, client_of(economy, node, two) as second:
             session = await first.session(100_000)
             running = asyncio.create_task(many(session))
-            await probe.waiting.acquire()
+            await reached(probe, running)
             other = await second.session(100_000)
             with pytest.raises(RateLimited):
                 await many(other)
@@ -450,11 +459,11 @@ async def test_a_session_may_not_take_every_slot(economy, gated):
         async with client_of(economy, node, one) as first, client_of(economy, node, two) as second:
             session = await first.session(100_000)
             running = asyncio.create_task(many(session))
-            await probe.waiting.acquire()
+            await reached(probe, running)
             with pytest.raises(RateLimited):
                 await many(session)
             other = asyncio.create_task(many(await second.session(100_000)))
-            await probe.waiting.acquire()
+            await reached(probe, other)
             probe.gate.set()
             assert len(await running) == len(await other) == 2
 
@@ -514,7 +523,7 @@ async def test_a_stop_lets_running_calls_end_and_takes_no_new_ones(economy, gate
             watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
             assert (await watch.read()).status == SERVING_STATUS
             running = asyncio.create_task(many(session))
-            await probe.waiting.acquire()
+            await reached(probe, running)
             stopping = asyncio.create_task(stop())
             assert (await watch.read()).status == NOT_SERVING_STATUS
             with pytest.raises(Draining):
@@ -541,7 +550,7 @@ async def test_a_call_that_does_not_end_is_cut_after_the_grace_time_or_at_once(e
         async with client_of(economy, node, wallet, keep_channels=True) as btt:
             session = await btt.session(100_000)
             running = asyncio.create_task(many(session))
-            await probe.waiting.acquire()
+            await reached(probe, running)
             stopping = asyncio.create_task(stop())
             if hurried:
                 node.hurry()
