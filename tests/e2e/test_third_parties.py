@@ -104,6 +104,30 @@ def test_a_name_that_does_not_do_is_refused(tmp_path: Path, name: str) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_service_without_its_generated_code_is_told_what_to_do(place: Place, tmp_path: Path) -> None:
+    copy = tmp_path / "site"
+    shutil.copytree(place.site, copy)
+    for made in copy.glob("acme_words/v1/*_pb2*"):
+        made.unlink()
+    done = subprocess.run(
+        [sys.executable, "-m", "btt.sdk.cli", "plugin", "check", "acme-words"],
+        capture_output=True, text=True, check=False, env={**place.environment, "PYTHONPATH": str(copy)},
+    )  # fmt: skip
+    assert done.returncode == 3, done.stderr
+    assert "btt plugin protos" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_name_that_nodes_know_already_is_refused(place: Place, tmp_path: Path) -> None:
+    for name in ("content", "message-relay"):
+        done = subprocess.run(
+            [sys.executable, "-m", "btt.sdk.cli", "plugin", "new", name, "--dir", str(tmp_path / "new")],
+            capture_output=True, text=True, check=False, env=place.environment,
+        )  # fmt: skip
+        assert done.returncode == 3, done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 async def _wallet(place: Place, net: Devnet, name: str) -> dict[str, str]:
     folder = place.root / name
     made = json.loads(place.btt("wallet", "create", "--wallet", str(folder), "--no-password", "--json"))

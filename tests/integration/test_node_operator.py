@@ -366,7 +366,8 @@ def command(app, *words, code=0):
 def test_profiles_and_configuration(economy, tmp_path):
     home, server = tmp_path / "home", tmp_path / "server"
     for profile, path in (("home", home), ("server", server)):
-        command(node_app, "init", path, "--profile", profile, "--ledger", economy.running.address)
+        said = command(node_app, "init", path, "--profile", profile, "--ledger", economy.running.address)
+        assert ("node.advertise" in said) is (profile == "server")
     config = NodeFolder.open(home).config
     assert config.node.listen.startswith("127.0.0.1:")
     assert config.limits.up == 2 << 20
@@ -389,7 +390,9 @@ def test_profiles_and_configuration(economy, tmp_path):
     }  # fmt: skip
     assert by_key["services.content.rate"]["value"] == "1 BTT / GiB"
     before = path.read_text()
-    for key, value in (("payments.grace", "soon"), ("payments.gruce", "1s"), ("limits.calls", "many")):
+    for key, value in (
+        ("payments.grace", "soon"), ("payments.gruce", "1s"), ("limits.calls", "many"), ("apps.allow", "all"),
+    ):  # fmt: skip
         with pytest.raises(ConfigError, match=key.replace(".", r"\.")):
             command(node_app, "config", "set", key, value, "--node", home)
     assert path.read_text() == before
@@ -403,10 +406,24 @@ def test_profiles_and_configuration(economy, tmp_path):
         command(node_app, "config", "check", "--node", home)
 
 
+def test_a_node_with_a_wrong_price_is_not_made(economy, tmp_path):
+    for price in ("free", "1 BTT", "1 BTT / call"):
+        with pytest.raises(ConfigError, match="rate"):
+            ledger = economy.running.address
+            command(node_app, "init", tmp_path / "node", "--ledger", ledger, "--content-price", price)
+    assert not (tmp_path / "node").exists()
+
+
 def test_services_are_switched_and_priced(economy, tmp_path):
     path = tmp_path / "node"
     command(node_app, "init", path, "--ledger", economy.running.address)
     command(service_app, "price", "content", "3 BTT / GiB", "--node", path)
+    before = (path / node_folder.CONFIG).read_text()
+    with pytest.raises(ConfigError, match=r"Nothing has changed.*wrong unit"):
+        command(service_app, "price", "content", "3 BTT / unit", "--node", path)
+    with pytest.raises(ConfigError, match=r"Nothing has changed.*rate"):
+        command(node_app, "config", "set", "services.content.rates", "3 BTT / GiB", "--node", path)
+    assert (path / node_folder.CONFIG).read_text() == before
     command(service_app, "disable", "--all", "--node", path)
     (row,) = [
         row

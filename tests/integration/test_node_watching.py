@@ -176,7 +176,20 @@ async def test_the_doctor_finds_a_node_in_good_order(economy, tmp_path):
     checks = {"configuration", "node", "ledger", "clock", "port", "disk", "channels", "service content"}
     assert {line["check"] for line in said["checks"]} == checks
     stopped = await examined(folder, economy.clock)
-    assert (stopped["node"].result, stopped["node"].do) == (Result.WARNING, "Start it: btt node start.")
+    assert (stopped["node"].result, stopped["node"].do) == (
+        Result.WARNING,
+        f"Start it: btt node start {folder.path}.",
+    )
+
+
+async def test_the_doctor_finds_an_address_that_means_this_machine(economy, tmp_path):
+    folder = make_folder(economy, tmp_path / "node")
+    async with Node(folder, clock=economy.clock):
+        edit(folder.path, {"node.listen": "0.0.0.0:0"})  # as if it had begun so
+        port = (await examined(folder, economy.clock))["port"]
+        assert (port.result, "node.advertise" in port.do) == (Result.WARNING, True)
+        edit(folder.path, {"node.advertise": "127.0.0.1"})
+        assert (await examined(folder, economy.clock))["port"].result is Result.OK
 
 
 async def test_the_doctor_finds_a_wrong_clock_either_way(economy, tmp_path):

@@ -68,7 +68,7 @@ async def test_sessions_and_connections_of_one_payer_share_one_credit(calls, eco
             while sum(len(s._waiting) for s in sessions) < sum(not task.done() for task in work):
                 await asyncio.wait(work, timeout=0.01)
         owed = sum(s.payee.meter.owed for s in sessions)
-        assert owed == book.standing.unpaid <= book.standing.credit == UNIT
+        assert 0 < owed == book.standing.unpaid <= book.standing.credit == UNIT
         assert any(s.demand for s in sessions)
         for task in work:
             task.cancel()

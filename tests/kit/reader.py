@@ -3,6 +3,8 @@
 Every fenced block of a page has one of these languages:
 
 - `sh`: typed line by line. A line that ends in `# exits N` must end with that code.
+  `pip install -e 'FOLDER[extras]'` installs the folder for this reader alone, without what it
+  depends on: that is here already.
 - `python`: run as a program.
 - `text`: what the block before it printed, among other things; `…` stands for anything in a line,
   and for any lines where it stands alone.
@@ -38,6 +40,8 @@ PRINTED = {
     "BTT_NODES": r"btt://[^\s\"]+",
     "SECOND": r"btt://[^\s\"]+",
     "INFOHASH": r"Infohash +([0-9a-f]{64})",
+    "BTT_WALLET": r"export BTT_WALLET=(\S+)",
+    "BTT_CLOCK": r"export BTT_CLOCK=(\S+)",
 }
 
 _BLOCK = re.compile(
@@ -46,6 +50,7 @@ _BLOCK = re.compile(
 _FENCE = re.compile(r"^\s*(?:```|~~~)", re.M)
 _BEFORE = re.compile(r"\A<!-- goes on from: (\S+) -->\n")
 _EXITS = re.compile(r"# exits (\d+)$")
+_INSTALLS = re.compile(r"pip install -e '([a-z-]+)(?:\[[a-z]+\])?'")
 _REASON = re.compile(r"not run: [a-z].*")
 
 
@@ -145,6 +150,7 @@ class Reader:
         seen: All that was printed.
         variables: What was copied into the environment.
         servers: What runs in other terminals.
+        installed: What Python finds besides what is there for all.
     """
 
     home: Path
@@ -153,6 +159,7 @@ class Reader:
     # A port of the default may be taken on this machine.
     variables: dict[str, str] = field(default_factory=lambda: {"BTT_NODE__NODE__LISTEN": "127.0.0.1:0"})
     servers: list[subprocess.Popen[str]] = field(default_factory=list)
+    installed: list[Path] = field(default_factory=list)
 
     def read(self, page: Page) -> int:
         """Does what a page says; returns how many blocks did something."""
@@ -175,14 +182,21 @@ class Reader:
         """What a command sees: nothing of this machine's own wallets and nodes."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("BTT_", "XDG_"))}
         tools = f"{self._tools()}{os.pathsep}{kept.get('PATH', os.defpath)}"
+plain = {"COLUMNS": "100"}
+        if self.installed:
+            plain["PYTHONPATH"] = os.pathsep.join(map(str, self.installed))
         # What was copied for nodes and clients is none of the business of a program of the clone.
         copied = {} if in_clone else self.variables
-        return {**kept, "COLUMNS": "100", "HOME": str(self.home), "PATH": tools, **copied}
+        return {**kept, **plain, "HOME": str(self.home), "PATH": tools, **copied}
 
     def _tools(self) -> Path:
         folder = self.home / ".tools"
         folder.mkdir(exist_ok=True)
-        for name, words in (("btt", " -m btt.sdk.cli"), ("python", "")):
+        for name, words in (
+            ("btt", " -m btt.sdk.cli"),
+            ("python", ""),
+            ("pytest", " -m pytest -p no:cacheprovider"),
+        ):
             script = folder / name
             script.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)}{words} "$@"\n')
             script.chmod(0o755)
@@ -210,11 +224,13 @@ class Reader:
                 self._run(("bash", "-ec", line), block, int(exits[1]))
             elif line.startswith("export ") and line.endswith("=…"):
                 name = line.removeprefix("export ").removesuffix("=…")
-                found = re.findall(PRINTED[name], self.seen)
-                assert found, f"{block.page}: nothing that was printed is a {name}"
-                self.variables[name] = found[-1]
+                values = re.findall(PRINTED[name], self.seen)
+                assert values, f"{block.page}: nothing that was printed is a {name}"
+                self.variables[name] = values[-1]
             elif line.startswith(SERVERS):
                 self._serve(line)
+            elif found := _INSTALLS.fullmatch(line):
+                self._install(self.home / found[1])
             else:
                 self._run(("bash", "-ec", line), block)
 
@@ -229,6 +245,17 @@ class Reader:
         ready = server.stdout.readline()
         assert json.loads(ready)["ready"] is True
         self._saw(ready)
+
+    def _install(self, folder: Path) -> None:
+        site = self.home / ".site"
+        words = ("--no-deps", "--no-build-isolation", "--disable-pip-version-check", "--target", str(site))
+        done = subprocess.run(
+            [sys.executable, "-m", "pip", "install", "--quiet", *words, str(folder)],
+            capture_output=True, text=True, timeout=150, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        # First the sources: an editable install follows what its author changes.
+        self.installed += [folder / "src", site]
 
     def _python(self, block: Block) -> None:
         self.printed = ""

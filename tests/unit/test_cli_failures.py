@@ -33,6 +33,22 @@ def test_exit_codes_are_stable(kind: type[BttError], code: int) -> None:
     assert failures.exit_code(kind("It failed.")) == code
 
 
+@pytest.mark.parametrize("words", [["wallet", "balance"], ["nothing"], ["demo", "--nodes", "0"]])
+def test_a_script_reads_what_is_wrong_with_its_words(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, words: list[str]
+) -> None:
+    monkeypatch.delenv("BTT_LEDGER", raising=False)
+    with pytest.raises(SystemExit) as ended:
+        main([*words, "--json"])
+    assert ended.value.code == 2
+    error = json.loads(capsys.readouterr().out)["error"]
+    assert error["reason"] == "USAGE"
+    assert error["message"]
+    with pytest.raises(SystemExit):
+        main(words)
+    assert capsys.readouterr().out == ""
+
+
 def test_report_tells_a_person_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
     assert failures.report(errors.ConnectError("Nobody answers.", hint="Start it."), as_json=False) == 4
     out, err = capsys.readouterr()

@@ -129,6 +129,22 @@ def test_folders_are_made_and_entered(tmp_path: Path) -> None:
     assert files.open_folder(tmp_path / "none", (), create=False) is None
 
 
+@pytest.mark.parametrize("parts", [(), ("a",)])
+def test_a_folder_that_cannot_be_made_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parts: tuple[str, ...]
+) -> None:
+    """Else runs would be paid that nobody keeps."""
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    try:
+        with pytest.raises(ConfigError, match="cannot be written"):
+            files.open_folder(Path("downloads"), parts)
+    finally:
+        monkeypatch.chdir(tmp_path)
+
+
 @pytest.mark.parametrize("parts", [("link",), ("link", "down"), ("a", "link")])
 @pytest.mark.parametrize("create", [True, False])
 def test_no_folder_is_entered_through_a_link(tmp_path: Path, parts: tuple[str, ...], create: bool) -> None:

@@ -213,7 +213,9 @@ async def test_two_services_of_one_name(tmp_path):
 
 
 def test_a_service_that_is_not_installed(tmp_path):
-    with pytest.raises(ConfigError, match=r'"prob" is configured but not installed.*Did you mean "probe"'):
+    with pytest.raises(
+        ConfigError, match=r'"prob" is configured but not installed.*Did you mean "probe".*when a node starts'
+    ):
         make(tmp_path, {"prob": ON}, probe=Plugin)
 
 

@@ -47,7 +47,7 @@ def test_every_key_is_told_with_its_default(made: dict[str, str]) -> None:
 
 def test_every_command_is_told_also_those_of_plugins(made: dict[str, str]) -> None:
     assert all(f"# btt {name.replace('.', ' ')}\n" in made["commands"] for name in plugins())
-    assert "### btt node peers ban" in made["commands"]
+    assert "### btt peers ban" in made["commands"]
     assert (
         "--stdin-lifeline" not in made["commands"].partition("### btt content publish")[2].partition("###")[0]
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 
 from structlog.testing import capture_logs
@@ -16,8 +17,12 @@ from btt.sdk.clock import SYSTEM
 from btt.sdk.errors import ConfigError
 
 
-def check_services(config: NodeConfig) -> list[str]:
+def check_services(config: NodeConfig, *, only: Collection[str] | None = None) -> list[str]:
     """Returns the services that are on.
+
+    Args:
+        config: Of the node.
+        only: Names of those that are looked at; all by default.
 
     Raises:
         ConfigError: One of them is not installed, cannot be made, or refuses its keys.
@@ -26,6 +31,7 @@ def check_services(config: NodeConfig) -> list[str]:
     async def nothing() -> list[Sample]:
         return []
 
+    sections = {name: each for name, each in config.services.items() if only is None or name in only}
     limiter = Limiter(lambda: 0.0)
     # What fails is told by what this raises; standard output belongs to the command.
     with capture_logs(), tempfile.TemporaryDirectory() as folder:
@@ -36,7 +42,7 @@ def check_services(config: NodeConfig) -> list[str]:
             ),
             limiter=limiter,
             credit_limit=config.payments.credit_limit,
-        ).configure(config.services)
+        ).configure(sections)
     for host in made:
         if host.state is State.FAILED:
             raise ConfigError(f"services.{host.name} failed: {host.reason}.", hint="Repair or disable it.")

@@ -22,7 +22,7 @@ _CUT_S: Final = 15.0
 
 app = typer.Typer(help="Run a node, or look at one.", no_args_is_help=True)
 app.add_typer(config, name="config")
-app.add_typer(peers, name="peers")
+app.add_typer(peers, name="peers", hidden=True)  # as `btt peers`
 
 
 @app.callback()
@@ -56,11 +56,15 @@ def init(
     from btt.node.folder import CONFIG, default_folder
     from btt.node.folder import init as init_folder
     from btt.node.profiles import Profile, tables
+    from btt.node.values import is_everywhere
+    from btt.sdk.money import Unit
+    from btt.sdk.plugin import read_rate
 
     if not ledger:
         raise typer.BadParameter("name the ledger that pays the node", param_hint="--ledger")
     if profile and profile not in list(Profile):
         raise typer.BadParameter(f"one of {', '.join(Profile)}", param_hint="--profile")
+    read_rate({"rate": content_price}, "rate", default="", unit=Unit.BYTE)
     path = folder or default_folder()
     base = tables(Profile(profile) if profile else None)
     node = {"listen": "127.0.0.1:7800", **base.pop("node", {}), "name": name}
@@ -82,6 +86,9 @@ def init(
     typer.echo(f"Node {made.identity.address}")
     typer.echo(f"Is paid to {made.payee}")
     typer.echo(f"Configured in {path / CONFIG}")
+    if is_everywhere(made.config.node.listen) and not made.config.node.advertise:
+        at = f" --node {path}" if folder else ""
+        typer.echo(f"Say by which host others reach it: btt node config set node.advertise HOST{at}")
     typer.echo(f"Run it: btt node start {path}" if folder else "Run it: btt node start")
 
 

@@ -387,6 +387,8 @@ def _explain(error: ValidationError, source: str) -> ConfigError:
                 hint='Write, below [ledger]: address = "btt-ledger://…", as `btt ledger serve` prints it.',
             )
         return ConfigError(f"{where}: {key} is missing.")
+    if problem["type"] == "tuple_type":
+        return ConfigError(f'{where}: {key}: write a list, such as ["unknown"].')
     text = problem["msg"].removeprefix("Value error, ").rstrip(".")
     return ConfigError(f"{where}: {key}: {text}.")
 

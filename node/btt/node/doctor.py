@@ -20,7 +20,7 @@ from btt.node.books import reading
 from btt.node.config import NodeConfig, load
 from btt.node.folder import CONFIG, NodeFolder, running_address, running_facts
 from btt.node.registry import GROUP
-from btt.node.values import duration_text, parse_listen
+from btt.node.values import duration_text, is_everywhere, parse_listen
 from btt.sdk.clock import SYSTEM
 from btt.sdk.errors import BttError, LedgerUnreachable
 from btt.sdk.ledger import LedgerClient
@@ -91,7 +91,7 @@ async def examine(path: Path, *, clock: Callable[[], int] = SYSTEM) -> list[Find
 def _running(path: Path) -> Finding:
     facts = running_facts(path)
     if facts is None:
-        return Finding("node", Result.WARNING, "it does not run", "Start it: btt node start.")
+        return Finding("node", Result.WARNING, "it does not run", f"Start it: btt node start {path}.")
     if facts.get("draining"):
         return Finding("node", Result.WARNING, "it drains, and takes no new work")
     return _ok("node", f"it runs as process {facts.get('pid')}")
@@ -145,6 +145,13 @@ async def _port(path: Path, config: NodeConfig) -> Finding:
                 "Check `advertise` below [node], the firewall, and the forwarding of the router.",
             )
         writer.close()
+        if is_everywhere(config.node.listen) and not config.node.advertise:
+            return Finding(
+                "port",
+                Result.WARNING,
+                f"{address.host}:{address.port} answers, but that address means this machine alone",
+                "Say by which host others reach it: btt node config set node.advertise HOST.",
+            )
         if host in ("127.0.0.1", "::1", "localhost"):
             return Finding(
                 "port",

@@ -195,7 +195,7 @@ def init(path: Path, *, config: dict[str, Any]) -> NodeFolder:
         StorageError: The disk failed.
     """
     if (path / CONFIG).exists():
-        raise ConfigError(f"There is a node in {path} already.", hint="Start it: btt node start.")
+        raise ConfigError(f"There is a node in {path} already.", hint=f"Start it: btt node start {path}.")
     node_config.parse(config, source="The configuration")
     password = os.environ.get(PASSWORD_ENV, "")
     try:

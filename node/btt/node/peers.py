@@ -1,4 +1,4 @@
-"""`btt node peers`: who paid, who failed, who is banned; works while the node runs or not."""
+"""`btt peers`: who paid, who failed, who is banned; works while the node runs or not."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ CREATE TABLE refusals(
 
 MEANING: Final = {
     "APP_REFUSED": "the application is not one that you serve; look at [apps]",
-    "BANNED": "the payer is banned for failing before; see `btt node peers list`",
+    "BANNED": "the payer is banned for failing before; see `btt peers list`",
     "CHANNEL_CLOSED": "the channel was closed already; the client opens a new one",
     "CHANNEL_EXHAUSTED": "the payer's channel held too little; its budget is small for your price",
     "CHANNEL_EXPIRED": "the channel's lock time was too near",

@@ -178,9 +178,10 @@ class Registry:
         self._sections = dict(sections)
         for name, section in sections.items():
             if name not in self._plugins:
+                near = did_you_mean(name, list(self._plugins))
                 raise ConfigError(
                     f'The service "{name}" is configured but not installed.',
-                    hint=did_you_mean(name, list(self._plugins)),
+                    hint=f"{near} What is installed is looked for when a node starts.",
                 )
             host = self.hosts.get(name)
             if not section.enabled or (host is not None and host.state is not State.STOPPED):

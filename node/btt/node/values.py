@@ -69,6 +69,11 @@ def listen_text(text: object) -> str:
     return text
 
 
+def is_everywhere(listen: str) -> bool:
+    """Whether it stands for all addresses of the machine, so that others need to be told one."""
+    return parse_listen(listen)[0] in ("0.0.0.0", "::")  # noqa: S104 - compared with, not listened on
+
+
 _RATE = re.compile(r"([0-9]{1,9})\s*(B|KiB|MiB|GiB)/s")
 _SIZES: Final = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 

@@ -8,11 +8,15 @@ import re
 import subprocess
 import sys
 from importlib import resources
+from importlib.metadata import entry_points
 from pathlib import Path
 from string import Template
 from typing import Final
 
 from btt.sdk.errors import ConfigError
+
+SERVICES: Final = "btt.services"
+"""Group of the entry points by which nodes find services."""
 
 _NAME: Final = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 _FILES: Final = {
@@ -40,6 +44,8 @@ def new(name: str, folder: Path) -> None:
         raise ConfigError(f'"{name}" is no name for a service.', hint='Write it like "acme-words".')
     if importlib.util.find_spec(package) is not None:
         raise ConfigError(f"There is a Python package {package} already.", hint="Choose another name.")
+    if name in entry_points(group=SERVICES).names:
+        raise ConfigError(f"A service {name} is installed already.", hint="Choose another name.")
     if folder.exists() and any(folder.iterdir()):
         raise ConfigError(f"{folder} is not empty.", hint="Choose another folder.")
     template = resources.files("btt.sdk") / "template"

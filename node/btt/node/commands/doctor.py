@@ -18,10 +18,11 @@ def doctor(folder: FolderOption = None, as_json: AsJson = False) -> None:
     from structlog.testing import capture_logs
 
     from btt.node.doctor import Result, examine
+    from btt.sdk.clock import configured
 
     path = existing(folder)
     with capture_logs():  # what failed is among the findings
-        found = asyncio.run(examine(path))
+        found = asyncio.run(examine(path, clock=configured()))
     failed = any(finding.result is Result.FAILED for finding in found)
     if as_json:
         typer.echo(json.dumps({"ok": not failed, "checks": [finding.as_json() for finding in found]}))

@@ -39,6 +39,8 @@ def earnings(
     from btt.node.folder import CONFIG
     from btt.sdk.money import Amount
 
+    if as_json and as_csv:
+        raise typer.BadParameter("one of --json and --csv", param_hint="--csv")
     if by not in list(By):
         raise typer.BadParameter(f"one of {', '.join(By)}", param_hint="--by")
     path = existing(folder)
@@ -123,12 +125,12 @@ def _summed(found: list[Refusal]) -> tuple[list[dict[str, Any]], int]:
 
 def _since_day(text: str) -> int:
     from btt.node.payments.days import DAY_MS
-    from btt.sdk.clock import SYSTEM, parse_duration
+    from btt.sdk.clock import configured, parse_duration
 
     if not text:
         return 0
     try:
-        return (SYSTEM() - parse_duration(text)) // DAY_MS + 1
+        return (configured()() - parse_duration(text)) // DAY_MS + 1
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--since") from None
 

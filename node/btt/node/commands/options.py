@@ -55,15 +55,33 @@ def change(folder: Path | None, changes: dict[str, Any], *, as_json: bool) -> No
     path = existing(folder)
     before = (path / CONFIG).read_bytes()
     edit(path, changes)
-    told = reload_node(path)
-    if told is not None and told.error:
-        # Only the service itself knows whether its own keys do.
+    error = _refused(path, changes)
+    told = reload_node(path) if not error else None
+    error = error or (told.error if told is not None else "")
+    if error:
         (path / CONFIG).write_bytes(before)
-        raise ConfigError(f"Nothing has changed. {told.error}")
+        raise ConfigError(f"Nothing has changed. {error}")
     if as_json:
         typer.echo(json.dumps({"running": told is not None, **(told.as_json() if told else {})}))
         return
     typer.echo(_says(told))
+
+
+def _refused(path: Path, changes: dict[str, Any]) -> str:
+    """What a service says against its own keys, which only it knows; empty if nothing."""
+    from btt.node.checking import check_services
+    from btt.node.config import load
+    from btt.node.folder import CONFIG
+    from btt.sdk.errors import ConfigError
+
+    names = {key.split(".")[1] for key in changes if key.startswith("services.")}
+    if not names:
+        return ""
+    try:
+        check_services(load(path / CONFIG), only=names)
+    except ConfigError as error:
+        return str(error)
+    return ""
 
 
 def _says(told: Reloaded | None) -> str:

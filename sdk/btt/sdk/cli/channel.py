@@ -16,6 +16,7 @@ from btt.sdk.cli.options import (
     LedgerOption,
     WalletFolder,
     Yes,
+    confirmed,
     keeping_ledger,
     open_wallet,
     parsed,
@@ -193,8 +194,8 @@ def topup(
     from btt.sdk.money import Amount
 
     more = parsed(Amount.parse, amount, "AMOUNT")
-    if not yes:
-        typer.confirm(f"Lock {more} more in {channel[:16]}?", abort=True, err=True)
+    if not yes and not confirmed(f"Lock {more} more in {channel[:16]}?"):
+        raise typer.Exit(1)
 
     from btt.sdk.payment.outcome import look
     from btt.sdk.payment.topups import top_up

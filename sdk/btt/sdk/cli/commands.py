@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -179,5 +180,13 @@ def run(argv: Sequence[str]) -> int:
         argv: Arguments without the program's name.
     """
     command = typer.main.get_command(app)
-    command.main(list(argv), prog_name="btt")
+    try:
+        command.main(list(argv), prog_name="btt")
+    except SystemExit as ended:
+        # What typer told a person on its way out, for a script.
+        told = getattr(ended.__context__, "format_message", None)
+        if told is not None and "--json" in argv:
+            found = {"reason": "USAGE", "message": told(), "hint": "Call it with --help."}
+            typer.echo(json.dumps({"error": found}))
+        raise
     return 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,11 +19,11 @@ from btt.sdk.cli.options import (
     TrustNew,
     WalletFolder,
     Yes,
+    confirmed,
     open_wallet,
     parsed,
     wallet_folder,
 )
-from btt.sdk.errors import ConfigError
 from btt.sdk.memory import keep_freed_memory
 from btt.sdk.money import Amount
 
@@ -224,7 +223,7 @@ async def buy(
             _show_quote(found)
             if found.cost > granted:
                 typer.echo(f"The budget of {granted} covers a part of it; what arrives is kept.")
-        if ask and not _agreed(min(found.cost, granted)):
+        if ask and not confirmed(f"Spend up to {min(found.cost, granted)}?"):
             return None
         with render.showing(live=not quiet and render.is_terminal()) as show:
             async with btt.content.fetch(found, dest) as transfer:
@@ -238,9 +237,3 @@ async def buy(
         channels=[receipt.channel_id.hex() for receipt in client.receipts if receipt.channel_closed],
         unsettled={str(node): error.message for node, error in client.unsettled.items()},
     )
-
-
-def _agreed(cost: Amount) -> bool:
-    if not sys.stdin.isatty():
-        raise ConfigError("There is no terminal to ask on whether to spend.", hint="Say --yes.")
-    return bool(typer.confirm(f"Spend up to {cost}?"))

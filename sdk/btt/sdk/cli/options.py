@@ -67,6 +67,17 @@ def parsed(parse: Callable[[str], _Parsed], text: str, option: str) -> _Parsed:
         raise typer.BadParameter(str(error), param_hint=option) from None
 
 
+def confirmed(question: str) -> bool:
+    """Asks before money moves.
+
+    Raises:
+        ConfigError: There is nobody to ask.
+    """
+    if not sys.stdin.isatty():
+        raise ConfigError("There is no terminal to ask on whether to spend.", hint="Say --yes.")
+    return bool(typer.confirm(question, err=True))
+
+
 def wallet_folder(chosen: Path | None) -> Path:
     """Returns the folder of the wallet: the chosen one, or this user's."""
     if chosen is not None:

@@ -40,9 +40,10 @@ def new(
     path = folder or Path(name)
     scaffold.new(name, path)
     typer.echo(f"Wrote {path}.")
-    if not scaffold.can_generate():
-        typer.echo(f"Generate its code: pip install 'grpcio-tools>=1.85.1' && btt plugin protos {path}")
-    typer.echo(f"Install and try it: pip install -e '{path}[test]' && btt plugin check {name}")
+    steps = [f"pip install -e '{path}[test]'", f"btt plugin protos {path}", f"btt plugin check {name}"]
+    if scaffold.can_generate():
+        del steps[1]  # it is done
+    typer.echo(f"Install and try it: {' && '.join(steps)}")
 
 
 @app.command()
@@ -80,13 +81,22 @@ def check(
     as_json: AsJson = False,
 ) -> None:
     """Run the services of a distribution on a node of a devnet, pay them, and say what is wrong."""
+    import structlog
+
     from btt.sdk.testing import conformance
 
     results = {}
     for service, case in _cases(name).items():
-        loaded = case.load()
+        try:
+            loaded = case.load()
+        except Exception as broken:  # a third party's code may fail in any way
+            raise ConfigError(
+                f"{name} cannot be imported: {broken}.",
+                hint="Repair it; if code of its proto is missing: btt plugin protos FOLDER.",
+            ) from broken
         if not isinstance(loaded, conformance.Case):
             raise ConfigError(f"{case.value} is no Case of btt.sdk.testing.conformance.")
+        structlog.configure(wrapper_class=structlog.make_filtering_bound_logger("warning"))
         with redirect_stdout(sys.stderr):  # what the node logs is not what was asked for
             results[service] = asyncio.run(conformance.run(loaded))
     ok = all(finding.ok for findings in results.values() for finding in findings)

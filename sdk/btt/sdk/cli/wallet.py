@@ -18,6 +18,7 @@ from btt.sdk.cli.options import (
     LedgerOption,
     WalletFolder,
     Yes,
+    confirmed,
     keeping_ledger,
     open_wallet,
     parsed,
@@ -133,8 +134,8 @@ def transfer(
     if len(note) > 32:
         raise typer.BadParameter("at most 32 bytes", param_hint="--memo")
     opened = open_wallet(folder)
-    if not yes:
-        typer.confirm(f"Send {value} to {receiver}?", abort=True, err=True)
+    if not yes and not confirmed(f"Send {value} to {receiver}?"):
+        raise typer.Exit(1)
 
     async def move() -> tuple[int, str]:
         async with keeping_ledger(ledger, folder) as client:

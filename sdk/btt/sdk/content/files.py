@@ -43,7 +43,9 @@ def open_folder(root: Path, parts: Sequence[str], *, create: bool = True) -> int
         if create:
             root.mkdir(parents=True, exist_ok=True)
         fd = os.open(root, _FOLDER)
-    except FileNotFoundError:
+    except FileNotFoundError as failed:
+        if create:
+            raise disk_error(failed, root) from failed
         return None
     except OSError as failed:
         raise disk_error(failed, root) from failed
@@ -60,11 +62,10 @@ def open_folder(root: Path, parts: Sequence[str], *, create: bool = True) -> int
             down = os.open(part, _FOLDER | os.O_NOFOLLOW, dir_fd=fd)
             os.close(fd)
             fd = down
-    except FileNotFoundError:
-        os.close(fd)
-        return None
     except OSError as failed:
         os.close(fd)
+        if isinstance(failed, FileNotFoundError) and not create:
+            return None
         raise disk_error(failed, here) from failed
     return fd
 
@@ -85,7 +86,7 @@ def disk_error(failed: OSError, path: Path) -> ConfigError | StorageError:
         case errno.ENOTDIR | errno.EISDIR | errno.EEXIST | errno.ENXIO:
             # O_NOFOLLOW with O_DIRECTORY reports a link as ENOTDIR.
             return ConfigError(f"{path} is in the way: it is a link or of another kind.", hint=OTHER_FOLDER)
-        case errno.EACCES | errno.EPERM | errno.EROFS | errno.ENAMETOOLONG:
+        case errno.EACCES | errno.EPERM | errno.EROFS | errno.ENAMETOOLONG | errno.ENOENT:
             return ConfigError(f"{path} cannot be written: {failed.strerror}.", hint="Choose another folder.")
         case errno.ENOSPC | errno.EDQUOT:
             return StorageError(
