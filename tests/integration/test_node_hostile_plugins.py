@@ -94,6 +94,19 @@ HOSTILE = {
                         if freed.is_set():
                             raise
     """,
+    "exits": """
+        class Hostile(Plugin):
+            async def start(self):
+                async def work():
+                    raise SystemExit(7)
+                self.work = asyncio.create_task(work(), name="by itself")
+    """,
+    "hangs": """
+        class Hostile(Plugin):
+            async def start(self):
+                made.append(asyncio.current_task())
+                await asyncio.Event().wait()
+    """,
     "dies": """
         class Hostile(Plugin):
             async def start(self):
@@ -144,7 +157,8 @@ def make_node(economy, path: Path, **options) -> Node:
     )
     found = registry.installed()
     assert "probe" in found, "found by its entry point"
-    patience = Patience(start_s=5.0, stop_s=0.1, leak_s=0.1, backoff=lambda _: 0.0, **options)
+    brief = {"start_s": 5.0, "stop_s": 0.1, "leak_s": 0.1, "backoff": lambda _: 0.0}
+    patience = Patience(**{**brief, **options})
     return Node(opened, clock=economy.clock, patience=patience)
 
 
@@ -212,6 +226,25 @@ async def test_one_that_holds_up_the_loop_is_named_and_stopped_at_the_third_time
             assert all("hostile_blocks.py" in where and "in One" in where for _, where in told)
             assert [state for state, _ in states] == [State.SERVING, State.SERVING, State.FAILED]
             assert "held up the node" in states[2][1]
+
+
+async def test_one_that_ends_the_process_in_the_background_ends_only_itself(economy, install, tmp_path):
+    module = install("exits")
+    async with make_node(economy, tmp_path / "node") as node:
+        plugin = module.made[0]
+        await asyncio.wait({plugin.work})
+        assert "tried to end the process" in str(plugin.work.exception())
+        assert node.services.registry.hosts["content"].state is State.SERVING
+
+
+async def test_one_that_never_starts_does_not_keep_the_node_from_starting(economy, install, tmp_path):
+    module = install("hangs")
+    node = make_node(economy, tmp_path / "node", start_s=0.1)
+    async with asyncio.timeout(30), node:
+        host = node.services.registry.hosts["probe"]
+        assert host.failures
+        assert module.made[1].cancelled(), "its start was ended"
+        assert node.services.registry.hosts["content"].state is State.SERVING
 
 
 async def test_what_one_leaves_running_is_cancelled_when_it_stops(economy, install, tmp_path):

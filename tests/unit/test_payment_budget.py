@@ -1,0 +1,87 @@
+"""A budget of a wallet is never overspent, whoever reserves in it, and whichever channel pays."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from btt.sdk.errors import BudgetExceeded
+from btt.sdk.keys import Address
+from btt.sdk.payment.store import PayerStore, StoredChannel
+
+GRANTED = 100
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[PayerStore]:
+    made = PayerStore(tmp_path)
+    yield made
+    made.close()
+
+
+def channel(number: int, *, deposit: int, budget: str = "films", state: str = "open") -> StoredChannel:
+    return StoredChannel(
+        channel_id=bytes([number]) * 32, ledger_id=bytes(32), node=Address(bytes(20)), commit=b"",
+        refund_signature=bytes(65), deposit=deposit, expires_ms=0, signed=0, budget=budget, base=0,
+        cap=deposit, state=state,
+    )  # fmt: skip
+
+
+PROCESS = """
+import sys
+from pathlib import Path
+from btt.sdk.errors import BudgetExceeded
+from btt.sdk.payment.store import PayerStore
+from test_payment_budget import GRANTED, channel
+store = PayerStore(Path(sys.argv[1]))
+print("here", flush=True)
+sys.stdin.readline()
+for number in range(10):
+    try:
+        store.add_channel(channel(int(sys.argv[2]) + number, deposit=15), GRANTED)
+        print("reserved")
+    except BudgetExceeded:
+        print("refused")
+store.close()
+"""
+
+
+def test_processes_that_reserve_at_once_never_get_more_than_the_budget(tmp_path: Path) -> None:
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROCESS, str(tmp_path), str(first)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent,
+        )
+        for first in (1, 101)
+    ]  # fmt: skip
+    for process in processes:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "here\n"
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    said = [line for process in processes for line in process.communicate(timeout=60)[0].split()]
+    assert [process.returncode for process in processes] == [0, 0]
+    assert (said.count("reserved"), len(said)) == (GRANTED // 15, 20)
+
+
+def test_a_channel_that_is_there_pays_for_no_more_than_the_budget(store: PayerStore) -> None:
+    store.add_channel(channel(1, deposit=80, budget="before"), 80)
+    store.add_channel(channel(2, deposit=70), GRANTED)
+    taken = store.adopt(bytes([1]) * 32, "films", GRANTED)
+    assert taken.cap - taken.base == 30, "70 of the 100 are locked elsewhere"
+    again = store.adopt(bytes([1]) * 32, "films", GRANTED)
+    assert again.cap == taken.cap, "what was given is not given again"
+    with pytest.raises(BudgetExceeded):
+        store.add_channel(channel(3, deposit=1), GRANTED)
+    assert store.reserved("before") == 0
+
+
+def test_a_channel_covers_no_more_than_it_holds(store: PayerStore) -> None:
+    store.add_channel(channel(1, deposit=20, budget="before"), 20)
+    assert store.adopt(bytes([1]) * 32, "films", GRANTED).cap == 20
