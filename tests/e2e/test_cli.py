@@ -274,17 +274,22 @@ async def test_nothing_is_spent_unasked(market: Market) -> None:
     unasked = await market.person.btt(*words)
     assert unasked.code == 3
     assert "--yes" in unasked.err
+    moved = await market.person.btt("wallet", "transfer", "T" * 34, "1 BTT")
+    assert moved.code == 2
+    payee = str((await market.person.btt("wallet", "address")).out).strip()
+    moved = await market.person.btt("wallet", "transfer", payee, "1 BTT")
+    assert (moved.code, "--yes" in moved.err) == (3, True)
 
     controller, terminal = pty.openpty()
     try:
         os.write(controller, b"n\n")
         process = await market.person.start(*words, stdin=terminal)
-        out, _ = await process.communicate()
+        out, err = await process.communicate()
     finally:
         os.close(controller)
         os.close(terminal)
     assert process.returncode == 1
-    assert b"Spend up to" in out
+    assert b"Spend up to" in err
     assert b"Nothing was spent." in out
     assert not (market.person.home / "film.bin").exists()
     assert await market.balance() == 10_000_000
