@@ -133,7 +133,7 @@ def test_high_s_is_refused_by_us_since_openssl_accepts_it() -> None:
         signer = key(7)
     signature = signer.sign(digest)
     high = (ORDER - int.from_bytes(signature[32:64], "big")).to_bytes(32, "big")
-    assert signer.public._handle.verify(digest, signature[:32], high)
+    assert signer.public._handle.verify(digest, signature[:32] + high + signature[64:])
     assert not signer.public.verify(digest, signature[:32] + high + signature[64:])
 
 

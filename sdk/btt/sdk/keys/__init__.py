@@ -81,11 +81,10 @@ class PublicKey:
         """
         if len(signature) != SIGNATURE_SIZE or len(digest) != DIGEST_SIZE or signature[64] > 1:
             return False
-        r, s = signature[:32], signature[32:64]
         # Bytes of one length compare as the numbers they hold.
-        if not (_ZERO < r < _ORDER_BYTES and _ZERO < s <= _HALF_ORDER_BYTES):
+        if not (_ZERO < signature[:32] < _ORDER_BYTES and _ZERO < signature[32:64] <= _HALF_ORDER_BYTES):
             return False
-        return self._handle.verify(digest, r, s)
+        return self._handle.verify(digest, signature)
 
     def __eq__(self, other: object) -> bool:
         return self._data == other._data if isinstance(other, PublicKey) else NotImplemented

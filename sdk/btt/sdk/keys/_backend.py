@@ -24,8 +24,8 @@ _MODULES: Final[dict[BackendName, str]] = {
 class PublicHandle(Protocol):
     """A parsed public key."""
 
-    def verify(self, digest: bytes, r: bytes, s: bytes) -> bool:
-        """Verifies; the caller has checked that r and s are 32 bytes, in range and s is low."""
+    def verify(self, digest: bytes, signature: bytes) -> bool:
+        """Verifies r || s || v; the caller has checked lengths and ranges, and that s is low."""
 
     def coordinates(self) -> bytes:
         """Returns x || y, 64 bytes."""

@@ -28,8 +28,9 @@ class _Public:
     def __init__(self, key: ec.EllipticCurvePublicKey) -> None:
         self._key = key
 
-    def verify(self, digest: bytes, r: bytes, s: bytes) -> bool:
-        der = encode_dss_signature(int.from_bytes(r, "big"), int.from_bytes(s, "big"))
+    def verify(self, digest: bytes, signature: bytes) -> bool:
+        r, s = int.from_bytes(signature[:32], "big"), int.from_bytes(signature[32:64], "big")
+        der = encode_dss_signature(r, s)
         try:
             self._key.verify(der, digest, _VERIFY)
         except InvalidSignature:
