@@ -26,6 +26,7 @@ from btt.sdk.signing import (
     ChannelUpdate,
     Message,
     Receipt,
+    Updates,
     document_digest,
     open_document,
     service_reference,
@@ -354,3 +355,36 @@ def test_a_document_is_for_its_type_ledger_payload_and_key(payload: bytes, other
 def test_no_document_takes_the_name_of_a_money_message(kind: type[Message]) -> None:
     with pytest.raises(ValueError, match="money message"):
         document_digest(kind.__name__, LEDGER, bytes(kind.SIZE))
+
+
+@given(cumulative=st.integers(0, SUPPLY), channel=st.binary(min_size=32, max_size=32))
+def test_the_updates_of_a_channel_are_channel_updates(cumulative: int, channel: bytes) -> None:
+    update = ChannelUpdate(channel=channel, cumulative=cumulative)
+    assert Updates(LEDGER, channel).digest(cumulative) == update.digest(LEDGER)
+
+
+def test_updates_sign_and_verify_for_one_ledger_channel_and_amount() -> None:
+    updates, channel = Updates(LEDGER, bytes(32)), ChannelUpdate(channel=bytes(32), cumulative=7)
+    signature = updates.sign(KEY, 7)
+    assert signature == sign(KEY, channel, LEDGER)
+    updates.verify(KEY.public, 7, signature)
+    for other, key, cumulative in (
+        (updates, KEY.public, 8),
+        (updates, POINTS[0], 7),
+        (Updates(OTHER_LEDGER, bytes(32)), KEY.public, 7),
+        (Updates(LEDGER, bytes(31) + b"\1"), KEY.public, 7),
+    ):
+        with pytest.raises(SignatureInvalid):
+            other.verify(key, cumulative, signature)
+
+
+@pytest.mark.parametrize("cumulative", [-1, SUPPLY + 1, True, False, 1.0, "1", None])
+def test_updates_are_of_money_only(cumulative: Any) -> None:
+    with pytest.raises(InvalidRequest):
+        Updates(LEDGER, bytes(32)).sign(KEY, cumulative)
+
+
+@pytest.mark.parametrize(("ledger", "channel"), [(bytes(31), bytes(32)), (bytes(32), bytes(33))])
+def test_updates_are_of_a_channel_on_a_ledger(ledger: bytes, channel: bytes) -> None:
+    with pytest.raises(InvalidRequest):
+        Updates(ledger, channel)

@@ -21,7 +21,7 @@ from btt.sdk.channel.prices import PriceSheet, Segment, Tally
 from btt.sdk.errors import CallRepeated, CountsDiffer, InvalidRequest, SessionEnded, UpdateInvalid
 from btt.sdk.keys import PublicKey
 from btt.sdk.money import MAX_UNITS
-from btt.sdk.signing import ChannelUpdate, verify
+from btt.sdk.signing import Updates
 
 REMEMBERED_CALLS = 4096
 """Ended calls whose ids stay refused."""
@@ -67,8 +67,8 @@ class Payee:
         standing: Standing,
         written_off: int = 0,
     ) -> None:
-        self._ledger_id = ledger_id
         self.channel_id = channel_id
+        self._updates = Updates(ledger_id, channel_id)
         self.key = key
         self.best = best
         self.standing = standing
@@ -107,12 +107,7 @@ class Payee:
         if update.cumulative == 0:
             return None
         try:
-            verify(
-                self.key,
-                ChannelUpdate(channel=self.channel_id, cumulative=update.cumulative),
-                self._ledger_id,
-                update.signature,
-            )
+            self._updates.verify(self.key, update.cumulative, update.signature)
         except InvalidRequest as error:
             raise UpdateInvalid("The update is not signed by the channel's key.") from error
         return Checked(self.channel_id, update)

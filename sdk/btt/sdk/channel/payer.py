@@ -20,7 +20,7 @@ from btt.sdk.channel.prices import PriceSheet, Segment, Tally
 from btt.sdk.errors import BudgetExceeded, CountsDiffer, InvalidRequest, UpdateInvalid
 from btt.sdk.keys import PrivateKey
 from btt.sdk.money import MAX_UNITS
-from btt.sdk.signing import ChannelUpdate, sign, verify
+from btt.sdk.signing import Updates
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +92,8 @@ class Payer:
         tally: Tally,
         limit: int | None = None,
     ) -> None:
-        self._ledger_id = ledger_id
         self.channel_id = channel_id
+        self._updates = Updates(ledger_id, channel_id)
         self._key = key
         self.deposit = deposit
         self.limit = deposit if limit is None else limit
@@ -216,15 +216,13 @@ class Payer:
             raise TypeError("only a saved intent of this channel can be signed")
         cumulative = saved.value.cumulative
         self.signed = max(self.signed, cumulative)
-        update = ChannelUpdate(channel=self.channel_id, cumulative=cumulative)
-        return SignedUpdate(cumulative, sign(self._key, update, self._ledger_id))
+        return SignedUpdate(cumulative, self._updates.sign(self._key, cumulative))
 
     def last(self) -> SignedUpdate | None:
         """Signs again what was signed last, byte for byte; None before the first."""
         if not self.signed:
             return None
-        update = ChannelUpdate(channel=self.channel_id, cumulative=self.signed)
-        return SignedUpdate(self.signed, sign(self._key, update, self._ledger_id))
+        return SignedUpdate(self.signed, self._updates.sign(self._key, self.signed))
 
     # Settling
 
@@ -281,12 +279,7 @@ class Payer:
             if best.cumulative > self.deposit:
                 raise UpdateInvalid("The node shows a payment above the deposit.")
             try:
-                verify(
-                    self._key.public,
-                    ChannelUpdate(channel=self.channel_id, cumulative=best.cumulative),
-                    self._ledger_id,
-                    best.signature,
-                )
+                self._updates.verify(self._key.public, best.cumulative, best.signature)
             except InvalidRequest as error:
                 raise UpdateInvalid("The node shows a payment that is not ours.") from error
             self.signed = best.cumulative

@@ -26,6 +26,7 @@ from btt.sdk.signing.messages import (
     Transfer,
     service_reference,
 )
+from btt.sdk.signing.updates import Updates
 
 __all__ = [
     "APP_UNKNOWN",
@@ -47,6 +48,7 @@ __all__ = [
     "SessionOpen",
     "TopUp",
     "Transfer",
+    "Updates",
     "document_digest",
     "open_document",
     "service_reference",
