@@ -103,6 +103,32 @@ async def test_a_transaction_that_fails_is_told_to_all_and_leaves_nothing(books:
     assert await books.group.run(put(3)) == 3
 
 
+def put_all(db: sqlite3.Connection, numbers: list[int]) -> None:
+    assert numbers
+    db.executemany("INSERT INTO numbers VALUES(?)", [(number,) for number in numbers])
+
+
+def negate_all(db: sqlite3.Connection, _: list[None]) -> None:
+    db.execute("UPDATE numbers SET n = -n")
+
+
+async def test_values_are_written_together_and_in_order(books: Books) -> None:
+    asked = [books.group.put(put_all, n) for n in (1, 2)]
+    asked += [books.group.put(negate_all, None), books.group.run(put(3))]
+    asked += [books.group.put(put_all, n) for n in (4, 5)]
+    assert await asyncio.gather(*asked) == [None, None, None, 3, None, None]
+    assert books.stored() == [-1, -2, 3, 4, 5]
+    assert books.commits == 1
+
+
+async def test_a_value_that_fails_fails_all_of_its_transaction(books: Books) -> None:
+    asked = [books.group.put(put_all, n) for n in (1, 2, 2)]
+    asked.append(books.group.run(put(3)))
+    found = await asyncio.gather(*asked, return_exceptions=True)
+    assert [type(error) for error in found] == [StorageError] * 4
+    assert books.stored() == []
+
+
 async def test_a_blocking_write_comes_after_those_before_it(books: Books) -> None:
     before = books.group.run(put(1))
     books.group.run_now(put(2))

@@ -33,6 +33,7 @@ from btt.sdk.errors import BttError
 from btt.sdk.identity import tls_name
 from btt.sdk.keys import PrivateKey
 from btt.sdk.ledger import LedgerClient
+from btt.sdk.payment import store as payer_store
 from btt.sdk.payment.session import PaymentSession
 from btt.sdk.payment.store import PayerStore
 from btt.sdk.tls import make_certificate
@@ -54,7 +55,7 @@ FUNDS = 10**7
 ACCOUNT, FAUCET, IDENTITY, K2 = (PrivateKey(n.to_bytes(32, "big")) for n in (41, 42, 43, 44))
 
 STEPS = {
-    "a: before the intent is saved": Step(PayerStore, "_save"),
+    "a: before the intent is saved": Step(payer_store, "_save"),
     "b: saved, not signed": Step(Payer, "sign"),
     "c: signed, not sent": Step(Payer, "sign", after=True),
     "d: sent, no statement heard": Step(PaymentSession, "_take_statement"),
@@ -181,6 +182,7 @@ def fail_disk(fault: str, whose: str) -> list[tuple[str, bool]]:
 
     watch(PayerStore, "save")
     watch(PayeeStore, "run")
+    watch(PayeeStore, "save")
     return noticed
 
 

@@ -159,7 +159,7 @@ class TestDurable:
         async def save(value: int) -> None:
             disk.append(value)
 
-        assert (await Durable.awrite(5, save)).value == 5
+        assert (await Durable.awrite(5, save(5))).value == 5
         assert disk == [5]
 
     async def test_a_failed_write_makes_none(self) -> None:
@@ -172,4 +172,4 @@ class TestDurable:
         with pytest.raises(OSError, match="disk full"):
             Durable.write(5, fail)
         with pytest.raises(OSError, match="disk full"):
-            await Durable.awrite(5, fail_later)
+            await Durable.awrite(5, fail_later(5))

@@ -8,7 +8,7 @@ down, and nobody is hurt beyond the bounds.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -30,6 +30,7 @@ from btt.sdk.channel import (
     Standing,
     Tally,
 )
+from btt.sdk.channel.prices import Count
 from btt.sdk.errors import BudgetExceeded
 from btt.sdk.keys import PrivateKey
 from btt.sdk.money import Rate, Unit
@@ -83,6 +84,16 @@ def books(tally: Tally) -> dict[Segment, int]:
     return {segment: units for segment, _, units in tally if units}
 
 
+def written(disk: Tally, counts: Iterable[Count], memory: Tally) -> Tally:
+    """What is on disk once these counts are, which must be all that is in memory."""
+    after = disk.copy()
+    for segment, rate, units in counts:
+        after.price(segment, rate)
+        after.add(segment, units - after.units(segment))
+    assert books(after) == books(memory)
+    return after
+
+
 class World:
     """Both sides, what lies between them, their disks, and what really happened."""
 
@@ -113,6 +124,7 @@ class World:
 
     def start_payer(self, state: int) -> None:
         disk = self.payer_disk[state]
+        self.payer_books = disk.tally
         self.payer = Payer(
             ledger_id=LEDGER,
             channel_id=CHANNEL,
@@ -124,6 +136,7 @@ class World:
 
     def start_payee(self, state: int) -> None:
         disk = self.payee_disk[state]
+        self.payee_books = disk.tally
         self.standing = replace(disk.standing, unpaid=0)
         self.payee = Payee(
             ledger_id=LEDGER,
@@ -155,14 +168,23 @@ class World:
         self.payer.reconcile(best=self.payee.best, settled=settled)
         for segment, units in books(self.payer.tally).items():
             self.truth.add(segment, max(0, units - self.truth.units(segment)))
-        self.payer_disk.append(PayerDisk(self.payer.signed, self.payer.tally.copy()))
+        self.save_payer(self.payer.signed, self.payer.tally.changes())
+        self.payer.tally.saved()
         assert books(self.payer.tally) == books(self.payee.meter.tally)
         assert self.payer.tally.owed == self.payee.meter.owed
         assert self.payer.signed == self.payee.meter.paid
 
-    def save_payee(self) -> None:
-        p = self.payee
-        self.payee_disk.append(PayeeDisk(p.best, p.meter.tally.copy(), replace(self.standing)))
+    def save_payer(self, signed: int, counts: Iterable[Count]) -> None:
+        self.payer_books = written(self.payer_books, counts, self.payer.tally)
+        self.payer_disk.append(PayerDisk(signed, self.payer_books))
+
+    def save_payee(self, best: SignedUpdate | None = None) -> None:
+        meter, standing = self.payee.meter, replace(self.standing)
+        if best is not None:
+            standing.paid += best.cumulative - meter.paid
+        self.payee_books = written(self.payee_books, meter.tally.changes(), meter.tally)
+        self.payee_disk.append(PayeeDisk(best or self.payee.best, self.payee_books, standing))
+        meter.tally.saved()
 
     # Data
 
@@ -215,7 +237,7 @@ class World:
             return False
 
         def write(intent: Intent) -> None:
-            self.payer_disk.append(PayerDisk(intent.cumulative, intent.tally))
+            self.save_payer(intent.cumulative, intent.counts)
 
         self.up.append(self.payer.sign(Durable.write(self.payer.intend(due), write)))
         self.most_signed = max(self.most_signed, due)
@@ -226,10 +248,7 @@ class World:
         if checked is not None:
 
             def write(saved: Checked) -> None:
-                best = saved.update
-                standing = replace(self.standing)
-                standing.paid += best.cumulative - self.payee.meter.paid
-                self.payee_disk.append(PayeeDisk(best, self.payee.meter.tally.copy(), standing))
+                self.save_payee(saved.update)
 
             before = self.payee.best
             self.payee.accept(Durable.write(checked, write))

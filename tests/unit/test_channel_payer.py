@@ -48,6 +48,12 @@ def pay(payer: Payer, cumulative: int) -> SignedUpdate:
     return payer.sign(Durable.write(payer.intend(cumulative), lambda _: None))
 
 
+def pay_intent(payer: Payer, cumulative: int) -> Intent:
+    intent = payer.intend(cumulative)
+    payer.sign(Durable.write(intent, lambda _: None))
+    return intent
+
+
 def take(payer: Payer, call_id: bytes, units: int, *, accepted: int | None = None) -> None:
     payer.received(call_id, SEGMENT, units)
     payer.accepted(call_id, SEGMENT, units if accepted is None else accepted)
@@ -160,7 +166,7 @@ class TestSigning:
         payer = make_payer()
         with pytest.raises(TypeError):
             payer.sign(payer.intend(5))  # type: ignore[arg-type]
-        other = Durable.write(Intent(b"X" * 32, 5, Tally()), lambda _: None)
+        other = Durable.write(Intent(b"X" * 32, 5, ()), lambda _: None)
         with pytest.raises(TypeError):
             payer.sign(other)
         assert payer.signed == 0
@@ -183,7 +189,7 @@ class TestSigning:
             restarted = make_payer(signed=7, key=PrivateKey(KEY.secret))
             assert restarted.last() == first
             # Crashed after the write and before the signature: the same again.
-            saved = Durable.write(Intent(CHANNEL, 7, Tally()), lambda _: None)
+            saved = Durable.write(Intent(CHANNEL, 7, ()), lambda _: None)
             assert restarted.sign(saved) == first
         verify(KEY.public, ChannelUpdate(channel=CHANNEL, cumulative=7), LEDGER, first.signature)
 
@@ -197,12 +203,20 @@ class TestSigning:
         assert last is not None
         assert last.cumulative == 7
 
-    def test_an_intent_is_a_copy_of_the_books(self) -> None:
+    def test_an_intent_holds_what_changed_up_to_it(self) -> None:
         payer = make_payer()
-        intent = payer.intend(5)
+        first = payer.intend(5)
         payer.begin(A)
         take(payer, A, 4)
-        assert intent.tally.owed == 0
+        assert [units for *_, units in first.counts] == [0]
+        payer.sign(Durable.write(first, lambda _: None))
+        assert [units for *_, units in payer.intend(5).counts] == [4]
+
+    def test_what_an_unsaved_intent_held_comes_again(self) -> None:
+        payer = make_payer()
+        lost = payer.intend(5)
+        assert pay_intent(payer, 5).counts == lost.counts != ()
+        assert pay_intent(payer, 6).counts == lost.counts
 
     def test_an_intent_stays_within_the_rules(self) -> None:
         payer = make_payer(deposit=25)

@@ -151,3 +151,33 @@ def test_unit_charge_is_of_the_dearest_message_of_a_service() -> None:
         prices = {**sheet.prices, other: Price(Rate(dear, 1, Unit.CALL), 1)}
         assert PriceSheet(sheet.digest, prices).unit_charge == most
     assert PriceSheet(b"1" * 32, {}).unit_charge == 0
+
+
+def test_a_tally_names_each_change_until_it_is_saved() -> None:
+    tally = Tally()
+    sheet = make_sheet(b"1", Rate(1, 3, Unit.BYTE), Rate(5, 1, Unit.COUNT))
+    (first, byte_rate), (second, call_rate) = sheet.segments()
+    tally.price(first, byte_rate)
+    tally.price(second, call_rate)
+    assert set(tally.changes()) == {(first, byte_rate, 0), (second, call_rate, 0)}
+    tally.saved()
+    assert tally.changes() == ()
+    tally.saved()
+    tally.price(first, byte_rate)  # nothing new
+    tally.add(first, 7)
+    assert tally.changes() == ((first, byte_rate, 7),)
+    tally.add(first, -2)
+    tally.saved()
+    assert tally.changes() == ((first, byte_rate, 5),)  # it changed while the write was under way
+
+
+def test_what_a_failed_write_held_comes_with_every_later_one() -> None:
+    tally = Tally()
+    sheet = make_sheet(b"1", Rate(1, 3, Unit.BYTE), Rate(5, 1, Unit.COUNT))
+    (first, byte_rate), (second, call_rate) = sheet.segments()
+    tally.price(first, byte_rate)
+    lost = tally.changes()
+    tally.price(second, call_rate)
+    for _ in range(2):
+        assert set(tally.changes()) == {*lost, (second, call_rate, 0)}
+        tally.saved()

@@ -13,6 +13,8 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from itertools import groupby
+from operator import itemgetter
 from typing import Any, Final
 
 from btt.sdk.errors import StorageError
@@ -23,7 +25,9 @@ _MOST: Final = 512
 """Jobs in one transaction."""
 
 Job = Callable[[sqlite3.Connection], Any]
-_Waiting = tuple[Job, "asyncio.Future[Any]"]
+Write = Callable[[sqlite3.Connection, list[Any]], None]
+_ALONE: Final = object()
+_Waiting = tuple[Callable[..., Any], Any, "asyncio.Future[Any]"]
 
 
 class GroupCommit:
@@ -55,11 +59,29 @@ class GroupCommit:
         Raises:
             StorageError: The transaction failed, and nothing of it happened.
         """
+        return self._gather(job, _ALONE)
+
+    def put(self, write: Write, value: Any) -> asyncio.Future[Any]:
+        """Writes a value; to be awaited until it is committed.
+
+        What many sessions write at the same time goes to the database in few statements.
+
+        Args:
+            write: Called with the connection and the values that were put to it one after the
+                other, in their order; otherwise like a job.
+            value: For `write`.
+
+        Raises:
+            StorageError: The transaction failed, and nothing of it happened.
+        """
+        return self._gather(write, value)
+
+    def _gather(self, job: Callable[..., Any], value: Any) -> asyncio.Future[Any]:
         if self._closed:
             raise StorageError(f"{self._whose} are closed.")
         loop = asyncio.get_running_loop()
         done: asyncio.Future[Any] = loop.create_future()
-        self._gathered.append((job, done))
+        self._gathered.append((job, value, done))
         if self._loop is not loop or len(self._gathered) == 1:
             self._loop = loop
             loop.call_soon(self._dispatch)
@@ -73,7 +95,7 @@ class GroupCommit:
         """
         before, self._gathered = self._gathered, []
         self._thread.submit(self._settle, before).result()
-        return self._thread.submit(self._transact, [job]).result()[0]
+        return self._thread.submit(self._transact, [(job, _ALONE)]).result()[0]
 
     def close(self) -> None:
         """Commits what was asked for; the database is free afterwards."""
@@ -103,7 +125,7 @@ class GroupCommit:
         found = self._attempt(batch)
         try:
             if batch:
-                batch[0][1].get_loop().call_soon_threadsafe(self._arrived, batch, found)
+                batch[0][2].get_loop().call_soon_threadsafe(self._arrived, batch, found)
         except RuntimeError:  # the loop has ended; what is committed is committed
             self._under_way = False
 
@@ -114,15 +136,22 @@ class GroupCommit:
 
     def _attempt(self, batch: Sequence[_Waiting]) -> Sequence[Any] | StorageError:
         try:
-            return self._transact([job for job, _ in batch]) if batch else ()
+            return self._transact(batch) if batch else ()
         except StorageError as error:
             return error
 
-    def _transact(self, jobs: Sequence[Job]) -> list[Any]:
+    def _transact(self, batch: Sequence[tuple[Any, ...]]) -> list[Any]:
         with self._lock:
             try:
                 self._db.execute("BEGIN IMMEDIATE")
-                results = [job(self._db) for job in jobs]
+                results = []
+                for job, group in groupby(batch, key=itemgetter(0)):
+                    values = [waiting[1] for waiting in group]
+                    if values[0] is _ALONE:
+                        results += [job(self._db) for _ in values]
+                    else:
+                        job(self._db, values)
+                        results += [None] * len(values)
                 start = time.perf_counter()
                 self._db.execute("COMMIT")
             except Exception as error:
@@ -134,7 +163,7 @@ class GroupCommit:
 
 
 def _tell(batch: Sequence[_Waiting], found: Sequence[Any] | StorageError) -> None:
-    for index, (_, done) in enumerate(batch):
+    for index, (_, _, done) in enumerate(batch):
         if done.done():
             continue
         if isinstance(found, StorageError):

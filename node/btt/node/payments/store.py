@@ -16,13 +16,14 @@ from typing import Any
 from btt.node.payments.days import DAYS_SCHEMA, tell_days
 from btt.node.refusals import REFUSALS_SCHEMA
 from btt.sdk.channel import Checked, Durable, Line, SignedUpdate, Tally
+from btt.sdk.channel.prices import Count
 from btt.sdk.clock import SYSTEM
 from btt.sdk.database import open_books
 from btt.sdk.group_commit import GroupCommit, Job
 from btt.sdk.keys import Address
 from btt.sdk.money import Unit
 from btt.sdk.payment.bans import BANS_SCHEMA
-from btt.sdk.payment.counts import COUNTS_SCHEMA, load_tally, save_tally
+from btt.sdk.payment.counts import COUNTS_SCHEMA, load_tally, save_counts
 
 SCHEMA_VERSION = 3
 OPEN, CLOSING, CLOSED = "open", "closing", "closed"
@@ -240,17 +241,16 @@ class PayeeStore:
         Raises:
             StorageError: It is not on disk, so it does not count.
         """
-        books = tally.copy()
-
-        return await Durable.awrite(
-            checked,
-            lambda value: self.run(lambda db: _save(db, value.channel_id, value.update, books, written_off)),
-        )
+        write = self._group.put(_save, (checked, tally.changes(), written_off))
+        saved = await Durable.awrite(checked, write)
+        tally.saved()
+        return saved
 
     async def save_books(self, channel_id: bytes, tally: Tally, written_off: int) -> None:
         """Writes what was delivered and written off on a channel."""
-        books = tally.copy()
-        await self.run(lambda db: _save(db, channel_id, None, books, written_off))
+        counts = tally.changes()
+        await self.run(lambda db: _save_books(db, channel_id, counts, written_off))
+        tally.saved()
 
     async def begin_close(self, channel_id: bytes, capture: int, arrears: int) -> int:
         """Fixes what will be captured, before the ledger is asked; the first call decides.
@@ -337,21 +337,26 @@ def read_earnings(db: sqlite3.Connection) -> Earnings:
     return Earnings(paid, captured, written_off, units, opened, closed)
 
 
-def _save(
-    db: sqlite3.Connection, channel_id: bytes, update: SignedUpdate | None, tally: Tally, written_off: int
+def _save(db: sqlite3.Connection, updates: list[tuple[Checked, tuple[Count, ...], int]]) -> None:
+    db.executemany(
+        "UPDATE channels SET best_signature = iif(best < ?1, ?2, best_signature), best = max(best, ?1),"
+        " written_off = ?3 WHERE channel_id = ?4",
+        [
+            (checked.update.cumulative, checked.update.signature, written_off, checked.channel_id)
+            for checked, _, written_off in updates
+        ],
+    )
+    save_counts(db, [(checked.channel_id, counts) for checked, counts, _ in updates])
+
+
+def _save_books(
+    db: sqlite3.Connection, channel_id: bytes, counts: tuple[Count, ...], written_off: int
 ) -> None:
-    if update is not None:
-        db.execute(
-            "UPDATE channels SET best_signature = iif(best < ?1, ?2, best_signature), best = max(best, ?1),"
-            " written_off = ?3 WHERE channel_id = ?4",
-            (update.cumulative, update.signature, written_off, channel_id),
-        )
-    else:
-        db.execute(
-            "UPDATE channels SET written_off = ?1 WHERE channel_id = ?2 AND written_off <> ?1",
-            (written_off, channel_id),
-        )
-    save_tally(db, channel_id, tally)
+    db.execute(
+        "UPDATE channels SET written_off = ?1 WHERE channel_id = ?2 AND written_off <> ?1",
+        (written_off, channel_id),
+    )
+    save_counts(db, [(channel_id, counts)])
 
 
 def _record(row: tuple[Any, ...]) -> ChannelRecord:

@@ -36,7 +36,7 @@ class Durable(Generic[T]):
         return cls(value, _SEAL)
 
     @classmethod
-    async def awrite(cls, value: T, write: Callable[[T], Awaitable[object]]) -> Durable[T]:
-        """Does the same with an asynchronous write."""
-        await write(value)
+    async def awrite(cls, value: T, write: Awaitable[object]) -> Durable[T]:
+        """Does the same with a write of the value that is under way."""
+        await write
         return cls(value, _SEAL)

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from btt.sdk.channel.durable import Durable
-from btt.sdk.channel.prices import PriceSheet, Segment, Tally
+from btt.sdk.channel.prices import Count, PriceSheet, Segment, Tally
 from btt.sdk.errors import BudgetExceeded, CountsDiffer, InvalidRequest, UpdateInvalid
 from btt.sdk.keys import PrivateKey
 from btt.sdk.money import MAX_UNITS
@@ -30,12 +30,12 @@ class Intent:
     Attributes:
         channel_id: 32 bytes.
         cumulative: Base units over the life of the channel.
-        tally: What it accepted and settled so far.
+        counts: What it accepted and settled so far, of the segments that may not be saved so.
     """
 
     channel_id: bytes
     cumulative: int
-    tally: Tally
+    counts: tuple[Count, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,12 +208,13 @@ class Payer:
         """
         if not self.signed <= cumulative <= min(self.limit, max(self.signed, self.tally.owed + self._prepay)):
             raise ValueError(f"{cumulative} is more than is owed, or less than was signed")
-        return Intent(self.channel_id, cumulative, self.tally.copy())
+        return Intent(self.channel_id, cumulative, self.tally.changes())
 
     def sign(self, saved: Durable[Intent]) -> SignedUpdate:
         """Signs what is on disk."""
         if not isinstance(saved, Durable) or saved.value.channel_id != self.channel_id:
             raise TypeError("only a saved intent of this channel can be signed")
+        self.tally.saved()
         cumulative = saved.value.cumulative
         self.signed = max(self.signed, cumulative)
         return SignedUpdate(cumulative, self._updates.sign(self._key, cumulative))

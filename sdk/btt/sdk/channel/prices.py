@@ -74,14 +74,24 @@ class PriceSheet:
             yield Segment(self.digest, line), price.rate
 
 
-class Tally:
-    """Cumulative units per segment, and what they cost together."""
+Count = tuple[Segment, Rate, int]
+"""Cumulative units of a segment, with its rate."""
 
-    __slots__ = ("_lines", "_owed")
+
+class Tally:
+    """Cumulative units per segment, and what they cost together.
+
+    It knows which counts its owner has not saved yet (`changes`, `saved`): most segments stand still.
+    """
+
+    __slots__ = ("_changed", "_lines", "_owed", "_unsure", "_writes")
 
     def __init__(self) -> None:
-        self._lines: dict[Segment, tuple[Rate, int]] = {}
+        self._lines: dict[Segment, tuple[Rate, int, int]] = {}  # with what the units cost
         self._owed = 0
+        self._changed: set[Segment] = set()
+        self._unsure: set[Segment] = set()
+        self._writes = 0
 
     def price(self, segment: Segment, rate: Rate) -> None:
         """Makes a segment known, at 0 units; its rate never changes afterwards.
@@ -89,7 +99,10 @@ class Tally:
         Raises:
             ValueError: The segment has another rate already.
         """
-        if self._lines.setdefault(segment, (rate, 0))[0] != rate:
+        if segment not in self._lines:
+            self._lines[segment] = rate, 0, 0
+            self._changed.add(segment)
+        elif self._lines[segment][0] != rate:
             raise ValueError(f"{segment} already has a rate")
 
     def knows(self, segment: Segment) -> bool:
@@ -106,16 +119,19 @@ class Tally:
 
     def cost(self, segment: Segment, units: int) -> int:
         """Returns by how many base units `units` more of a segment would raise what is owed."""
-        rate, have = self._lines[segment]
-        return rate.owed(have + units) - rate.owed(have)
+        rate, have, owed = self._lines[segment]
+        return rate.owed(have + units) - owed
 
     def add(self, segment: Segment, units: int) -> None:
         """Adds units, or takes some away again when negative."""
-        rate, have = self._lines[segment]
-        if have + units < 0:
+        rate, have, owed = self._lines[segment]
+        have += units
+        if have < 0:
             raise ValueError("a tally never falls below zero")
-        self._owed += rate.owed(have + units) - rate.owed(have)
-        self._lines[segment] = rate, have + units
+        cost = rate.owed(have)
+        self._owed += cost - owed
+        self._lines[segment] = rate, have, cost
+        self._changed.add(segment)
 
     @property
     def owed(self) -> int:
@@ -124,17 +140,34 @@ class Tally:
 
     def refundable(self, segment: Segment, units: int, amount: int) -> int:
         """Returns how many of the last `units` can be taken away for at most `amount` base units."""
-        rate, have = self._lines[segment]
-        floor = rate.owed(have) - amount
+        rate, have, owed = self._lines[segment]
+        floor = owed - amount
         least = 0 if floor <= 0 else rate.units_for(floor - 1) + 1
         return max(0, min(units, have, have - least))
 
-    def __iter__(self) -> Iterator[tuple[Segment, Rate, int]]:
-        for segment, (rate, units) in self._lines.items():
+    def changes(self) -> tuple[Count, ...]:
+        """Returns the counts that may not be saved, as they are now, to be saved.
+
+        Writes must happen in the order of these calls. One of which `saved` does not tell has
+        failed: what it held comes again with every later one.
+        """
+        self._unsure |= self._changed
+        self._changed.clear()
+        self._writes += 1
+        return tuple([(segment, *self._lines[segment][:2]) for segment in self._unsure])
+
+    def saved(self) -> None:
+        """Takes note that the changes of one call are saved."""
+        self._writes = max(0, self._writes - 1)
+        if not self._writes:
+            self._unsure.clear()
+
+    def __iter__(self) -> Iterator[Count]:
+        for segment, (rate, units, _) in self._lines.items():
             yield segment, rate, units
 
     def copy(self) -> Tally:
-        """Returns an independent copy."""
+        """Returns an independent copy, of which nothing will be saved."""
         twin = Tally()
         twin._lines, twin._owed = self._lines.copy(), self._owed
         return twin

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Iterable
 
 from btt.sdk.channel import Line, Segment, Tally
+from btt.sdk.channel.prices import Count
 from btt.sdk.money import Rate, Unit
 
 COUNTS_SCHEMA = """
@@ -21,14 +23,15 @@ CREATE TABLE counts(
 """
 
 
-def save_tally(db: sqlite3.Connection, channel_id: bytes, tally: Tally) -> None:
-    """Writes a channel's tally, inside the caller's transaction."""
+def save_counts(db: sqlite3.Connection, changes: Iterable[tuple[bytes, Iterable[Count]]]) -> None:
+    """Writes counts of channels, inside the caller's transaction."""
     db.executemany(
         "INSERT INTO counts VALUES(?,?,?,?,?,?,?)"
         " ON CONFLICT DO UPDATE SET units = excluded.units WHERE units <> excluded.units",
         [
             (channel_id, s.offer_digest, s.line.service, int(s.line.unit), r.amount, r.per, units)
-            for s, r, units in tally
+            for channel_id, counts in changes
+            for s, r, units in counts
         ],
     )
 

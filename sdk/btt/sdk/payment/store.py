@@ -12,7 +12,7 @@ import fcntl
 import os
 import sqlite3
 import threading
-from collections.abc import Iterator
+from collections.abc import Awaitable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +25,7 @@ from btt.sdk.group_commit import GroupCommit
 from btt.sdk.keys import Address
 from btt.sdk.money import Amount
 from btt.sdk.payment.bans import BANS_SCHEMA, forget_conduct, load_conduct, save_strike
-from btt.sdk.payment.counts import COUNTS_SCHEMA, load_tally, save_tally
+from btt.sdk.payment.counts import COUNTS_SCHEMA, load_tally, save_counts
 from btt.sdk.payment.history import HISTORY_SCHEMA
 from btt.sdk.payment.pending import TOP_UPS_SCHEMA
 
@@ -174,20 +174,13 @@ class PayerStore:
 
     # Signing
 
-    async def save(self, intent: Intent) -> Durable[Intent]:
+    def save(self, intent: Intent) -> Awaitable[Durable[Intent]]:
         """Writes what is about to be signed, and what was counted with it.
 
         Raises:
             StorageError: It is not on disk, so nothing may be signed.
         """
-        return await Durable.awrite(intent, lambda value: self._group.run(lambda _: self._save(value)))
-
-    def _save(self, intent: Intent) -> None:
-        self._db.execute(
-            "UPDATE channels SET signed = max(signed, ?) WHERE channel_id = ?",
-            (intent.cumulative, intent.channel_id),
-        )
-        save_tally(self._db, intent.channel_id, intent.tally)
+        return Durable.awrite(intent, self._group.put(_save, intent))
 
     def tally(self, channel_id: bytes) -> Tally:
         """Returns what was counted on a channel when it was last saved."""
@@ -332,8 +325,9 @@ class PayerStore:
     def save_books(self, channel_id: bytes, signed: int, tally: Tally) -> None:
         """Writes what both sides agreed on when a session opened or ended."""
         # In the order of `save`: an older intent that is still queued must not overwrite this.
-        intent = Intent(channel_id, signed, tally.copy())
-        self._group.run_now(lambda _: self._save(intent))
+        intent = Intent(channel_id, signed, tally.changes())
+        self._group.run_now(lambda db: _save(db, [intent]))
+        tally.saved()
 
     def paid_total(self, node: Address) -> int:
         """Returns the base units signed to a node over all channels."""
@@ -369,6 +363,14 @@ class PayerStore:
         """Forgets what is remembered against a node; says whether there was anything."""
         with self._transaction():
             return forget_conduct(self._db, str(node))
+
+
+def _save(db: sqlite3.Connection, intents: list[Intent]) -> None:
+    db.executemany(
+        "UPDATE channels SET signed = max(signed, ?) WHERE channel_id = ?",
+        [(intent.cumulative, intent.channel_id) for intent in intents],
+    )
+    save_counts(db, [(intent.channel_id, intent.counts) for intent in intents])
 
 
 class Claim:
