@@ -182,7 +182,7 @@ class Reader:
         """What a command sees: nothing of this machine's own wallets and nodes."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("BTT_", "XDG_"))}
         tools = f"{self._tools()}{os.pathsep}{kept.get('PATH', os.defpath)}"
-plain = {"COLUMNS": "100"}
+        plain = {"COLUMNS": "100"}
         if self.installed:
             plain["PYTHONPATH"] = os.pathsep.join(map(str, self.installed))
         # What was copied for nodes and clients is none of the business of a program of the clone.
