@@ -48,6 +48,7 @@ from btt.services.ledger import (
 )
 from btt.services.ledger.audit import AuditFailed
 from btt.services.ledger.books import Terms
+from btt.services.ledger.cli import _provers
 from btt.services.ledger.journal import Entry, Head, Kind, Posting, Side
 from btt.services.ledger.store import Store
 from btt.services.ledger.verify import Operation, Verifier
@@ -342,6 +343,14 @@ def test_other_processes_verify_a_long_journal(home: Path, monkeypatch: pytest.M
     with pytest.raises(AuditFailed) as failed:
         audit.audit(description, entries[:8])
     assert failed.value.seq == 2
+
+
+@pytest.mark.parametrize(("cores", "processes"), [(None, 0), (1, 0), (2, 1), (3, 2), (64, 2)])
+def test_the_audit_keeps_a_core_for_itself(
+    cores: int | None, processes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    assert _provers() == processes
 
 
 def test_a_proof_of_another_signature_proves_nothing(home: Path) -> None:

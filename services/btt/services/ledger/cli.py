@@ -193,10 +193,9 @@ def _printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
-def _cores() -> int:
-    """Returns how many processes are worth starting: none where there is one core."""
-    cores = os.cpu_count() or 1
-    return cores if cores > 1 else 0
+def _provers() -> int:
+    """Returns how many processes shall verify ahead; the audit keeps one core busy, and two of them."""
+    return min((os.cpu_count() or 1) - 1, 2)
 
 
 @app.command()
@@ -216,7 +215,7 @@ def audit(
     began = time.monotonic()
     try:
         with export.journal(journal) as (description, entries, database):
-            report, auditor = auditing.audit(description, entries, workers=_cores())
+            report, auditor = auditing.audit(description, entries, workers=_provers())
             if database is not None:
                 auditing.compare(auditor, database)
     except InvariantBroken as error:
