@@ -4,6 +4,9 @@ In process, requests go to the very servicer that gRPC calls: it parses, checks 
 hands the operation to the sequencer, waits for the commit, and signs the receipt. The journal,
 the books' constraints, the sums before each COMMIT and the high-water mark are all on; the only
 thing turned off is the limit of requests per key, which one busy client would run into.
+
+The books alone are the same without the two signatures of each request: its operation was
+verified before the clock, and the client gets the entry that a receipt would be signed over.
 """
 
 from __future__ import annotations
@@ -27,12 +30,14 @@ from btt.sdk.ledger.receipt import SignedReceipt
 from btt.sdk.signing import Receipt, Transfer
 from btt.services.ledger import folder
 from btt.services.ledger.hub import Hub
+from btt.services.ledger.journal import EntryRef
 from btt.services.ledger.limits import RateLimiter
 from btt.services.ledger.reading import Reader
 from btt.services.ledger.sequencer import Sequencer
 from btt.services.ledger.server import LedgerConfig, serve
 from btt.services.ledger.service import LedgerService
 from btt.services.ledger.store import Store
+from btt.services.ledger.verify import Operation, Verifier
 
 NO_LIMIT: Final = 1e9
 SUPPLIER: Final = PrivateKey((7).to_bytes(32, "big"))
@@ -117,6 +122,47 @@ def in_process(path: Path, *, clients: int, each: int) -> Operations:
     asyncio.run(run())
     check(receipts, ledger_id, made.operator_key.public)
     return clock.run(len(receipts), times)
+
+
+def books(path: Path, *, clients: int, each: int) -> Operations:
+    """Lets clients have verified transfers entered, each the next one when the last is durable.
+
+    Args:
+        path: An empty folder.
+        clients: How many at once.
+        each: Transfers of one client.
+    """
+    ledger_id = make(path / "ledger", clients)
+    verify = Verifier(ledger_id).transfer
+    work = [
+        [
+            verify(signed.body, signer=signed.public_key, signature=signed.signature)
+            for signed in (request.transfer for request in requests)
+        ]
+        for requests in streams(clients, each, ledger_id)
+    ]
+    made = folder.LedgerFolder.open(path / "ledger")
+    clock, times = Clock(), []
+    entered: list[tuple[Operation, EntryRef]] = []
+
+    async def client(sequencer: Sequencer, operations: Sequence[Operation]) -> None:
+        for operation in operations:
+            start = time.perf_counter()
+            entry = await sequencer.submit(operation)
+            times.append(time.perf_counter() - start)
+            entered.append((operation, entry))
+
+    async def run() -> None:
+        async with Sequencer(Store.open(made.database), clock=SYSTEM) as sequencer:
+            with clock.running():
+                await asyncio.gather(*(client(sequencer, operations) for operations in work))
+
+    asyncio.run(run())
+    if len({entry.seq for _, entry in entered}) != len(entered):
+        raise RuntimeError("two operations got one entry")
+    if any(entry.request_digest != operation.digest for operation, entry in entered):
+        raise RuntimeError("an entry is for another operation")
+    return clock.run(len(entered), times)
 
 
 def check(

@@ -30,12 +30,19 @@ def run(folder: Path, *words: str) -> Any:
 
 def test_the_ledger_beside_raw_storage_and_bare_calls(tmp_path: Path) -> None:
     found = run(tmp_path, "bench.ledger", "--quick", "--rounds", "1", "--seconds", "1")
-    claims = {"vs_raw_commit", "vs_raw_batched", "vs_plain_batched", "p99_vs_bare_rpc"}
+    claims = {
+        "vs_raw_commit",
+        "vs_raw_batched",
+        "vs_plain_batched",
+        "signed_vs_raw_batched",
+        "p99_vs_bare_rpc",
+    }
     assert found["ratios"].keys() == found["spread"].keys() == claims
     assert {name: runs[0]["operations"] for name, runs in found["runs"].items()} == {
         "ledger, 1 client": 300,
         "raw, 1 a commit": 300,
         "ledger, 256 clients": 256 * 12,
+        "books, 256 clients": 256 * 12,
         "raw, 512 a commit": 256 * 12,
         "plain, 512 a commit": 256 * 12,
         "ledger, gRPC": 64 * 15,
