@@ -22,7 +22,7 @@ from btt.sdk.errors import (
 )
 from btt.sdk.keys import PrivateKey
 from btt.sdk.signing import Transfer, sign
-from btt.services.ledger import books, rules, sequencer, store
+from btt.services.ledger import books, mark, rules, sequencer, store
 from btt.services.ledger.journal import EntryRef
 from btt.services.ledger.overlay import Batch
 from btt.services.ledger.reading import Reader
@@ -229,33 +229,53 @@ async def test_a_caller_that_leaves_disturbs_nobody(path: Path, line: Sequencer,
     assert stored(path)[1] == 2
 
 
-async def test_one_writer_at_a_time_has_the_books(
+async def test_what_comes_during_a_commit_shares_the_next(
     path: Path,
     books_and_line: tuple[Store, Sequencer],
     order: Order,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """While one commits, another has checked its batch, and waits."""
     ledger, line = books_and_line
-    begin, commit = ledger.begin, ledger.commit
-    inside, both = threading.Semaphore(1), threading.Event()
+    entered, go = threading.Event(), threading.Event()
+    commit = ledger.commit
 
-    def enter(*args: object) -> Batch:
-        if not inside.acquire(blocking=False):
-            both.set()
-        return begin(*args)  # type: ignore[arg-type]
-
-    def leave(batch: Batch) -> None:
-        both.wait(0.3)
+    def slowly(batch: Batch) -> None:
+        entered.set()
+        assert go.wait(30)
         commit(batch)
-        inside.release()
 
-    monkeypatch.setattr(ledger, "begin", enter)
-    monkeypatch.setattr(ledger, "commit", leave)
-    entries = await all_of(line, *(order(n, 1) for n in range(40)))
-    assert sorted(e.seq for e in entries if isinstance(e, EntryRef)) == list(range(2, 42))
-    assert line.batches > 1
-    assert not both.is_set()
+    monkeypatch.setattr(ledger, "commit", slowly)
+    waiting = [asyncio.create_task(line.submit(order(0)))]
+    await asyncio.to_thread(entered.wait, 30)
+    for number in range(1, 6):
+        waiting.append(asyncio.create_task(line.submit(order(number))))
+        await asyncio.to_thread(lambda: None)  # each comes in a turn of its own
+    go.set()
+    entries = await asyncio.gather(*waiting)
+    assert [entry.seq for entry in entries] == [2, 3, 4, 5, 6, 7]
+    assert line.batches == 2
+
+
+async def test_the_mark_follows_the_last_commit_before_a_rest(
+    books_and_line: tuple[Store, Sequencer], order: Order, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sequencer, "INTERVAL", 0.0)
+    ledger, line = books_and_line
+    assert ledger.mark is not None
+    written = asyncio.Event()
+    flush, loop = ledger.mark.flush, asyncio.get_running_loop()
+
+    def flushed() -> None:
+        flush()
+        noted = mark.read(mark.path_of(ledger.path))
+        if noted is not None and noted.seq == 3:
+            loop.call_soon_threadsafe(written.set)
+
+    monkeypatch.setattr(ledger.mark, "flush", flushed)
+    await line.submit(order(1))
+    await line.submit(order(2))
+    async with asyncio.timeout(30):
+        await written.wait()
 
 
 async def test_what_fails_its_check_fails_alone(path: Path, line: Sequencer, order: Order) -> None:

@@ -1,26 +1,24 @@
 """One order for all operations, many of them in one commit.
 
-A single task takes what has queued up while the disk was busy and gives it to a writer. The writer
-checks the signatures of this batch, lets the books decide each operation on top of those before
-it, commits them as one transaction, and only then makes the answers. So one fsync serves everyone
-who waited, no operation races another, nothing unchecked comes near the books, and an answer always
-stands on the disk.
+What has queued up in one turn of the event loop, or while the disk was busy, is given to the writer,
+a thread. It checks the signatures of this batch, lets the books decide each operation on top of those
+before it, commits them as one transaction, and only then makes the answers. So one fsync serves
+everyone who waited, no operation races another, nothing unchecked comes near the books, and an answer
+always stands on the disk.
 
-Signatures are most of the work, and libsecp256k1 does it without the interpreter's lock. So there
-are a few writers: while one has the books, and waits for the disk, the others check their batches
-or sign the answers to them.
+There is one writer. Signatures are half of its work, and libsecp256k1 does them without the
+interpreter's lock; but a second writer gains less by that than both lose in handing over the lock.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, TypeVar
 
 from btt.sdk.errors import BttError, Draining, InvariantBroken, RateLimited
@@ -33,15 +31,12 @@ from btt.services.ledger.verify import Operation
 
 MOST_IN_BATCH: Final = 512
 MOST_QUEUED: Final = 4096
-FEW: Final = 16
-"""Up to so many go to one writer; more are shared among those who are free."""
-
-WRITERS: Final = 2
-"""More would only wait for the books: with them a batch spends almost half its time."""
 
 _log = logging.getLogger(__name__)
 _Outcome = EntryRef | BttError
 _Answer = TypeVar("_Answer")
+_Written = tuple[Batch | None, list[object]]
+"""What was committed, and one answer or error per order."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -75,20 +70,17 @@ class Sequencer:
         self._clock = clock
         self._committed = committed
         self._queue: deque[_Order] = deque()
-        self._wake = asyncio.Event()
-        self._free = WRITERS
-        self._writers = ThreadPoolExecutor(self._free, thread_name_prefix="ledger-writer")
-        self._books = threading.Lock()
-        self._writing: set[asyncio.Task[None]] = set()
-        self._task: asyncio.Task[None] | None = None
-        self._stopping = False
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="ledger-writer")
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._writing: asyncio.Future[_Written] | None = None
+        self._flushing: asyncio.TimerHandle | None = None
         self.halted: InvariantBroken | SyncFailed | None = None
         """Set for ever once the books would have become inconsistent, or the disk cannot be trusted."""
         self.batches = 0
         """Batches committed or tried since the start."""
 
     async def __aenter__(self) -> Sequencer:
-        self._task = asyncio.create_task(self._run(), name="ledger-sequencer")
+        self._loop = asyncio.get_running_loop()
         return self
 
     async def __aexit__(self, *exc: object) -> None:
@@ -96,13 +88,16 @@ class Sequencer:
 
     async def stop(self) -> None:
         """Refuses new operations, finishes those that wait, and closes the store."""
-        self._stopping = True
-        self._wake.set()
-        if self._task is not None:
-            task, self._task = self._task, None
-            await task
-            await asyncio.get_running_loop().run_in_executor(self._writers, self._store.close)
-            self._writers.shutdown()
+        if self._loop is None:
+            return
+        loop, self._loop = self._loop, None
+        self._dispatch(loop)
+        while self._writing is not None:
+            await asyncio.wait([self._writing])
+        if self._flushing is not None:
+            self._flushing.cancel()
+        await loop.run_in_executor(self._writer, self._store.close)
+        self._writer.shutdown()
 
     async def submit(self, operation: Operation) -> EntryRef:
         """Has an operation applied; returns its entry, durable.
@@ -124,7 +119,7 @@ class Sequencer:
         again tells.
 
         Args:
-            check: Verifies the request by the Verifier; called in a writer's thread.
+            check: Verifies the request by the Verifier; called in the writer's thread.
             answer: Makes the answer of its entry, once that is durable; called likewise.
 
         Returns:
@@ -140,41 +135,33 @@ class Sequencer:
         """
         if self.halted is not None:
             raise _again(self.halted)
-        if self._stopping or self._task is None:
+        if self._loop is None:
             raise Draining("The ledger is stopping.")
         if len(self._queue) >= MOST_QUEUED:
             raise RateLimited("Too many operations wait for the ledger.", retry_after=0.5)
-        future: asyncio.Future[_Answer] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[_Answer] = self._loop.create_future()
         self._queue.append(_Order(check, answer, future))
-        self._wake.set()
+        if len(self._queue) == 1:
+            self._loop.call_soon(self._dispatch, self._loop)
         return await future
 
-    async def _run(self) -> None:
-        while not (self._stopping and not self._queue):
-            if not self._queue:
-                self._wake.clear()
-                await self._rest()
-            elif not self._free:
-                await asyncio.wait(self._writing, return_when=asyncio.FIRST_COMPLETED)
-            else:
-                share = len(self._queue) if len(self._queue) <= FEW else -(-len(self._queue) // self._free)
-                taken = [self._queue.popleft() for _ in range(min(share, MOST_IN_BATCH))]
-                self._free -= 1
-                writing = asyncio.create_task(self._write(taken), name="ledger-batch")
-                self._writing.add(writing)
-                writing.add_done_callback(self._written)
-        if self._writing:
-            await asyncio.wait(self._writing)
-
-    def _written(self, task: asyncio.Task[None]) -> None:
-        self._writing.discard(task)
-        self._free += 1
-
-    async def _write(self, taken: Sequence[_Order]) -> None:
+    def _dispatch(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Gives what waits to the writer, when it is free."""
+        if self._writing is not None or not self._queue:
+            return
+        taken = [self._queue.popleft() for _ in range(min(len(self._queue), MOST_IN_BATCH))]
         # Whoever has gone cannot be told; he asks again with the same request.
         orders = [order for order in taken if not order.future.done()]
-        loop = asyncio.get_running_loop()
-        batch, outcomes = await loop.run_in_executor(self._writers, self._carry_out, orders)
+        self._writing = loop.run_in_executor(self._writer, self._carry_out, orders)
+        self._writing.add_done_callback(partial(self._settle, loop, orders))
+
+    def _settle(
+        self, loop: asyncio.AbstractEventLoop, orders: Sequence[_Order], writing: asyncio.Future[_Written]
+    ) -> None:
+        """Tells everyone what became of a batch."""
+        self._writing = None
+        self._dispatch(loop)
+        batch, outcomes = writing.result()
         if batch is not None:
             self._committed(batch)
         for order, outcome in zip(orders, outcomes, strict=True):
@@ -184,30 +171,19 @@ class Sequencer:
                 order.future.set_exception(outcome)
             else:
                 order.future.set_result(outcome)
+        if self._flushing is None and (mark := self._store.mark) is not None and mark.dirty:
+            self._flushing = loop.call_later(INTERVAL, self._flush, loop, mark)
 
-    async def _rest(self) -> None:
-        """Waits for work; brings the mark up to date when there is none for a while."""
-        while (mark := self._store.mark) is not None and (mark.dirty or self._writing):
-            with suppress(TimeoutError):
-                async with asyncio.timeout(INTERVAL):
-                    await self._wake.wait()
-                return
-            await asyncio.get_running_loop().run_in_executor(self._writers, self._flush, mark)
-        await self._wake.wait()
+    def _flush(self, loop: asyncio.AbstractEventLoop, mark: MarkWriter) -> None:
+        """Brings the mark up to date with the last commit before a rest."""
+        self._flushing = None
+        loop.run_in_executor(self._writer, _flushed, mark)
 
-    def _flush(self, mark: MarkWriter) -> None:
-        try:
-            with self._books:
-                mark.flush()
-        except BttError as error:
-            _log.warning("%s", error.message)
-
-    def _carry_out(self, orders: Sequence[_Order]) -> tuple[Batch | None, list[object]]:
-        """Runs in a writer's thread; returns what was committed, and one answer or error per order."""
+    def _carry_out(self, orders: Sequence[_Order]) -> _Written:
+        """Runs in the writer's thread."""
         checked = [_checked(order) for order in orders]
         sound = [operation for operation in checked if not isinstance(operation, Exception)]
-        with self._books:
-            batch, outcomes = self._commit(sound)
+        batch, outcomes = self._commit(sound)
         decided = iter(outcomes)
         return batch, [
             _answered(order, found if isinstance(found, Exception) else next(decided))
@@ -235,6 +211,13 @@ class Sequencer:
             _log.critical("The ledger has stopped.", exc_info=error)
             return None, [_again(self.halted) for _ in operations]
         return None if batch.empty else batch, outcomes
+
+
+def _flushed(mark: MarkWriter) -> None:
+    try:
+        mark.flush()
+    except BttError as error:
+        _log.warning("%s", error.message)
 
 
 def _again(error: BttError) -> BttError:
