@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from structlog.testing import capture_logs
 
 from btt.node import folder as node_folder
 from btt.node import registry
@@ -62,6 +63,14 @@ HOSTILE = {
                 raise KeyError("secret detail")
         class Hostile(Plugin):
             async def stop(self): raise RuntimeError("no")
+    """,
+    "overbills": """
+        class Servicer(Servicer):
+            async def Query(self, request, context):
+                request.max_rows = 10**12
+                yield pb.Rows(rows=10)
+                yield pb.Rows(rows=request.size)
+        class Hostile(Plugin): pass
     """,
     "blocks": """
         class Servicer(Servicer):
@@ -192,6 +201,28 @@ async def test_one_that_raises_answers_with_a_typed_error_that_tells_nothing(eco
         assert btt.receipts[0].paid <= 1, "for the five bytes that came"
         assert node.services.registry.hosts["content"].state is State.SERVING
     assert running_facts(node.folder.path) is None
+
+
+@pytest.mark.parametrize("rows", [11, 2**32 - 1])
+async def test_one_that_bills_above_its_callers_cap_is_seen_in_log_and_metrics(
+    economy, install, tmp_path, rows
+):
+    install("overbills")
+    wallet = await economy.wallet()
+    async with make_node(economy, tmp_path / "node") as node:
+        async with client_of(economy, node, wallet) as btt:
+            stub = rpc.ProbeServiceStub((await btt.session(100_000)).channel)
+            with capture_logs() as logs, pytest.raises(InternalError):
+                async for message in stub.Query(pb.Ask(size=rows, max_rows=20)):
+                    assert message.rows == 10
+        [logged] = [log for log in logs if log["log_level"] == "error"]
+        assert logged["method"] == "/probe.v1.ProbeService/Query"
+        labels = {"service": "probe", "method": "Query", "code": "OVERBILLED" if rows == 11 else "INTERNAL"}
+        assert node.metrics.registry.get_sample_value("btt_service_requests_total", labels) == 1
+        assert node.services.registry.hosts["probe"].state is State.SERVING
+    [receipt] = btt.receipts
+    assert receipt.paid <= 20
+    assert receipt.counts_agree
 
 
 async def test_one_that_holds_up_the_loop_is_named_and_stopped_at_the_third_time(economy, install, tmp_path):

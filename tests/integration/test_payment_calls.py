@@ -9,6 +9,7 @@ import grpc
 import grpc.aio
 import pytest
 
+from btt.node.payments import metering
 from btt.node.payments.registrar import Registrar
 from btt.sdk.channel import Line
 from btt.sdk.errors import (
@@ -25,7 +26,7 @@ from btt.sdk.payment.calls import CALL_KEY, PROOF_KEY, TOKEN_KEY
 from btt.sdk.payment.options import method_charge
 from btt.sdk.rpc import to_error
 from kit.economy import RUN
-from kit.probe import BYTES, PRICES, Probe, pb, rpc
+from kit.probe import BYTES, PRICES, Probe, Unchecked, pb, rpc
 
 
 @pytest.fixture
@@ -150,7 +151,8 @@ async def test_verified_messages_are_paid_only_when_accepted(probe):
     assert btt.receipts[0].owed == btt.receipts[0].captured == PRICES[BYTES].rate.owed(300_500)
 
 
-async def test_a_bill_above_the_callers_cap_ends_the_session_unpaid(probe):
+async def test_a_bill_above_the_callers_cap_ends_the_session_unpaid(probe, monkeypatch):
+    monkeypatch.setattr(metering, "Bills", Unchecked)
     async with probe.open(close=False) as (session, stub, _):
         got = [m.rows async for m in stub.Query(pb.Ask(messages=3, size=10, max_rows=30))]
         assert got == [10, 10, 10]

@@ -8,11 +8,12 @@ from contextlib import asynccontextmanager
 import grpc
 import pytest
 
+from btt.node.payments import metering
 from btt.proto.common.v1.document_pb2 import SignedDocument
 from btt.proto.payment.v1 import payment_pb2
 from btt.sdk.errors import BudgetExceeded, CountsDiffer, InvalidRequest, RemoteError
 from kit.economy import RUN
-from kit.probe import CALL_PRICES, FEES, SECONDS, UP_BYTES, Calls, pb, rpc
+from kit.probe import CALL_PRICES, FEES, SECONDS, UP_BYTES, Calls, Unchecked, pb, rpc
 
 BYTE, COUNT, CALL = (CALL_PRICES[line].rate for line in (UP_BYTES, SECONDS, FEES))
 
@@ -262,7 +263,8 @@ async def test_a_node_that_acknowledges_what_was_not_sent_is_left_unpaid(calls, 
         btt.providers[0].live = None
 
 
-async def test_the_cap_of_a_stream_is_what_all_its_requests_allow_together(calls, economy):
+async def test_the_cap_of_a_stream_is_what_all_its_requests_allow_together(calls, economy, monkeypatch):
+    monkeypatch.setattr(metering, "Bills", Unchecked)
     async with economy.client(calls, await economy.wallet()) as btt:
         session = await btt.session(1_000_000)
         stub = rpc.CallsServiceStub(session.channel)

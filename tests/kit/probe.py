@@ -9,6 +9,7 @@ import grpc
 
 from btt.sdk.channel import Line, Price
 from btt.sdk.money import Rate, Unit
+from btt.sdk.payment import charges
 from kit.protos import compile_proto
 
 pb, rpc = compile_proto(Path(__file__).parent / "probe.proto")
@@ -149,14 +150,60 @@ class Calls(rpc.CallsServiceServicer):
                 yield pb.Rows(rows=request.size)
 
 
+class Unchecked(charges.Bills):
+    """What a modified node puts in place of the check of its services' bills."""
+
+    def take(self, message):
+        pass
+
+
+class Bills(rpc.BillsServiceServicer):
+    """Bills what its requests say, or `bill` if that is set; tries to raise its caps."""
+
+    def __init__(self) -> None:
+        self.bill: int | None = None
+
+    def _rows(self, request):
+        asked = request.size if isinstance(request, pb.Ask) else request.bill
+        request.max_rows = 2**63
+        if isinstance(request, pb.Order):
+            request.data = bytes(1000)
+        return pb.Rows(rows=asked if self.bill is None else self.bill)
+
+    async def Total(self, request, context):  # noqa: N802
+        return self._rows(request)
+
+    async def Sort(self, request, context):  # noqa: N802
+        return self._rows(request)
+
+    async def List(self, request, context):  # noqa: N802
+        for _ in range(request.messages):
+            yield self._rows(request)
+
+    async def Sum(self, requests, context):  # noqa: N802
+        rows = [self._rows(request).rows async for request in requests]
+        return pb.Rows(rows=sum(rows) if self.bill is None else self.bill)
+
+    async def Merge(self, requests, context):  # noqa: N802
+        async for request in requests:
+            for _ in range(request.messages):
+                yield self._rows(request)
+
+
 BYTES = Line("probe.v1.ProbeService", Unit.BYTE)
 ROWS = Line("probe.v1.ProbeService", Unit.COUNT)
 PRICES = {BYTES: Price(Rate.parse("1 BTT / GiB"), 1 << 20), ROWS: Price(Rate(1, 1, Unit.COUNT), 1000)}
 
 CALLS = "probe.v1.CallsService"
+BILLS = "probe.v1.BillsService"
 UP_BYTES, SECONDS, FEES = Line(CALLS, Unit.BYTE), Line(CALLS, Unit.COUNT), Line(CALLS, Unit.CALL)
 CALL_PRICES = {
     UP_BYTES: Price(Rate.parse("1 BTT / GiB"), 2 << 20),
     SECONDS: Price(Rate(1, 1000, Unit.COUNT), 1 << 20),
     FEES: Price(Rate(10, 1, Unit.CALL), 3),
+}
+BILL_PRICES = {
+    Line(BILLS, Unit.BYTE): Price(Rate(1, 10, Unit.BYTE), 1000),
+    Line(BILLS, Unit.COUNT): Price(Rate(3, 1, Unit.COUNT), 1000),
+    Line(BILLS, Unit.CALL): Price(Rate(7, 1, Unit.CALL), 1),
 }

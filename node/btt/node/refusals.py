@@ -52,6 +52,7 @@ MEANING: Final = {
     "DRAINING": "the node was stopping",
     "INTERNAL": "a defect or a broken service; look into the log",
     "LEDGER_UNREACHABLE": "the node could not see its ledger; `btt doctor` checks it",
+    "OVERBILLED": "the service billed more than callers allow; its log names the method: repair or remove it",
     "PAYMENT_REQUIRED": "payment did not come in time; the client left, or does not pay",
     "PRICE_CHANGED": "the client had an old price; it asks again, unless it finds the new one too high",
     "RATE_LIMITED": "a limit was reached; look at [limits]",

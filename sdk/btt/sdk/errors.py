@@ -35,6 +35,7 @@ BttError
  +-- StorageError             a disk or database failed; nothing was lost
  +-- LedgerUnreachable        the node cannot see the ledger and gives no credit
  +-- InternalError            a defect
+      +-- Overbilled         the service billed more than its caller allows
 
 Each class names its `reason` on the wire (btt.proto.common.v1.Reason without the
 prefix), whether trying again as is can help (`retryable`), and a `hint`: what to do.
@@ -476,6 +477,13 @@ class InternalError(BttError):
 
     reason = "INTERNAL"
     hint = "Use another node; tell the operator what the message says."
+
+
+class Overbilled(InternalError):
+    """The service billed more than its caller allows; that was neither sent nor charged."""
+
+    reason = "OVERBILLED"
+    hint = "Allow more in the request, or use another node; its operator should repair or remove the service."
 
 
 def _tree(cls: type[BttError]) -> list[type[BttError]]:

@@ -73,12 +73,13 @@ class _Kinds:
                     if call in session.answers:
                         return session.answers[call]
                     metering = Metering(session, call, self.charge, context.tell)
+                    metering.allow(request)
                     await metering.hold(request)
                     message = await inner(request, context)
                     if context.failed:
                         metering.refuse()
                         return message
-                    metering.answer(request, self.charge.units(message))
+                    metering.answer(metering.count(message))
                     session.answers[call] = message
                     if len(session.answers) > STORED_ANSWERS:
                         del session.answers[next(iter(session.answers))]
@@ -98,15 +99,16 @@ class _Kinds:
             try:
                 async with self.enter(plain) as (session, call):
                     metering = Metering(session, call, charge, context.tell)
+                    metering.allow(request)
                     held = bool(charge.requests)
                     if held:
                         await metering.hold(request)
                     async with aclosing(inner(request, context)) as messages:  # type: ignore[type-var]
                         async for message in messages:
                             wire = serialise(message)
-                            units = charge.units_sent(message, wire)
+                            units = metering.count(message, wire)
                             if held:
-                                metering.answer(request, units)
+                                metering.answer(units)
                                 held = False
                             else:
                                 await metering.let_out(units)
@@ -114,7 +116,7 @@ class _Kinds:
                     if context.failed:
                         metering.refuse()
                     elif held:
-                        metering.answer(request, [])
+                        metering.answer([])
                     else:
                         await metering.complete()
             except Exception as error:  # noqa: BLE001
@@ -130,10 +132,10 @@ class _Kinds:
             try:
                 async with self.enter(plain) as (session, call):
                     metering = Metering(session, call, self.charge, context.tell)
-                    message = await inner(self._incoming(metering, requests), context)
+                    message = await inner(metering.let_in(requests), context)
                     if not self._ended_well(metering, context):
                         return message
-                    await metering.let_out(self.charge.units(message))
+                    await metering.let_out(metering.count(message))
                     await metering.complete()
                     return message
             except Exception as error:  # noqa: BLE001
@@ -151,13 +153,12 @@ class _Kinds:
             try:
                 async with self.enter(plain) as (session, call):
                     metering = Metering(session, call, charge, context.tell)
-                    incoming = self._incoming(metering, requests)
-                    async with aclosing(inner(incoming, context)) as messages:  # type: ignore[type-var]
+                    async with aclosing(inner(metering.let_in(requests), context)) as messages:  # type: ignore[type-var]
                         async for message in messages:
                             # A response answers all that the service has taken.
                             metering.acknowledge()
                             wire = serialise(message)
-                            await metering.let_out(charge.units_sent(message, wire))
+                            await metering.let_out(metering.count(message, wire))
                             yield wire
                     if self._ended_well(metering, context):
                         await metering.complete()
@@ -165,9 +166,6 @@ class _Kinds:
                 await _fail(error, metering, context)
 
         return handle
-
-    def _incoming(self, metering: Metering, requests: Any) -> Any:
-        return metering.let_in(requests) if self.charge.requests else requests
 
     def _ended_well(self, metering: Metering, context: MeteredContext) -> bool:
         if metering.failure is not None:

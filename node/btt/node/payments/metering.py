@@ -15,8 +15,8 @@ import structlog
 
 from btt.node.payments.session import Session
 from btt.sdk.channel import Line, Segment, Units
-from btt.sdk.errors import BttError, InternalError, InvalidRequest
-from btt.sdk.payment.charges import Counted, MethodCharge, total
+from btt.sdk.errors import BttError, InternalError, InvalidRequest, Overbilled
+from btt.sdk.payment.charges import Bills, Counted, MethodCharge, total
 
 log = structlog.get_logger(__name__)
 
@@ -37,8 +37,10 @@ class Metering:
 
     __slots__ = (
         "_acknowledged",
+        "_bills",
         "_call",
         "_charge",
+        "_due",
         "_fee",
         "_held",
         "_session",
@@ -55,6 +57,8 @@ class Metering:
         self._call = call_id
         self._charge = charge
         self._tell = tell
+        self._bills = Bills(charge)
+        self._due: Counted = []
         self._fee: Counted = list(charge.fee)
         self._held: Units = ()
         self._taken = self._acknowledged = 0
@@ -63,6 +67,10 @@ class Metering:
 
     # One request
 
+    def allow(self, request: Any) -> None:
+        """Takes what a request allows to be billed, before a service could change it."""
+        self._bills.allow(request)
+
     async def hold(self, request: Any) -> None:
         """Takes, before the work is done, all that a request and its first response may cost.
 
@@ -70,19 +78,18 @@ class Metering:
             ChannelExhausted, PaymentRequired, SessionEnded: It cannot be paid.
             InvalidRequest: The request is larger than the method allows.
         """
-        asked = self._asked(request)
-        lines = dict.fromkeys((field.line for field in self._charge.fields), self._charge.largest_message)
-        for line, units in (*asked, *self._take_fee()):
+        self._due = [*self._asked(request), *self._take_fee()]
+        lines = self._bills.next()
+        for line, units in self._due:
             lines[line] = lines.get(line, 0) + units
         held = self._segments(lines.items())
         await self._session.charge(self._call, held)
         self._held = held
 
-    def answer(self, request: Any, response: Counted) -> None:
+    def answer(self, response: Counted) -> None:
         """Counts the first response instead of what was held for it; both are the payer's now."""
-        self._check(response)
         charged: dict[Segment, int] = {}
-        for line, units in (*self._charge.units_asked(request), *self._charge.fee, *response):
+        for line, units in (*self._due, *response):
             segment = self._segment(line)
             charged[segment] = charged.get(segment, 0) + units
         held, self._held = self._held, ()
@@ -95,11 +102,13 @@ class Metering:
         """Gives the service its requests, each when it is covered; no more are read ahead."""
         try:
             async for request in requests:
-                units = self._segments([*self._asked(request), *self._take_fee()])
-                if units:
-                    await self._session.charge(self._call, units)
-                self._held = units
-                self._taken += 1
+                self._bills.allow(request)
+                if self._charge.requests:
+                    units = self._segments([*self._asked(request), *self._take_fee()])
+                    if units:
+                        await self._session.charge(self._call, units)
+                    self._held = units
+                    self._taken += 1
                 yield request
                 self.acknowledge()
         except BttError as error:
@@ -116,14 +125,37 @@ class Metering:
 
     # Responses
 
+    def count(self, message: Any, wire: bytes | None = None) -> Counted:
+        """Returns the units of a response, once it is known to be within bounds.
+
+        Args:
+            message: What the service made.
+            wire: The same, if it is serialised here.
+
+        Raises:
+            InternalError: It is larger than its method declares.
+            Overbilled: It bills more than the requests allow.
+        """
+        charge = self._charge
+        counted = charge.units(message) if wire is None else charge.units_sent(message, wire)
+        if total(counted) > charge.largest_message:
+            self._too_large()
+        try:
+            self._bills.take(message)
+        except Overbilled as error:
+            log.error("service.overbilled", method=charge.path, error=error.message)  # noqa: TRY400
+            raise
+        return counted
+
     async def let_out(self, response: Counted) -> None:
         """Returns once a response may leave.
 
+        Args:
+            response: From `count`.
+
         Raises:
             ChannelExhausted, PaymentRequired, SessionEnded: It is not paid.
-            InternalError: It is larger than its method declares.
         """
-        self._check(response)
         if self._fee and not self._charge.requests:
             response = [*response, *self._take_fee()]
         if response:
@@ -157,10 +189,6 @@ class Metering:
                 f"A request of {self._charge.path} carries at most {self._charge.largest_request} units."
             )
         return asked
-
-    def _check(self, response: Counted) -> None:
-        if total(response) > self._charge.largest_message:
-            self._too_large()
 
     def _too_large(self) -> NoReturn:
         log.error("service.message_too_large", method=self._charge.path)

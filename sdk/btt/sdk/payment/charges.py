@@ -12,6 +12,7 @@ from typing import Any
 from google.protobuf.message import Message
 
 from btt.sdk.channel.prices import Line
+from btt.sdk.errors import Overbilled
 from btt.sdk.money import Unit
 
 Count = Callable[[Any], int]
@@ -105,6 +106,52 @@ class MethodCharge:
             units = _length_on_wire(wire, self.fields[0].number)
             return [(self.fields[0].line, units)] if units else []
         return self.units(message)
+
+
+class Bills:
+    """What one call may bill by integers in its responses: the sum of what its requests allow.
+
+    Both sides keep it: the node sends nothing beyond, and the caller, who trusts no node, takes nothing.
+
+    Args:
+        charge: Of the method.
+    """
+
+    __slots__ = ("_allowed", "_billed", "_charge")
+
+    def __init__(self, charge: MethodCharge) -> None:
+        self._charge = charge
+        self._allowed = [0] * len(charge.fields)
+        self._billed = [0] * len(charge.fields)
+
+    def allow(self, request: Message) -> None:
+        """Takes what a request allows, before the service sees it."""
+        for index, field in enumerate(self._charge.fields):
+            if field.cap is not None:
+                self._allowed[index] += field.cap(request)
+
+    def take(self, message: Message) -> None:
+        """Counts what a response bills.
+
+        Raises:
+            Overbilled: It is more than the requests allow.
+        """
+        for index, field in enumerate(self._charge.fields):
+            if field.cap is not None:
+                self._billed[index] += field.count(message)
+                if self._billed[index] > self._allowed[index]:
+                    raise Overbilled(
+                        f"{self._charge.path} bills {self._billed[index]} units; the request allowed"
+                        f" {self._allowed[index]}."
+                    )
+
+    def next(self) -> dict[Line, int]:
+        """Returns the most units per line that the next response may carry."""
+        most, lines = self._charge.largest_message, dict[Line, int]()
+        for field, allowed, billed in zip(self._charge.fields, self._allowed, self._billed, strict=True):
+            left = most if field.cap is None else allowed - billed
+            lines[field.line] = min(most, lines.get(field.line, 0) + left)
+        return lines
 
 
 def total(counted: Iterable[tuple[object, int]]) -> int:

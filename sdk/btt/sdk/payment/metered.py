@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import grpc.aio
 
 from btt.sdk.channel import Segment
-from btt.sdk.errors import ConfigError, CountsDiffer, DeadlineExceeded, InvalidRequest
-from btt.sdk.payment.charges import MethodCharge, total
+from btt.sdk.errors import ConfigError, CountsDiffer, DeadlineExceeded, InvalidRequest, Overbilled
+from btt.sdk.payment.charges import Bills, MethodCharge, total
 from btt.sdk.payment.ending import Ending, in_time
 from btt.sdk.payment.verdicts import Units, current_verdicts
 
@@ -66,9 +66,7 @@ class MeteredCall:
         self._session = session
         self._charge = charge
         self._verdicts = verdicts if charge.verified else None
-        self._bills = [(field, field.cap) for field in charge.fields if field.cap is not None]
-        self._caps = [0] * len(self._bills)
-        self._sums = [0] * len(self._bills)
+        self._bills = Bills(charge)
         self._fee: Units = []
         self._unacknowledged: deque[Units] = deque()
         self._acknowledged = 0
@@ -157,8 +155,7 @@ class MeteredCall:
             raise
 
     def _sending(self, request: Any) -> None:
-        for index, (_, cap) in enumerate(self._bills):
-            self._caps[index] += cap(request)
+        self._bills.allow(request)
         if not self._charge.requests:
             return
         asked = self._charge.units_asked(request)
@@ -196,12 +193,10 @@ class MeteredCall:
         Raises:
             CountsDiffer: It bills more than the request allowed; the session ends.
         """
-        for index, (field, _) in enumerate(self._bills):
-            self._sums[index] += field.count(message)
-            if self._sums[index] > self._caps[index]:
-                self._differ(
-                    f"The node bills {self._sums[index]} units; the request allowed {self._caps[index]}."
-                )
+        try:
+            self._bills.take(message)
+        except Overbilled as error:  # no honest node sends that
+            self._differ(error.message)
         counted = self._charge.units(message)
         if total(counted) > self._charge.largest_message:
             self._differ("The node sent a message with more units than its service allows.")

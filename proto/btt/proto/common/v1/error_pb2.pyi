@@ -92,6 +92,8 @@ class _ReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Reason.ValueTy
     """The call took longer than it may."""
     REASON_SERVICE_UNAVAILABLE: _Reason.ValueType  # 33
     """The service of the node has failed or is switched off."""
+    REASON_OVERBILLED: _Reason.ValueType  # 34
+    """The service billed more than the request allows; that was neither sent nor charged."""
 
 class Reason(_Reason, metaclass=_ReasonEnumTypeWrapper):
     """The reasons. Numbers and names are for ever."""
@@ -164,4 +166,6 @@ REASON_DEADLINE_EXCEEDED: Reason.ValueType  # 32
 """The call took longer than it may."""
 REASON_SERVICE_UNAVAILABLE: Reason.ValueType  # 33
 """The service of the node has failed or is switched off."""
+REASON_OVERBILLED: Reason.ValueType  # 34
+"""The service billed more than the request allows; that was neither sent nor charged."""
 Global___Reason: _TypeAlias = Reason  # noqa: Y015
