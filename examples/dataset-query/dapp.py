@@ -9,7 +9,6 @@ from dataset_query.v1 import dataset_query_pb2 as pb
 from dataset_query.v1.dataset_query_pb2_grpc import DatasetServiceStub
 
 from btt.sdk import Budget, Client
-from btt.sdk.money import Unit
 
 MOST_ROWS = 1000
 
@@ -17,9 +16,9 @@ MOST_ROWS = 1000
 async def main(column: str, value: str) -> None:
     async with Client.connect(budget=Budget("1 BTT")) as btt:
         service = btt.service(DatasetServiceStub, budget="0.5 BTT")
-        print(f"at most {await service.estimate({Unit.COUNT: MOST_ROWS})}")
+        request = pb.QueryRequest(column=column, equals=value, most_rows=MOST_ROWS)
+        print(f"at most {(await service.estimate_call('Query', request)).most}")
         async with service as dataset:
-            request = pb.QueryRequest(column=column, equals=value, most_rows=MOST_ROWS)
             async for found in dataset.Query(request):
                 for row in found.rows:
                     print(row)

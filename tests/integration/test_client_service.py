@@ -9,7 +9,7 @@ import pytest
 from btt.sdk.channel import Price
 from btt.sdk.errors import BudgetExceeded, InvalidRequest, NoProviders, RateLimited
 from btt.sdk.money import Rate, Unit
-from kit.probe import BYTES, CALL_PRICES, ROWS, Calls, Probe, pb, rpc
+from kit.probe import BILL_PRICES, BYTES, CALL_PRICES, ROWS, Bills, Calls, Probe, pb, rpc
 
 ROW = Rate(1, 1, Unit.COUNT)
 PRICES = {BYTES: Price(Rate.parse("1 BTT / GiB"), 1 << 20), ROWS: Price(ROW, 1000)}
@@ -105,3 +105,106 @@ async def test_a_node_without_the_service_is_not_paid(node, economy):
         with pytest.raises(InvalidRequest, match="no amount"):
             btt.service(rpc.ProbeServiceStub, budget="a lot")
     assert btt.receipts == []
+
+
+UP = pb.Up(data=bytes(700), seconds=3, reply=900)
+ORDER = pb.Order(data=bytes(20), max_rows=10, bill=4, messages=2)
+ASK = pb.Ask(messages=2, size=5, max_rows=10)
+COSTS = [
+    # Method, its requests, what it costs at least and at most by hand: 1 BTT / GiB, 1 / 1000 s, 10 a fee.
+    ("Fee", [ASK], 30, 30),
+    ("FeeMany", [ASK], 20, None),
+    ("FeeChecked", [ASK], 0, None),
+    ("Put", [UP], 0, 2),
+    ("Swap", [UP], 10, 10 + 978 + 1),
+    ("SwapMany", [UP], 10, None),
+    ("Upload", [UP, UP], 10, 13),
+    ("UploadSwap", [UP, UP], 0, 979),
+    ("Relay", [UP, UP], 10, None),
+    ("Search", [ASK, ASK], 10, 11),
+    # 1 / 10 bytes, 3 a row, 7 a fee
+    ("Total", [ASK], 7, 7 + 30),
+    ("Sort", [ORDER], 9, 9 + 30),
+    ("List", [ORDER], 2, 2 + 30),
+    ("Sum", [ASK, ASK], 7, 7 + 60),
+    ("Merge", [ORDER, ORDER], 7, 7 + 4 + 60),
+]
+
+
+@pytest.fixture
+async def every_kind(economy):
+    def register(registrar):
+        rpc.add_CallsServiceServicer_to_server(Calls(), registrar)
+        rpc.add_BillsServiceServicer_to_server(Bills(), registrar)
+
+    return await economy.node(register, {**CALL_PRICES, **BILL_PRICES})
+
+
+async def test_an_estimate_bounds_what_is_paid_and_suffices_as_a_budget(every_kind, economy):
+    """In calls of every kind, one after the other, so that what was rounded before counts, too."""
+    async with economy.client(every_kind, await economy.wallet()) as btt:
+        session = await btt.session(2_000_000)
+        for method, requests, least, most in COSTS * 2:
+            stub = rpc.CallsServiceStub if hasattr(rpc.CallsServiceServicer, method) else rpc.BillsServiceStub
+            service = btt.service(stub, budget="1 BTT")
+            cost = await service.estimate_call(method, *requests)
+            assert (cost.least, cost.most) == (least, most), method
+            budget = cost.most if cost.most is not None else "1 BTT"
+            await session.settle()
+            before = session.payer.tally.owed
+            async with btt.service(stub, budget=budget, per_call=budget) as made:
+                with service.verdicts() as verdicts:
+                    call = getattr(made, method)(requests[0] if len(requests) == 1 else iter(requests))
+                    if hasattr(call, "__aiter__"):
+                        async for message in call:
+                            if method == "FeeChecked":
+                                verdicts.accept(message)
+                    else:
+                        await call
+            await session.settle()
+            paid = session.payer.tally.owed - before
+            assert least <= paid <= (paid if most is None else most), method
+    [receipt] = btt.receipts
+    assert receipt.counts_agree
+
+
+async def test_an_estimate_says_what_is_not_bounded_and_what_cannot_be_asked(every_kind, economy):
+    async with economy.client(every_kind, await economy.wallet()) as btt:
+        calls = btt.service(rpc.CallsServiceStub, budget="1 BTT")
+        assert (await calls.estimate_call("FeeMany", ASK)).rates == {Unit.BYTE: Rate.parse("1 BTT / GiB")}
+        for method, requests, said in (
+            ("Nope", [ASK], "no method 'Nope'; it has Fee, "),
+            ("Fee", [ASK, ASK], "takes one request, not 2"),
+            ("Fee", [UP], "takes probe.v1.Ask, not probe.v1.Up"),
+            ("Put", [pb.Up(data=bytes(1 << 20), seconds=1)], "carries at most 1048576"),
+        ):
+            with pytest.raises(InvalidRequest, match=said):
+                await calls.estimate_call(method, *requests)
+    assert btt.receipts == []
+
+
+async def test_a_budget_below_the_estimate_is_refused_before_the_request(every_kind, economy):
+    async with economy.client(every_kind, await economy.wallet()) as btt:
+        async with btt.service(rpc.BillsServiceStub, budget="1 BTT", per_call="38 base units") as stub:
+            with pytest.raises(BudgetExceeded, match="a call"):
+                await stub.Sort(ORDER)
+        async with btt.service(rpc.BillsServiceStub, budget="1 BTT", per_call="39 base units") as stub:
+            assert (await stub.Sort(ORDER)).rows == 4
+            asked = []
+
+            def orders():
+                for number in range(3):
+                    asked.append(number)
+                    yield pb.Order(max_rows=5)
+
+            with pytest.raises(BudgetExceeded, match="a call"):  # the third would allow 15 together
+                assert [m async for m in stub.Merge(orders())] == []
+            assert asked == [0, 1, 2]
+            await (await btt.session(0)).settle()
+    assert 2 + 7 + 12 <= btt.receipts[0].owed <= 2 + 7 + 12 + 7, "the first call; the other's fee at most"
+
+
+async def test_what_is_free_costs_nothing(node, economy):
+    async with economy.client(node, await economy.wallet()) as btt:
+        cost = await btt.service(rpc.ProbeServiceStub, budget="1 BTT").estimate_call("Free", pb.Ask())
+        assert (cost.least, cost.most, cost.rates) == (0, 0, {})

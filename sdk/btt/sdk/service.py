@@ -18,11 +18,14 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 import grpc
 import grpc.aio
+from google.protobuf.message import Message
 
 from btt.sdk.channel.prices import Line, Price
 from btt.sdk.errors import BttError, BudgetExceeded, InvalidRequest
 from btt.sdk.money import Amount, Rate, Unit
-from btt.sdk.payment.charges import MethodCharge
+from btt.sdk.payment.charges import Bills, MethodCharge
+from btt.sdk.payment.estimates import Estimate
+from btt.sdk.payment.estimates import estimate as _estimate
 from btt.sdk.payment.options import method_charge
 from btt.sdk.payment.verdicts import Verdicts
 from btt.sdk.rpc import to_error
@@ -135,6 +138,26 @@ class Service(Generic[StubT]):
         if unknown := units.keys() - rates.keys():
             raise InvalidRequest(f"{self.name} does not charge per {unknown.pop().name}.")
         return Amount(sum(rates[unit].owed(count) for unit, count in units.items()))
+
+    async def estimate_call(self, method: str, *requests: Message) -> Estimate:
+        """Returns what one call will cost; free of charge.
+
+        With its `most` as the budget of a block, or of each call, such a call goes through.
+
+        Args:
+            method: Name of the method, such as "Select".
+            requests: What will be sent: one, or all of a stream.
+
+        Raises:
+            InvalidRequest: There is no such method, or it does not take these requests.
+            NoProviders: No node can be used; `rejections` says why for each.
+        """
+        charge = self._charges.get(f"/{self.name}/{method}")
+        if charge is None:
+            names = ", ".join(sorted(path.rpartition("/")[2] for path in self._charges))
+            raise InvalidRequest(f"{self.name} has no method {method!r}; it has {names}.")
+        _, rates = await self._choose()
+        return _estimate(charge, rates, requests)
 
     @property
     def spent(self) -> Amount:
@@ -262,7 +285,9 @@ class _Call:
     def __init__(self, charge: MethodCharge, bounds: list[Bound]) -> None:
         self._charge = charge
         self._bounds = bounds
-        self._step = [(field.line, charge.largest_message) for field in charge.fields]
+        self._bills = Bills(charge)
+        self._step: dict[Line, int] | None = None
+        """Set aside for the response that is waited for."""
 
     def _hold(self, steps: Steps) -> None:
         steps = list(steps)
@@ -282,30 +307,48 @@ class _Call:
         self._hold(used)
         self._settle(used, used)
 
+    def _await(self) -> None:
+        """Sets aside what the next response may cost, as far as that is not done."""
+        step, held = self._bills.next(), self._step or {}
+        self._hold([(line, units - held.get(line, 0)) for line, units in step.items()])
+        self._step = step
+
+    def _take(self, message: Any) -> None:
+        """Counts the response that was waited for; None if none came."""
+        step, self._step = self._step or {}, None
+        if message is not None:
+            self._bills.take(message)
+        self._settle(step.items(), self._charge.units(message) if message is not None else ())
+
+    def _send(self, request: Any) -> None:
+        self._spend(self._charge.units_asked(request))
+        self._bills.allow(request)
+        if self._step is not None:
+            self._await()  # the response may bill more now
+
     async def _requests(self, requests: Any) -> AsyncIterator[Any]:
         async for request in _each(requests):
-            self._spend(self._charge.units_asked(request))
+            self._send(request)
             yield request
 
     def _begin(self, request: Any) -> Any:
         self._spend(self._charge.fee)
         if self._charge.streams_requests:
             return self._requests(request)
-        self._spend(self._charge.units_asked(request))
+        self._send(request)
         return request
 
     async def one(self, make: Any, request: Any, options: dict[str, Any]) -> Any:
         """A call with one response."""
         sending = self._begin(request)
-        self._hold(self._step)
-        used: Steps = ()
+        self._await()
+        response = None
         try:
             response = await make(sending, **options)
-            used = self._charge.units(response)
         except grpc.aio.AioRpcError as failure:
             raise to_error(failure) from failure
         finally:
-            self._settle(self._step, used)
+            self._take(response)
         return response
 
     async def many(self, make: Any, request: Any, options: dict[str, Any]) -> AsyncIterator[Any]:
@@ -314,13 +357,12 @@ class _Call:
         responses = aiter(call)
         try:
             while True:
-                self._hold(self._step)
-                used: Steps = ()
+                self._await()
+                message = None
                 try:
                     message = await anext(responses, None)
-                    used = self._charge.units(message) if message is not None else ()
                 finally:
-                    self._settle(self._step, used)
+                    self._take(message)
                 if message is None:
                     return
                 yield message

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, cast
 
 import grpc
 import grpc.aio
+from google.protobuf.message import Message
 
 from btt.sdk.background import Background, stepwise
 from btt.sdk.client import Client, Wallet
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from btt.sdk.content.transfer import Part, Progress, Transfer, TransferReceipt
     from btt.sdk.identity import NodeAddress
     from btt.sdk.payment.apps import Granter
+    from btt.sdk.payment.estimates import Estimate
     from btt.sdk.payment.receipt import SessionReceipt
     from btt.sdk.payment.verdicts import Verdicts
     from btt.sdk.service import Service
@@ -266,6 +268,10 @@ class SyncService(Generic[StubT]):
     def estimate(self, units: Mapping[Unit, int]) -> Amount:
         """As `Service.estimate`."""
         return self._client.background.run(self._service.estimate(units))
+
+    def estimate_call(self, method: str, *requests: Message) -> Estimate:
+        """As `Service.estimate_call`."""
+        return self._client.background.run(self._service.estimate_call(method, *requests))
 
     @contextmanager
     def verdicts(self) -> Iterator[SyncVerdicts]:

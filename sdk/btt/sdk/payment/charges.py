@@ -51,7 +51,9 @@ class MethodCharge:
         fee: What one call costs besides; empty if nothing.
         requests: Charged fields of a request; payable when acknowledged.
         largest_request: Most units that one request may carry.
+        takes: Full name of the type of its requests.
         streams_requests: The method takes many.
+        streams_responses: It gives many.
         fields: Charged fields of a response.
         largest_message: Most units that one response may carry.
         verified: Units of responses become payable when the caller's verifier accepts the message.
@@ -64,7 +66,9 @@ class MethodCharge:
     fee: tuple[tuple[Line, int], ...] = ()
     requests: tuple[FieldCharge, ...] = ()
     largest_request: int = 0
+    takes: str = ""
     streams_requests: bool = False
+    streams_responses: bool = False
     fields: tuple[FieldCharge, ...] = ()
     largest_message: int = 0
     verified: bool = False
@@ -145,13 +149,21 @@ class Bills:
                         f" {self._allowed[index]}."
                     )
 
+    def left(self) -> dict[Line, int | None]:
+        """Returns the most units per line that the responses to come may carry; None without a bound."""
+        lines: dict[Line, int | None] = {}
+        for field, allowed, billed in zip(self._charge.fields, self._allowed, self._billed, strict=True):
+            before = lines.get(field.line, 0)
+            if field.cap is None or before is None:
+                lines[field.line] = None
+            else:
+                lines[field.line] = before + allowed - billed
+        return lines
+
     def next(self) -> dict[Line, int]:
         """Returns the most units per line that the next response may carry."""
-        most, lines = self._charge.largest_message, dict[Line, int]()
-        for field, allowed, billed in zip(self._charge.fields, self._allowed, self._billed, strict=True):
-            left = most if field.cap is None else allowed - billed
-            lines[field.line] = min(most, lines.get(field.line, 0) + left)
-        return lines
+        most = self._charge.largest_message
+        return {line: most if left is None else min(most, left) for line, left in self.left().items()}
 
 
 def total(counted: Iterable[tuple[object, int]]) -> int:

@@ -76,7 +76,7 @@ def read_charge(method: MethodDescriptor) -> MethodCharge:
         requests = _charged(method.input_type, service, ())
         responses = _charged(method.output_type, service, ())
         if options.policy == charge_pb2.POLICY_FREE:
-            return _free(path, options, charged=bool(requests or responses))
+            return _free(method, path, options, charged=bool(requests or responses))
         if options.policy != charge_pb2.POLICY_METERED:
             raise ConfigError("does not say what it costs: set method_charge.")
         return _metered(method, path, options, requests, responses)
@@ -84,7 +84,9 @@ def read_charge(method: MethodDescriptor) -> MethodCharge:
         raise ConfigError(f"{path} {error.message}", hint=error.hint) from None
 
 
-def _free(path: str, options: charge_pb2.MethodCharge, *, charged: bool) -> MethodCharge:
+def _free(
+    method: MethodDescriptor, path: str, options: charge_pb2.MethodCharge, *, charged: bool
+) -> MethodCharge:
     if charged or options.fee:
         raise ConfigError("is FREE but has a charged field or a fee.")
     if not options.free_bytes or not options.free_calls_per_minute:
@@ -94,6 +96,9 @@ def _free(path: str, options: charge_pb2.MethodCharge, *, charged: bool) -> Meth
         free=True,
         free_bytes=options.free_bytes,
         free_calls_per_minute=options.free_calls_per_minute,
+        takes=method.input_type.full_name,
+        streams_requests=method.client_streaming,
+        streams_responses=method.server_streaming,
     )
 
 
@@ -124,7 +129,9 @@ def _metered(
         fee=((fee_line(service), options.fee),) if options.fee else (),
         requests=tuple(field for _, field in requests),
         largest_request=options.largest_request,
+        takes=method.input_type.full_name,
         streams_requests=method.client_streaming,
+        streams_responses=method.server_streaming,
         fields=tuple(_capped(method, descriptor, field) for descriptor, field in responses),
         largest_message=options.largest_message,
         verified=charge_pb2.PAYABLE_VERIFIED in modes,
