@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import sqlite3
 import sys
 
@@ -17,6 +18,7 @@ from btt.sdk.errors import (
     BudgetExceeded,
     ConfigError,
     InsufficientFunds,
+    InvalidRequest,
     LedgerUnreachable,
     UpdateInvalid,
 )
@@ -269,6 +271,41 @@ async def test_a_request_that_came_too_late_is_made_again(probe, economy, monkey
         assert btt.books.left(btt._budget.name, 5 * BTT) == 5 * BTT - 2 * UNIT
 
 
+async def test_all_clients_that_name_an_app_share_its_budget_for_good(shop, probe, economy, tmp_path):
+    """Whatever each may spend by itself, at once and one after the other, at one node or another."""
+    wallet = await economy.wallet()
+
+    def client(total: int, app: Budget | None, node=shop, **options) -> Client:
+        return Client.connect(
+            str(node.address), budget=Budget(total, within=app, **options), wallet=wallet,
+            ledger=str(economy.running.address), clock=economy.clock,
+        )  # fmt: skip
+
+    films, games = Budget(OWED(8 * RUN) + 2 * UNIT, name="films"), Budget(2 * UNIT, name="games")
+    async with client(9 * UNIT, films) as btt:
+        async with btt.content.fetch(shop.infohash, tmp_path / "one") as transfer:
+            pass
+        assert transfer.receipt.spent == OWED(8 * RUN)
+    async with client(9 * UNIT, films, name="second") as btt, client(9 * UNIT, films, probe) as other:
+        assert (await btt.session(UNIT)).payer.limit == UNIT
+        assert (await other.session(2 * UNIT)).payer.limit == UNIT, "a part of it"
+        assert (await btt.session(2 * UNIT)).payer.limit == UNIT, "nothing is left to top it up"
+        async with client(9 * UNIT, films) as third:
+            with pytest.raises(
+                BudgetExceeded, match=re.escape(f"0 BTT of the budget films of {films.total}")
+            ):
+                await third.session(UNIT)
+    async with client(9 * UNIT, games) as btt:
+        await btt.session(2 * UNIT)  # another application has its own
+    async with client(UNIT, Budget(films.amount + UNIT, name="films"), probe) as btt:
+        await btt.session(UNIT)  # its owner has raised it
+    with pytest.raises(InvalidRequest, match="second was used before, and not within games"):
+        async with client(UNIT, games, name="second"):
+            pass
+    with pytest.raises(InvalidRequest, match="within itself"):
+        client(UNIT, games, name="games")
+
+
 PROGRAM = """
 import asyncio, sys
 from pathlib import Path
@@ -277,11 +314,13 @@ from btt.sdk.client import Client, Wallet
 from btt.sdk.errors import BudgetExceeded
 from btt.sdk.keys import PrivateKey
 
-node, ledger, folder, key, granted, step = sys.argv[1:]
+node, ledger, folder, key, granted, step, shared = sys.argv[1:]
+total = granted + " base units"
+films = Budget(total, name="films")
 
 async def main():
     async with Client.connect(
-        node, ledger=ledger, budget=Budget(granted + " base units", name="films"),
+        node, ledger=ledger, budget=films if shared == "budget" else Budget(total, within=films),
         wallet=Wallet(Path(folder), PrivateKey(bytes.fromhex(key))),
     ) as btt:
         session = await btt.session(int(step))
@@ -299,11 +338,12 @@ asyncio.run(main())
 """
 
 
-async def test_two_processes_share_one_wallet_and_one_budget(probe, economy):
+@pytest.mark.parametrize("shared", ["budget", "app"])
+async def test_two_processes_share_one_wallet_and_one_budget(probe, economy, shared):
     wallet, granted = await economy.wallet(), 11 * UNIT
     words = [
         str(probe.address), str(economy.running.address), str(wallet.folder), wallet.account.secret.hex(),
-        str(granted), str(UNIT),
+        str(granted), str(UNIT), shared,
     ]  # fmt: skip
     pipe = asyncio.subprocess.PIPE
     both = [
@@ -329,7 +369,7 @@ async def test_two_processes_share_one_wallet_and_one_budget(probe, economy):
     assert (await economy.ledger.account(wallet.account)).available == 100 * BTT
 
 
-@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("version", [1, 2, 3])
 def test_books_of_older_versions_are_brought_up_to_date(tmp_path, version):
     store = PayerStore(tmp_path)
     node = PrivateKey.generate().address
@@ -337,10 +377,15 @@ def test_books_of_older_versions_are_brought_up_to_date(tmp_path, version):
     store.close()
     old = sqlite3.connect(tmp_path / "payer.db")
     old.executescript(
-        "ALTER TABLE budgets DROP COLUMN spent; ALTER TABLE channels DROP COLUMN kept_ms;"
-        "DROP TABLE top_ups; DROP TABLE watched; DROP TABLE places;"
+        "ALTER TABLE budgets DROP COLUMN within;"
+        + (
+            "ALTER TABLE budgets DROP COLUMN spent; ALTER TABLE channels DROP COLUMN kept_ms;"
+            "DROP TABLE top_ups; DROP TABLE watched; DROP TABLE places;"
+            if version < 3
+            else ""
+        )
         + ("DROP TABLE bans;" if version == 1 else "")
-        + f"INSERT INTO budgets VALUES('films', 7); PRAGMA user_version={version};"
+        + f"INSERT INTO budgets(name, granted) VALUES('films', 7); PRAGMA user_version={version};"
     )
     old.close()
     for _ in range(2):

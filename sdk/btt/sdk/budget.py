@@ -21,13 +21,16 @@ class Budget:
         total: Such as "5 BTT", or base units.
         name: Budgets of one name in one wallet share what they spend, over restarts and
             processes; without a name the budget is fresh.
+        within: A budget that pays for this one, too, such as that of the application which all of its
+            clients share by its name; settled for good when this budget is used first.
 
     Raises:
-        InvalidRequest: The total is no amount.
+        InvalidRequest: The total is no amount, or the budget is within itself.
     """
 
     total: Amount | str
     name: str = field(default_factory=_fresh_name)
+    within: Budget | None = None
 
     def __post_init__(self) -> None:
         try:
@@ -35,6 +38,11 @@ class Budget:
         except (ValueError, TypeError) as error:
             raise InvalidRequest(f"{self.total!r} is no budget: write an amount such as 5 BTT.") from error
         object.__setattr__(self, "total", amount)
+        above = self.within
+        while above is not None:
+            if above.name == self.name:
+                raise InvalidRequest(f"The budget {self.name} cannot be within itself.")
+            above = above.within
 
     @property
     def amount(self) -> int:

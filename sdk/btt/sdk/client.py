@@ -174,8 +174,14 @@ class Client:
         )
 
     async def __aenter__(self) -> Client:
-        self._store = PayerStore(self._wallet.folder)
-        self._stack.callback(self._store.close)
+        store = PayerStore(self._wallet.folder)
+        try:
+            store.declare(self._budget)
+        except BaseException:
+            store.close()
+            raise
+        self._store = store
+        self._stack.callback(store.close)
         return self
 
     async def __aexit__(

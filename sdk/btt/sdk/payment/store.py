@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from btt.sdk.channel import BanPolicy, Conduct, Durable, Intent, Tally
 from btt.sdk.database import open_books
@@ -24,12 +24,17 @@ from btt.sdk.errors import BudgetExceeded, StorageError
 from btt.sdk.group_commit import GroupCommit
 from btt.sdk.keys import Address
 from btt.sdk.money import Amount
+from btt.sdk.payment import budgets
 from btt.sdk.payment.bans import BANS_SCHEMA, forget_conduct, load_conduct, save_strike
+from btt.sdk.payment.budgets import BUDGETS_SCHEMA
 from btt.sdk.payment.counts import COUNTS_SCHEMA, load_tally, save_counts
 from btt.sdk.payment.history import HISTORY_SCHEMA
 from btt.sdk.payment.pending import TOP_UPS_SCHEMA
 
-SCHEMA_VERSION = 3
+if TYPE_CHECKING:
+    from btt.sdk.budget import Budget
+
+SCHEMA_VERSION = 4
 OPENING, OPEN, CLOSING, CLOSED = "opening", "open", "closing", "closed"
 
 _SCHEMA = """
@@ -40,11 +45,6 @@ CREATE TABLE nodes(
 CREATE TABLE endpoints(
     endpoint TEXT PRIMARY KEY,
     node BLOB NOT NULL
-) STRICT, WITHOUT ROWID;
-CREATE TABLE budgets(
-    name TEXT PRIMARY KEY,
-    granted INTEGER NOT NULL CHECK(granted >= 0),
-    spent INTEGER NOT NULL DEFAULT 0
 ) STRICT, WITHOUT ROWID;
 CREATE TABLE channels(
     channel_id BLOB PRIMARY KEY CHECK(length(channel_id) = 32),
@@ -68,6 +68,7 @@ _UPGRADES = {
     1: BANS_SCHEMA,
     2: "ALTER TABLE budgets ADD COLUMN spent INTEGER NOT NULL DEFAULT 0;\n"
     "ALTER TABLE channels ADD COLUMN kept_ms INTEGER NOT NULL DEFAULT 0;\n" + TOP_UPS_SCHEMA + HISTORY_SCHEMA,
+    3: "ALTER TABLE budgets ADD COLUMN within TEXT;",
 }
 
 
@@ -130,7 +131,7 @@ class PayerStore:
         self._lock = threading.RLock()
         self._db = open_books(
             folder / "payer.db",
-            schema=_SCHEMA + COUNTS_SCHEMA + BANS_SCHEMA + TOP_UPS_SCHEMA + HISTORY_SCHEMA,
+            schema=_SCHEMA + BUDGETS_SCHEMA + COUNTS_SCHEMA + BANS_SCHEMA + TOP_UPS_SCHEMA + HISTORY_SCHEMA,
             version=SCHEMA_VERSION,
             upgrades=_UPGRADES,
         )
@@ -188,6 +189,11 @@ class PayerStore:
 
     # Channels
 
+    def declare(self, budget: Budget) -> None:
+        """Writes what a budget is within; see `budgets.declare`."""
+        with self._transaction():
+            budgets.declare(self._db, budget)
+
     def add_channel(self, channel: StoredChannel, granted: int) -> None:
         """Writes a channel that is about to be opened, and reserves its deposit in its budget.
 
@@ -199,7 +205,7 @@ class PayerStore:
             BudgetExceeded: The budget does not cover the deposit.
         """
         with self._transaction():
-            self._grant(channel.budget, granted)
+            budgets.grant(self._db, channel.budget, granted)
             self.check(channel.budget, granted, channel.cap - channel.base)
             c = channel
             self._db.execute(
@@ -217,7 +223,7 @@ class PayerStore:
         again. Called again, it lets the budget use what was added to the channel.
         """
         with self._transaction():
-            self._grant(budget, granted)
+            budgets.grant(self._db, budget, granted)
             channel = self.get(channel_id)
             base = channel.base
             if channel.budget != budget:
@@ -231,28 +237,11 @@ class PayerStore:
                     (budget, channel_id),
                 )
                 channel = self.get(channel_id)
-            cap = min(channel.deposit, channel.cap + max(0, granted - self.reserved(budget)))
+            cap = min(channel.deposit, channel.cap + self.left(budget, granted))
             self._db.execute(
                 "UPDATE channels SET cap = ?, kept_ms = 0 WHERE channel_id = ?", (cap, channel_id)
             )
             return replace(channel, budget=budget, base=base, cap=cap, kept_ms=0)
-
-    def _grant(self, budget: str, granted: int) -> None:
-        self._db.execute(
-            "INSERT INTO budgets(name, granted) VALUES(?, ?)"
-            " ON CONFLICT DO UPDATE SET granted = excluded.granted",
-            (budget, granted),
-        )
-
-    def reserved(self, budget: str) -> int:
-        """Returns the base units of a budget that are spent, locked, or about to be locked."""
-        query = (
-            "SELECT (SELECT coalesce(sum(CASE state WHEN 'closed' THEN max(signed - base, 0)"
-            " ELSE cap - base END), 0) FROM channels WHERE budget = ?1)"
-            " + (SELECT coalesce(sum(reserved), 0) FROM top_ups WHERE budget = ?1)"
-            " + (SELECT coalesce(sum(spent), 0) FROM budgets WHERE name = ?1)"
-        )
-        return int(self._db.execute(query, (budget,)).fetchone()[0])
 
     def check(self, budget: str, granted: int, wanted: int) -> None:
         """Checks, inside a transaction, that a budget covers something more.
@@ -260,17 +249,21 @@ class PayerStore:
         Raises:
             BudgetExceeded: It does not.
         """
-        left = self.left(budget, granted)
+        left, which = self.tightest(budget, granted)
         if wanted > left:
             raise BudgetExceeded(
-                f"{Amount(wanted)} are needed, and {Amount(left)} of the budget of {Amount(granted)} are"
+                f"{Amount(wanted)} are needed, and {Amount(left)} of {which} are"
                 f" left: {Amount(wanted - left)} are missing.",
                 missing=wanted - left,
             )
 
     def left(self, budget: str, granted: int) -> int:
-        """Returns the base units of a budget that are free."""
-        return max(0, granted - self.reserved(budget))
+        """Returns the base units that are free of a budget and of those that it is within."""
+        return self.tightest(budget, granted)[0]
+
+    def tightest(self, budget: str, granted: int) -> tuple[int, str]:
+        """Returns what `left` does, and which budget has no more, for people."""
+        return budgets.tightest(self._db, budget, granted)
 
     def channels(self, *, node: Address | None = None, ledger_id: bytes | None = None) -> list[StoredChannel]:
         """Returns the channels that are not closed, those with the most left first."""

@@ -119,13 +119,13 @@ async def grow(purse: Purse, channel_id: bytes, *, used: int, need: int, least: 
     await resume(purse, channel_id)
     spare = purse.store.adopt(channel_id, purse.budget, purse.granted).cap - used
     while spare < need:
-        left = purse.store.left(purse.budget, purse.granted)
+        left, which = purse.store.tightest(purse.budget, purse.granted)
         amount = min(need - spare, left)
         missing = need - spare - amount
         if spare + amount < least:
             raise BudgetExceeded(
                 f"{Amount(need)} are needed; the channel still holds {Amount(max(0, spare))}, and"
-                f" {Amount(left)} of the budget of {Amount(purse.granted)} are left:"
+                f" {Amount(left)} of {which} are left:"
                 f" {Amount(missing)} are missing.",
                 missing=missing,
             )
