@@ -39,6 +39,7 @@ PRINTED = {
     "BTT_LEDGER": r"btt-ledger://[^\s\"]+",
     "BTT_NODES": r"btt://[^\s\"]+",
     "SECOND": r"btt://[^\s\"]+",
+    "TOKEN": r"--resume (\S+)",
     "INFOHASH": r"Infohash +([0-9a-f]{64})",
     "BTT_WALLET": r"export BTT_WALLET=(\S+)",
     "BTT_CLOCK": r"export BTT_CLOCK=(\S+)",

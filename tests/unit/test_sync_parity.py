@@ -72,5 +72,5 @@ def test_every_attribute_is_there(tmp_path: Path) -> None:
     for name in vars(client):
         if not name.startswith("_") and name not in FOR_THE_SDK[Client]:
             assert hasattr(sync, name), f"SyncClient lacks {name}"
-    for theirs, names in ((SyncTransfer, ("receipt", "torrent")), (SyncContentStream, ("size",))):
+    for theirs, names in ((SyncTransfer, ("receipt", "token", "torrent")), (SyncContentStream, ("size",))):
         assert all(hasattr(theirs, name) for name in names)

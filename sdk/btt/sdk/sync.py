@@ -33,6 +33,7 @@ from btt.sdk.selection import DEFAULT_POLICIES, Policy
 if TYPE_CHECKING:
     from btt.sdk.budget import Budget
     from btt.sdk.content.client import ContentClient, Quote
+    from btt.sdk.content.resuming import ResumeToken
     from btt.sdk.content.stream import ContentStream
     from btt.sdk.content.torrent import Torrent
     from btt.sdk.content.transfer import Part, Progress, Transfer, TransferReceipt
@@ -165,6 +166,13 @@ class SyncContent:
             yield SyncTransfer(background, transfer)
 
     @contextmanager
+    def resume(self, token: str | ResumeToken, dest: Path | str) -> Iterator[SyncTransfer]:
+        """As `ContentClient.resume`."""
+        background = self._client.background
+        with background.entered(self._content.resume(token, dest)) as transfer:
+            yield SyncTransfer(background, transfer)
+
+    @contextmanager
     def open_stream(
         self,
         content: str | bytes | Quote,
@@ -220,6 +228,11 @@ class SyncTransfer:
     def torrent(self) -> Torrent:
         """As `Transfer.torrent`."""
         return self._transfer.torrent
+
+    @property
+    def token(self) -> ResumeToken:
+        """As `Transfer.token`."""
+        return self._transfer.token
 
     @property
     def receipt(self) -> TransferReceipt | None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shlex
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -24,12 +26,14 @@ from btt.sdk.cli.options import (
     parsed,
     wallet_folder,
 )
+from btt.sdk.errors import BttError
 from btt.sdk.memory import keep_freed_memory
 from btt.sdk.money import Amount
 
 if TYPE_CHECKING:
     from btt.sdk.client import Client
     from btt.sdk.content.client import Quote
+    from btt.sdk.content.resuming import ResumeToken
     from btt.sdk.content.torrent import Torrent
     from btt.sdk.content.transfer import TransferReceipt
 
@@ -129,10 +133,20 @@ def quote(
 
 @app.command()
 def fetch(
-    infohash: Content,
-    node_address: NodeOption,
     ledger: LedgerOption,
     budget: Annotated[str, typer.Option(help='The most it may cost, such as "5 BTT".')],
+    infohash: Annotated[
+        str, typer.Argument(metavar="[INFOHASH]", help="64 hex digits, or a magnet link.", show_default=False)
+    ] = "",
+    node_address: NodeOption = "",
+    resume: Annotated[
+        str,
+        typer.Option(
+            metavar="TOKEN",
+            help="Go on with a fetch that broke off, from its nodes and at its price; instead of INFOHASH.",
+            show_default=False,
+        ),
+    ] = "",
     dest: Annotated[Path, typer.Option(help="Folder to put it in.")] = Path(),
     wallet: WalletFolder = None,
     yes: Yes = False,
@@ -140,13 +154,36 @@ def fetch(
     as_json: AsJson = False,
 ) -> None:
     """Fetch content, verify it and pay for it; run it again to resume."""
+    from btt.sdk.content.resuming import ResumeToken
+
     keep_freed_memory()
-    content = _check_content(infohash)
+    if bool(infohash) == bool(resume):
+        raise typer.BadParameter("Give one of them: INFOHASH, or --resume TOKEN.")
+    token = parsed(ResumeToken.parse, resume, "--resume") if resume else None
+    content = token.infohash if token is not None else _check_content(infohash)
+    nodes = node_address or ",".join(map(str, token.nodes) if token is not None else ())
+    if not nodes:
+        raise typer.BadParameter("Name a node, or set BTT_NODES.", param_hint="--node-address")
     granted = parsed(Amount.parse, budget, "--budget")
-    client = make_client(
-        nodes=node_address, ledger=ledger, wallet=wallet, budget=granted, trust_new=trust_new
+    client = make_client(nodes=nodes, ledger=ledger, wallet=wallet, budget=granted, trust_new=trust_new)
+    begun: list[ResumeToken] = []
+    work = buy(
+        client,
+        content,
+        dest,
+        granted,
+        ask=not (yes or as_json),
+        quiet=as_json,
+        token=token,
+        begun=begun.append,
     )
-    found = asyncio.run(buy(client, content, dest, granted, ask=not (yes or as_json), quiet=as_json))
+    try:
+        found = asyncio.run(work)
+    except (BttError, KeyboardInterrupt):
+        for left in begun:
+            words = ("--resume", str(left), "--dest", str(dest), "--budget", str(granted))
+            typer.echo(f"To go on: btt content fetch {shlex.join(words)}", err=True)
+        raise
     if found is None:
         typer.echo("Nothing was spent.")
         raise typer.Exit(1)
@@ -202,7 +239,15 @@ class Bought:
 
 
 async def buy(
-    client: Client, content: bytes, dest: Path, granted: Amount, *, ask: bool, quiet: bool
+    client: Client,
+    content: bytes,
+    dest: Path,
+    granted: Amount,
+    *,
+    ask: bool,
+    quiet: bool,
+    token: ResumeToken | None = None,
+    begun: Callable[[ResumeToken], None] = lambda token: None,
 ) -> Bought | None:
     """Fetches content and pays for it, and tells a person about it meanwhile.
 
@@ -213,12 +258,17 @@ async def buy(
         granted: The client's budget.
         ask: Ask before spending.
         quiet: Say nothing.
+        token: Of an earlier fetch of this content, to go on with; it begins anew if not given.
+        begun: Told with what another process can go on, once it has begun.
 
     Returns:
         None if the person did not want to spend.
     """
+    from btt.sdk.selection import DEFAULT_POLICIES
+
     async with client as btt:
-        found = await btt.content.quote(content)
+        policies = token.policies if token is not None else DEFAULT_POLICIES
+        found = await btt.content.quote(content, policies=policies)
         if not quiet:
             _show_quote(found)
             if found.cost > granted:
@@ -226,7 +276,9 @@ async def buy(
         if ask and not confirmed(f"Spend up to {min(found.cost, granted)}?"):
             return None
         with render.showing(live=not quiet and render.is_terminal()) as show:
-            async with btt.content.fetch(found, dest) as transfer:
+            again = btt.content.fetch(found, dest) if token is None else btt.content.resume(token, dest)
+            async with again as transfer:
+                begun(transfer.token)
                 async for step in transfer.progress():
                     if not quiet:
                         show(step)

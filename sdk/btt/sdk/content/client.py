@@ -15,10 +15,12 @@ import grpc.aio
 from btt.proto.content.v1 import content_pb2, content_pb2_grpc
 from btt.sdk.content.feed import LINE, Source
 from btt.sdk.content.magnet import parse_infohash
+from btt.sdk.content.resuming import MOST_FIRST, MOST_NODES, ResumeToken
 from btt.sdk.content.stream import ContentStream
 from btt.sdk.content.torrent import MAX_INFO, MAX_LAYERS, Torrent
 from btt.sdk.content.transfer import Transfer
 from btt.sdk.errors import BttError, ContentMismatch, InvalidRequest
+from btt.sdk.identity import NodeAddress
 from btt.sdk.keys import Address
 from btt.sdk.money import Amount, Rate
 from btt.sdk.payment.connection import NodeConnection
@@ -197,6 +199,30 @@ class ContentClient:
             yield transfer
 
     @asynccontextmanager
+    async def resume(self, token: str | ResumeToken, dest: Path | str) -> AsyncIterator[Transfer]:
+        """Goes on with a transfer that another process began, at no more than the price agreed there.
+
+        Only nodes of this client are used: give it those of the token, if you trust where that is from.
+
+        Args:
+            token: As `Transfer.token` was.
+            dest: The folder, with what arrived; elsewhere all is fetched anew.
+
+        Yields:
+            The running transfer, as `fetch`.
+
+        Raises:
+            InvalidRequest: It is no token, or names files that the content does not have.
+            BttError: As `fetch`; a node that asks more than was agreed is not used.
+        """
+        token = ResumeToken.parse(token) if isinstance(token, str) else token
+        quote = await self.quote(token.infohash, policies=token.policies)
+        if any(file >= len(quote.torrent.files) for file in token.first):
+            raise InvalidRequest("The token names files that the content does not have.")
+        async with self._transfer(quote, dest, None, token.first, agreed=token.rate) as transfer:
+            yield transfer
+
+    @asynccontextmanager
     async def open_stream(
         self,
         content: str | bytes | Quote,
@@ -239,12 +265,20 @@ class ContentClient:
         max_rate: Rate | None,
         first: Sequence[int],
         everything: bool = True,
+        agreed: Rate | None = None,
     ) -> Transfer:
         providers = {node.provider.name: node.provider for node in quote.nodes}
+        places = [(node.node, node.provider.address) for node in quote.nodes[:MOST_NODES]]
         return Transfer(
             quote.torrent,
             Path(dest),
             [Source(node.provider, max_rate or node.rate) for node in quote.nodes],
+            token=ResumeToken(
+                infohash=quote.torrent.infohash,
+                first=tuple(first[:MOST_FIRST]),
+                rate=agreed or max_rate or quote.rate,
+                nodes=tuple(NodeAddress(node, place.host, place.port) for node, place in places),
+            ),
             dropped=lambda source, error: providers[source.seller.name].blame(error, at_last=True),
             first=first,
             everything=everything,

@@ -19,6 +19,7 @@ from types import TracebackType
 
 from btt.sdk.content.feed import Feed, Source, Work
 from btt.sdk.content.plan import Plan
+from btt.sdk.content.resuming import ResumeToken
 from btt.sdk.content.store import Destination
 from btt.sdk.content.torrent import Torrent
 from btt.sdk.errors import BttError, BudgetExceeded
@@ -101,6 +102,7 @@ class Transfer:
         torrent: What to fetch.
         root: The folder to put it in.
         sources: Whom to fetch it from, those to be preferred first.
+        token: With which another process can go on.
         dropped: Told about nodes that are dropped.
         first: Indices of files to fetch before the others, in this order.
         everything: Fetch it all; otherwise only what readers ask for, and leave the block at will.
@@ -112,11 +114,13 @@ class Transfer:
         root: Path,
         sources: Sequence[Source],
         *,
+        token: ResumeToken,
         dropped: Dropped = lambda source, error: None,
         first: Sequence[int] = (),
         everything: bool = True,
     ) -> None:
         self.torrent = torrent
+        self.token = token
         self.receipt: TransferReceipt | None = None
         self.destination = Destination(root, torrent)
         self.work: asyncio.Future[Work] = asyncio.get_running_loop().create_future()
