@@ -61,18 +61,17 @@ class ResumeToken:
             raise InvalidRequest(f"This is no token: one begins with {FAMILY}{VERSION}.")
         try:
             body = urlsafe_b64decode(rest + "=" * (-len(rest) % 4))
-            payload, check = body[:-_CHECK], body[-_CHECK:]
-            if hashlib.sha256(payload).digest()[:_CHECK] != check:
-                raise ValueError("damaged")
+            payload = body[:-_CHECK]
             infohash, amount, per, count = _HEAD.unpack_from(payload)
             first = struct.unpack_from(f">{count}I", payload, _HEAD.size)
             names = payload[_HEAD.size + 4 * count :].decode().split(",")
             token = cls(infohash, first, Rate(amount, per, Unit.BYTE), tuple(map(NodeAddress.parse, names)))
         except (ValueError, struct.error, binascii.Error, InvalidRequest):
             raise InvalidRequest("The token is damaged.", hint="Copy all of it.") from None
+        # Written again it is the same, check and all, or somebody changed it.
         is_plain = all(node.node and node.host.isprintable() for node in token.nodes)
         if str(token) != text.strip() or not is_plain or len(names) > MOST_NODES or count > MOST_FIRST:
-            raise InvalidRequest("The token is not as this program writes it.")
+            raise InvalidRequest("The token is damaged.", hint="Copy all of it.")
         return token
 
     def __str__(self) -> str:
