@@ -85,6 +85,7 @@ async def test_within_the_cap_it_is_paid_as_asked_also_if_the_plugin_changes_its
         [live] = node.sessions.all()
         owed = BYTE.owed(3 * 20) + COUNT.owed(5 * 10) + CALL.owed(4)
         assert live.payee.meter.owed == session.payer.tally.owed == owed
+        assert live.payee.standing.written_off == 0, "nor was more charged, and excused at the end"
 
 
 async def test_the_caps_of_many_requests_add_up_as_they_come(node, economy):
