@@ -65,3 +65,4 @@ class Deposits:
             payee.meter.deposit = state.deposit
             log.info("channel.topped_up", channel=payee.channel_id.hex(), deposit=state.deposit)
         session.advance()
+        session.tell()

@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 
 from btt.node.payments.store import PayeeStore
-from btt.sdk.channel import Payee, Segment, SignedUpdate, Standing, Units
+from btt.sdk.channel import Payee, Segment, SignedUpdate, Standing, Units, signing_point
 from btt.sdk.errors import BttError, ChannelExhausted, PaymentRequired, SessionEnded
 from btt.sdk.identity import Offer
 from btt.sdk.keys import Address
@@ -97,6 +97,8 @@ class Session:
         self._acknowledged: dict[bytes, int] = {}
         self._stale = False
         self._told_credit = payee.standing.credit
+        self._told_demand = 0
+        self._reminder: asyncio.TimerHandle | None = None
         self._news = asyncio.Event()
 
     @property
@@ -161,12 +163,8 @@ class Session:
             return
         waiting = _Waiting(asyncio.get_running_loop().create_future(), call_id, units)
         self._waiting.append(waiting)
-        tell: asyncio.TimerHandle | None = None
         if len(self._waiting) == 1:  # behind another nothing changes
-            if self._will_pay and meter.affordable(units):
-                tell = asyncio.get_running_loop().call_later(TELL_S, self._tell)
-            else:
-                self.advance()
+            self.advance()
         try:
             while not waiting.ready.done():
                 heard = self._heard
@@ -178,8 +176,6 @@ class Session:
                 waiting.ready.result()
                 return
         finally:
-            if tell is not None:
-                tell.cancel()
             waiting.ready.cancel()
             if waiting in self._waiting:
                 self._waiting.remove(waiting)
@@ -232,7 +228,10 @@ class Session:
                     except BttError as error:
                         head.ready.set_exception(error)
             self._waiting.popleft()
-        self._tell()
+        if self._waiting:
+            self._remind_later()
+        if self._is_news:
+            self.tell()
 
     @property
     def demand(self) -> int:
@@ -243,10 +242,21 @@ class Session:
         return self.payee.meter.demand(head.units)
 
     @property
+    def _is_news(self) -> bool:
+        """The payer would not do the same if it were not told."""
+        paid, credit, told = self.payee.meter.paid, self.payee.standing.credit, self._told_credit
+        return (
+            not self.payee.open_calls  # it waits to hear that all is paid
+            or not told <= credit <= told + told // 8
+            or (bool(self._waiting) and not self._will_pay)
+            or (self._told_demand > paid and self._told_demand != self.demand)
+        )
+
+    @property
     def _will_pay(self) -> bool:
         """So much of the credit that it knows of is used that our own payer signs without being told."""
         excess = self.payee.meter.excess
-        return excess > 0 and 2 * excess >= self._told_credit
+        return excess > 0 and excess >= signing_point(self._told_credit, self.offer.sheet.unit_charge)
 
     def void(self, call_id: bytes) -> None:
         """Takes a call back whole: it failed by a fault of this node."""
@@ -287,9 +297,22 @@ class Session:
 
     # Telling the payer
 
-    def _tell(self) -> None:
+    def tell(self) -> None:
+        """Has the payer told how the channel stands."""
         self._stale = True
         self._news.set()
+
+    def _remind_later(self) -> None:
+        if self._reminder is None:
+            loop = asyncio.get_running_loop()
+            self._reminder = loop.call_later(TELL_S, self._remind, self._waiting[0])
+
+    def _remind(self, head: _Waiting) -> None:
+        self._reminder = None
+        if self._waiting and self._waiting[0] is head:
+            self.tell()
+        elif self._waiting:
+            self._remind_later()
 
     async def news(self) -> News:
         """Waits for something to tell.
@@ -301,7 +324,7 @@ class Session:
             if self._settlements or self._acknowledged or self._stale:
                 news = News(self._settlements, self._acknowledged, self._stale)
                 self._settlements, self._acknowledged, self._stale = [], {}, False
-                self._told_credit = self.payee.standing.credit
+                self._told_credit, self._told_demand = self.payee.standing.credit, self.demand
                 return news
             self._alive()
             self._news.clear()
@@ -321,4 +344,6 @@ class Session:
                 if not waiting.ready.done():
                     waiting.ready.set_exception(error)
             self._waiting.clear()
+            if self._reminder is not None:
+                self._reminder.cancel()
             self._news.set()

@@ -1,7 +1,7 @@
 """The payment channel without I/O: payer, payee, meter and credit (paper: steps 7 to 9)."""
 
 from btt.sdk.channel.conduct import FOREVER_MS, BanPolicy, Conduct
-from btt.sdk.channel.credit import Standing, Strangers
+from btt.sdk.channel.credit import Standing, Strangers, signing_point
 from btt.sdk.channel.durable import Durable
 from btt.sdk.channel.meter import Meter, Units
 from btt.sdk.channel.payee import Checked, Payee
@@ -28,4 +28,5 @@ __all__ = [
     "Strangers",
     "Tally",
     "Units",
+    "signing_point",
 ]

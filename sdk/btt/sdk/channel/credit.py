@@ -21,6 +21,20 @@ WRITE_OFF_PERCENT = 1
 """Shortfall that costs a payer nothing, as a share of what it has paid here."""
 
 
+def signing_point(credit: int, unit: int) -> int:
+    """Says how much may be outstanding before a payer signs by itself.
+
+    Late enough to sign few updates, early enough that the payee still has something to send
+    while an update travels and is saved on both sides. Both sides know it, so that neither
+    has to be told what the other will do anyway.
+
+    Args:
+        credit: Base units that the payer may owe, as far as it knows.
+        unit: Cost of the dearest verify unit, base units.
+    """
+    return max(0, credit - credit // 4 - 2 * unit)
+
+
 @dataclass(slots=True)
 class Standing:
     """One payer's standing with one payee.

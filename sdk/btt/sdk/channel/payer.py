@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from btt.sdk.channel.credit import signing_point
 from btt.sdk.channel.durable import Durable
 from btt.sdk.channel.prices import Count, PriceSheet, Segment, Tally
 from btt.sdk.errors import BudgetExceeded, CountsDiffer, InvalidRequest, UpdateInvalid
@@ -100,14 +101,15 @@ class Payer:
         self.signed = signed
         self.tally = tally
         self._reserved: dict[Segment, int] = {}
+        self._undecided: dict[Segment, int] = {}
         self._calls: dict[bytes, PaidCall] = {}
-        self._prepay = 0
+        self._unit = 0
 
     # Counting
 
     def pin(self, sheet: PriceSheet) -> None:
         """Counts from now on under this offer; what was counted under others stands still."""
-        self._prepay = sheet.unit_charge
+        self._unit = sheet.unit_charge
         for segment, rate in sheet.segments():
             self.tally.price(segment, rate)
 
@@ -119,6 +121,7 @@ class Payer:
         """Counts units on arrival, before anyone looks at them."""
         call = self._calls[call_id]
         call.received[segment] = call.received.get(segment, 0) + units
+        self._undecided[segment] = self._undecided.get(segment, 0) + units
 
     def accepted(self, call_id: bytes, segment: Segment, units: int) -> None:
         """Counts received units as payable.
@@ -134,6 +137,7 @@ class Payer:
         if units < 0 or total > call.received.get(segment, 0):
             raise ValueError("more accepted than received")
         call.accepted[segment] = total
+        self._undecided[segment] -= units
         self.tally.add(segment, units)
 
     def reserve(self, segment: Segment, units: int) -> None:
@@ -184,6 +188,8 @@ class Payer:
     def due(self, *, credit: int, demand: int, flush: bool) -> int | None:
         """Says what cumulative amount to sign now, or None for nothing yet.
 
+        It signs when so much has arrived since the last time that the payee will soon have to wait.
+
         Args:
             credit: What the payee last said may be owed, base units.
             demand: The cumulative amount its next waiting call needs; 0 when none waits.
@@ -191,14 +197,19 @@ class Payer:
         """
         owed = self.tally.owed
         if demand > self.signed:
-            target = max(owed, min(demand, owed + self._prepay))
-        elif flush or 2 * (owed - self.signed) >= credit:
-            # Late enough to sign few updates, early enough that the payee need not wait.
+            target = max(owed, min(demand, owed + self._unit))
+        elif flush or self._outstanding >= signing_point(credit, self._unit):
             target = owed
         else:
             return None
         target = min(target, self.limit)
         return target if target > self.signed else None
+
+    @property
+    def _outstanding(self) -> int:
+        """Base units that the payee has sent on credit, as far as it has arrived."""
+        undecided = sum(self.tally.cost(s, n) for s, n in self._undecided.items() if n)
+        return self.tally.owed + undecided - self.signed
 
     def intend(self, cumulative: int) -> Intent:
         """Makes the intent to sign, to be saved.
@@ -206,7 +217,7 @@ class Payer:
         Raises:
             ValueError: The amount breaks a rule of this module: a defect of the caller.
         """
-        if not self.signed <= cumulative <= min(self.limit, max(self.signed, self.tally.owed + self._prepay)):
+        if not self.signed <= cumulative <= min(self.limit, max(self.signed, self.tally.owed + self._unit)):
             raise ValueError(f"{cumulative} is more than is owed, or less than was signed")
         return Intent(self.channel_id, cumulative, self.tally.changes())
 
@@ -259,6 +270,8 @@ class Payer:
         if not _was_prepaid(call.books, lost, call.signed):
             raise CountsDiffer("The node forfeits more than was prepaid.")
         del self._calls[call_id]
+        for segment, units in call.received.items():
+            self._undecided[segment] -= units - call.accepted.get(segment, 0)
         for segment, units in lost.items():
             self.tally.add(segment, units)
             for other in self._calls.values():
@@ -291,6 +304,7 @@ class Payer:
             self.tally.add(segment, units)
         self._calls.clear()
         self._reserved.clear()
+        self._undecided.clear()
 
     def _known(self, settled: Mapping[Segment, int]) -> dict[Segment, int]:
         # The payee may list lines of offers that were never used here: at 0 units they say nothing.
