@@ -61,7 +61,14 @@ PayStream = grpc.aio.StreamStreamCall[payment_pb2.PayRequest, payment_pb2.PayRes
 class PaymentSession:
     """An open session; made by `open`."""
 
-    def __init__(self, purse: Purse, node: NodeConnection, opened: OpenedChannel, payer: Payer) -> None:
+    def __init__(
+        self,
+        purse: Purse,
+        node: NodeConnection,
+        opened: OpenedChannel,
+        payer: Payer,
+        control: grpc.aio.Channel,
+    ) -> None:
         self._purse = purse
         self._node = node
         self._opened = opened
@@ -84,7 +91,7 @@ class PaymentSession:
         self._changed = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self.capacity = Capacity(self, purse, opened.stored, wake=self._wake, changed=self._changed)
-        self._control = node.channel(label="payment")
+        self._control = control
         self._stub: payment_pb2_grpc.PaymentServiceAsyncStub = payment_pb2_grpc.PaymentServiceStub(
             self._control
         )
@@ -99,6 +106,7 @@ class PaymentSession:
                 ],
             )
         )
+        self.channel.get_state(try_to_connect=True)  # while node and ledger agree to the session
 
     # Opening
 
@@ -126,8 +134,9 @@ class PaymentSession:
             try:
                 stub: payment_pb2_grpc.PaymentServiceAsyncStub = payment_pb2_grpc.PaymentServiceStub(control)
                 opened = await obtain_channel(purse, node.offer, stub, need, only)
-            finally:
+            except BaseException:
                 await control.close()
+                raise
             stored = opened.stored
             payer = Payer(
                 ledger_id=stored.ledger_id,
@@ -139,7 +148,7 @@ class PaymentSession:
                 tally=purse.store.tally(stored.channel_id),
             )
             payer.pin(node.offer.sheet)
-            session = cls(purse, node, opened, payer)
+            session = cls(purse, node, opened, payer, control)
             try:
                 await session._start()
             except (ChannelClosed, ChannelClosing):
