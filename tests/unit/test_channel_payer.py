@@ -236,18 +236,33 @@ class TestSigning:
     def test_when_to_pay(self) -> None:
         payer = make_payer(deposit=100)
         payer.begin(A)
-        assert payer.due(credit=40, demand=0, flush=True) is None
+        assert payer.due(credit=60, demand=0, flush=True) is None
         take(payer, A, 19)
-        assert payer.due(credit=40, demand=0, flush=False) is None
-        assert payer.due(credit=40, demand=0, flush=True) == 19
-        take(payer, A, 1)
-        assert payer.due(credit=40, demand=0, flush=False) == 20  # half the credit
+        assert payer.due(credit=60, demand=0, flush=False) is None
+        assert payer.due(credit=60, demand=0, flush=True) == 19
+        take(payer, A, 6)
+        assert payer.due(credit=60, demand=0, flush=False) == 25  # 60 less a quarter and two units
+        assert payer.due(credit=61, demand=0, flush=False) is None
         take(payer, A, 10)
-        assert payer.due(credit=1000, demand=1, flush=False) == 30  # all that is owed, once asked
-        assert payer.due(credit=1000, demand=35, flush=False) == 35
-        assert payer.due(credit=1000, demand=10**9, flush=False) == 40  # one unit ahead
-        take(payer, A, 69)
+        assert payer.due(credit=1000, demand=1, flush=False) == 35  # all that is owed, once asked
+        assert payer.due(credit=1000, demand=40, flush=False) == 40
+        assert payer.due(credit=1000, demand=10**9, flush=False) == 45  # one unit ahead
+        take(payer, A, 64)
         assert payer.due(credit=0, demand=10**9, flush=False) == 100  # the deposit
+
+
+    def test_what_has_arrived_hastens_the_payment_of_what_is_accepted(self) -> None:
+        payer = make_payer(deposit=100)
+        payer.begin(A)
+        payer.begin(B)
+        take(payer, A, 5)
+        payer.received(B, SEGMENT, 19)
+        assert payer.due(credit=60, demand=0, flush=False) is None
+        payer.received(B, SEGMENT, 1)
+        assert payer.due(credit=60, demand=0, flush=False) == 5
+        payer.end(B)
+        payer.settle(B, {})
+        assert payer.due(credit=60, demand=0, flush=False) is None
 
 
 class TestSettling:
