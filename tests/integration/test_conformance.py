@@ -11,8 +11,10 @@ import pytest
 pytest.importorskip("libtorrent", reason="the node's parts are not installed")
 
 from btt.sdk.channel import Price
+from btt.sdk.errors import BttError, QuotaFull
 from btt.sdk.money import Rate, Unit
 from btt.sdk.plugin import check_keys, read_rate
+from btt.sdk.rpc import abort
 from btt.sdk.testing import conformance
 from btt.sdk.testing.conformance import Case
 from kit.probe import CALL_PRICES, ROWS, Calls, pb, rpc
@@ -24,6 +26,7 @@ ALL = {
     "refused without payment",
     "paid as counted",
     "books agree after a cancelled call",
+    "a full quota is told",
     "stops",
     "leaves no task",
 }
@@ -149,6 +152,39 @@ async def test_a_service_that_does_not_end_is_named(monkeypatch):
             raise LookupError("it was here")
 
     assert "LookupError" in (await wrong(case(Falling)))["stops"]
+
+
+async def test_a_full_quota_must_reach_the_caller_as_one():
+    class Keeping(Good):
+        failure = BttError
+
+        def __init__(self, context):
+            super().__init__(context)
+            self.quota = context.quota
+
+        def register(self, server):
+            plugin = self
+
+            class Servicer(Calls):
+                async def Put(self, request, context):  # noqa: N802
+                    try:
+                        await plugin.quota.reserve("all", len(request.data))
+                    except QuotaFull as full:
+                        if plugin.failure is BttError:
+                            await abort(context, full)
+                        raise plugin.failure("unexpected") from full
+                    return await super().Put(request, context)
+
+            rpc.add_CallsServiceServicer_to_server(Servicer(), server)
+
+    class Surprised(Keeping):
+        failure = ValueError
+
+    some = {"requests": REQUESTS, "quota": "1 KiB"}
+    assert await wrong(case(Keeping, **some)) == {}
+    assert "/Put: InternalError" in (await wrong(case(Surprised, **some)))["a full quota is told"]
+    without = await wrong(case(Keeping))
+    assert set(without) == {"paid as counted", "books agree after a cancelled call"}, "it may keep nothing"
 
 
 async def test_a_service_that_fails_its_callers_is_named():

@@ -6,7 +6,6 @@ They are distributions with entry points, found and loaded as any other.
 from __future__ import annotations
 
 import asyncio
-import gc
 import json
 import os
 import sys
@@ -30,6 +29,7 @@ from btt.sdk.errors import InternalError, ServiceUnavailable
 from btt.sdk.keys import PrivateKey
 from kit.payers import dial
 from kit.probe import pb, rpc
+from kit.reach import reachable
 
 BASE = """
     import asyncio, threading, time
@@ -375,19 +375,3 @@ async def test_what_a_service_is_given_leads_to_no_key(economy, install, tmp_pat
         assert len(found) > 100
         assert [thing for thing in found if isinstance(thing, PrivateKey)] == []
         assert any(isinstance(thing, PrivateKey) for thing in reachable(node.offers)), "the search finds keys"
-
-
-def reachable(start):
-    """Yields what attributes, items and closures lead to; modules, classes and globals lead everywhere."""
-    seen, queue = {}, [start]
-    stop = types.ModuleType | type | types.FrameType | asyncio.AbstractEventLoop | types.CodeType
-    while queue:
-        thing = queue.pop()
-        if id(thing) in seen or isinstance(thing, stop):
-            continue
-        seen[id(thing)] = thing  # held, so that no other gets its id
-        yield thing
-        if isinstance(thing, types.FunctionType):
-            queue += [cell.cell_contents for cell in thing.__closure__ or ()]
-        else:
-            queue += gc.get_referents(thing)

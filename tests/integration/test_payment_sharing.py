@@ -168,6 +168,7 @@ async def test_a_plugin_whose_unit_is_beyond_what_anyone_may_owe_is_not_started(
     from btt.node.limits.limiter import Limiter
     from btt.node.metrics import NodeMetrics
     from btt.node.plugins.host import Surroundings
+    from btt.node.quota import Quotas
     from btt.node.registry import Registry
 
     class Plugin:
@@ -184,7 +185,8 @@ async def test_a_plugin_whose_unit_is_beyond_what_anyone_may_owe_is_not_started(
         async def start(self): ...
 
     limiter = Limiter(lambda: 0.0)
-    around = Surroundings(folder=tmp_path, clock=lambda: 0, limiter=limiter.of, metrics=NodeMetrics(None).of)
+    around = Surroundings(folder=tmp_path, clock=lambda: 0, limiter=limiter.of, metrics=NodeMetrics(None).of,
+                          quota=Quotas(None).of, meter=None)  # fmt: skip
     made = Registry({"greedy": lambda: Plugin}, around=around, limiter=limiter, credit_limit=10**9)
     (host,) = made.configure({"greedy": ServiceSection(enabled=True)})
     with pytest.raises(ConfigError, match="more than anyone may owe"):

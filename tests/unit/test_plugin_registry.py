@@ -14,6 +14,7 @@ from btt.node.limits.limiter import Limiter
 from btt.node.metrics import NodeMetrics
 from btt.node.plugins.host import State, Surroundings
 from btt.node.plugins.scope import follow_tasks
+from btt.node.quota import Quotas
 from btt.node.registry import Registry
 from btt.sdk.errors import ConfigError, ServiceUnavailable
 from btt.sdk.money import BTT, Rate
@@ -61,7 +62,13 @@ def make(tmp_path, sections=None, *, credit_limit=BTT, **plugins):
     sections = dict.fromkeys(plugins, ON) if sections is None else sections
     limiter = Limiter(lambda: 0.0)
     around = Surroundings(
-        folder=tmp_path, clock=lambda: 0, limiter=limiter.of, metrics=NodeMetrics(None).of, **SHORT
+        folder=tmp_path,
+        clock=lambda: 0,
+        limiter=limiter.of,
+        metrics=NodeMetrics(None).of,
+        quota=Quotas(None).of,
+        meter=None,
+        **SHORT,
     )
     made = Registry(plugins, around=around, limiter=limiter, credit_limit=credit_limit)
     made.configure(sections)
@@ -114,7 +121,7 @@ def test_a_service_gets_its_own_folder_and_options_and_nothing_else(tmp_path):
     assert context.data_dir.is_dir()
     assert context.config == {"rate": "2 BTT / GiB"}
     assert set(context.__slots__) == {
-        "data_dir", "config", "log", "clock", "tasks", "limiter", "metrics"
+        "data_dir", "config", "log", "clock", "tasks", "limiter", "metrics", "quota", "meter"
     }  # fmt: skip
 
 

@@ -12,9 +12,12 @@ from btt.node import registry
 from btt.node.config import NodeConfig
 from btt.node.limits.limiter import Limiter
 from btt.node.metrics import NodeMetrics, Sample
+from btt.node.payments.charged import RunningCall
 from btt.node.plugins.host import State, Surroundings
+from btt.node.quota import Quotas
 from btt.sdk.clock import SYSTEM
 from btt.sdk.errors import ConfigError
+from btt.sdk.group_commit import Job
 
 
 def check_services(config: NodeConfig, *, only: Collection[str] | None = None) -> list[str]:
@@ -38,7 +41,12 @@ def check_services(config: NodeConfig, *, only: Collection[str] | None = None) -
         made = registry.Registry(
             registry.installed(),
             around=Surroundings(
-                folder=Path(folder), clock=SYSTEM, limiter=limiter.of, metrics=NodeMetrics(nothing).of
+                folder=Path(folder),
+                clock=SYSTEM,
+                limiter=limiter.of,
+                metrics=NodeMetrics(nothing).of,
+                quota=Quotas(_no_books).of,
+                meter=RunningCall(),
             ),
             limiter=limiter,
             credit_limit=config.payments.credit_limit,
@@ -47,3 +55,7 @@ def check_services(config: NodeConfig, *, only: Collection[str] | None = None) -
         if host.state is State.FAILED:
             raise ConfigError(f"services.{host.name} failed: {host.reason}.", hint="Repair or disable it.")
     return [host.name for host in made]
+
+
+async def _no_books(_: Job) -> None:
+    raise ConfigError("A service keeps nothing before it is started.")

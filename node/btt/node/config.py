@@ -26,7 +26,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from btt.node.admission.apps import ANY, parse_app
 from btt.node.admission.limits import Limits
-from btt.node.values import listen_text, parse_amount, parse_speed, parsed
+from btt.node.values import listen_text, parse_amount, parse_size, parse_speed, parsed
 from btt.sdk.channel import BanPolicy
 from btt.sdk.clock import parse_duration
 from btt.sdk.errors import ConfigError, InvalidRequest
@@ -147,6 +147,7 @@ class BansSection(_Section):
 
 
 Speed = Annotated[int, BeforeValidator(parse_speed)]
+Size = Annotated[int, BeforeValidator(parse_size)]
 
 
 class LogSection(_Section):
@@ -251,12 +252,15 @@ class ServiceSection(BaseModel):
 
     Attributes:
         enabled: Whether the node runs it.
+        quota: Most that it may keep on this machine, "" for nothing; only services that keep what
+            others send ask for it.
         limits: What it may take of what the node has, and which of its calls the node takes on.
     """
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
     enabled: bool = False
+    quota: Size = 0
     limits: ServiceLimits = ServiceLimits()
 
     @property

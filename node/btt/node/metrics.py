@@ -36,6 +36,8 @@ HELP: Final = {
     "btt_calls_running": "Paid calls that run.",
     "btt_plugin_state": "1 for the state that a service is in.",
     "btt_plugin_failures": "How often a service has failed since the start.",
+    "btt_quota_limit_bytes": "What a service may keep.",
+    "btt_quota_used_bytes": "What a service has set aside of that.",
     "btt_loop_lag_seconds": "How late the event loop answered last.",
     "btt_ledger_connected": "1 while the ledger is connected.",
     "btt_offer_serial": "Number of the current offer.",

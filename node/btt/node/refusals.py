@@ -55,6 +55,7 @@ MEANING: Final = {
     "OVERBILLED": "the service billed more than callers allow; its log names the method: repair or remove it",
     "PAYMENT_REQUIRED": "payment did not come in time; the client left, or does not pay",
     "PRICE_CHANGED": "the client had an old price; it asks again, unless it finds the new one too high",
+    "QUOTA_FULL": "the service keeps as much as you let it; raise services.NAME.quota",
     "RATE_LIMITED": "a limit was reached; look at [limits]",
     "SERVICE_UNAVAILABLE": "the service had failed or was switched off; see `btt service list`",
     "SESSION_ENDED": "the payment session was over, mostly because the client went away",

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 _AT_ONCE = ("apps.", "limits.", "log.level", "services.")
+_NODES_OWN = tuple(ServiceSection.model_fields)
+"""Keys of a service's section that are the node's."""
 _OFF = ServiceSection()
 
 
@@ -71,7 +73,7 @@ def changed_keys(old: NodeConfig, new: NodeConfig) -> Iterator[str]:
 
 
 def _changed_in(before: ServiceSection, after: ServiceSection) -> Iterator[str]:
-    for key in ("enabled", "limits"):
+    for key in _NODES_OWN:
         if getattr(before, key) != getattr(after, key):
             yield key
     options = before.options.keys() | after.options.keys()
@@ -122,7 +124,7 @@ class Reloader:
         for host in stuck:
             before, after = held.services[host.name], new.services[host.name]
             restart += [
-                f"services.{host.name}.{key}" for key in _changed_in(before, after) if key != "limits"
+                f"services.{host.name}.{key}" for key in _changed_in(before, after) if key not in _NODES_OWN
             ]
         self.apply_limits(new)
         for host in made:
@@ -133,7 +135,9 @@ class Reloader:
                 self._retire(host)
         await self._node.reprice()
         kept = {name: new.services[name] for name in new.services if name not in {h.name for h in stuck}}
-        kept |= {host.name: held.services[host.name] for host in stuck}
+        for host in stuck:
+            own = {key: getattr(new.services[host.name], key) for key in _NODES_OWN}
+            kept[host.name] = held.services[host.name].model_copy(update=own)
         self._held = held.model_copy(
             update={
                 "apps": new.apps,
@@ -177,6 +181,7 @@ class Reloader:
             down=limits.down,
             services={name: (s.limits.up, s.limits.down) for name, s in config.services.items()},
         )
+        node.quotas.limit({name: section.quota for name, section in config.services.items()})
         LEVEL.set(config.log.level)
         node.connections.most = limits.connections
         node.admission.limit(limits.limits)

@@ -35,6 +35,7 @@ from btt.node.payments.sessions import CreditPolicy, Sessions
 from btt.node.payments.store import PayeeStore
 from btt.node.platform import keepalive, platform_names
 from btt.node.plugins.weakly import weakly
+from btt.node.quota import Quotas
 from btt.node.refusals import Refusals
 from btt.node.reload import Reloaded, Reloader
 from btt.node.samples import read_samples
@@ -145,12 +146,15 @@ class Node:
         self.limiter = Limiter(asyncio.get_running_loop().time)
         stack.push_async_callback(self.limiter.close)
         self.metrics = NodeMetrics(weakly(self._samples))
+        self.quotas = Quotas(weakly(self.store.run))
+        self.quotas.limit({name: section.quota for name, section in config.services.items()})
         self.services = Services(
             self._plugins if self._plugins is not None else registry.installed(),
             folder=folder.path,
             clock=self.clock,
             limiter=self.limiter,
             metrics=self.metrics,
+            quotas=self.quotas,
             health=self.health,
             credit_limit=config.payments.credit_limit,
             patience=self._patience,

@@ -43,6 +43,10 @@ async def read_samples(node: Node) -> list[Sample]:
     if opened:
         expiry = min(record.expires_ms for record in opened) - now
         samples.append(("btt_channel_expiry_seconds", {}, expiry / 1000))
+    for name in node.services.registry.hosts:
+        quota = node.quotas.of(name)
+        samples.append(("btt_quota_limit_bytes", {"service": name}, quota.limit))
+        samples.append(("btt_quota_used_bytes", {"service": name}, await quota.used()))
     for name, host in node.services.registry.hosts.items():
         samples.append(("btt_plugin_failures", {"service": name}, host.failures))
         samples += [

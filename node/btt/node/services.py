@@ -15,10 +15,12 @@ from btt.node.folder import Running
 from btt.node.health import HealthServicer
 from btt.node.limits.limiter import Limiter
 from btt.node.metrics import NodeMetrics
+from btt.node.payments.charged import RunningCall
 from btt.node.plugins.host import LEAK_S, START_S, STOP_S, ServiceHost, State, Surroundings
 from btt.node.plugins.scope import follow_tasks
 from btt.node.plugins.watchdog import LIMIT_S, Blocked, Watchdog
 from btt.node.plugins.weakly import weakly
+from btt.node.quota import Quotas
 from btt.node.registry import Plugins, Registry
 from btt.node.supervisor import Supervisor, backoff
 
@@ -53,6 +55,7 @@ class Services:
         clock: Unix milliseconds.
         limiter: Of the node.
         metrics: Of the node.
+        quotas: Of the node.
         health: Is told how each service is.
         credit_limit: Most that anyone may owe, base units.
         patience: How long services may take.
@@ -67,6 +70,7 @@ class Services:
         clock: Callable[[], int],
         limiter: Limiter,
         metrics: NodeMetrics,
+        quotas: Quotas,
         health: HealthServicer,
         credit_limit: int,
         patience: Patience,
@@ -77,6 +81,8 @@ class Services:
             clock=clock,
             limiter=limiter.of,
             metrics=metrics.of,
+            quota=quotas.of,
+            meter=RunningCall(),
             changed=weakly(self._changed),
             start_s=patience.start_s,
             stop_s=patience.stop_s,

@@ -15,7 +15,7 @@ from pydantic.fields import FieldInfo
 from btt.node.config import ENV_PREFIX, ServiceSection, load
 from btt.node.folder import CONFIG
 from btt.node.reload import needs_restart
-from btt.node.values import duration_text, parse_speed, speed_text
+from btt.node.values import duration_text, parse_size, parse_speed, size_text, speed_text
 from btt.sdk.clock import parse_duration
 
 
@@ -86,6 +86,8 @@ def _text(field: FieldInfo, value: Any) -> Any:
         return duration_text(value)
     if parse_speed in readers:
         return speed_text(value)
+    if parse_size in readers:
+        return size_text(value)
     if isinstance(value, tuple):
         return [str(each) for each in value]
     return value if type(value) in (bool, int, str) else str(value)

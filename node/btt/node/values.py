@@ -75,7 +75,8 @@ def is_everywhere(listen: str) -> bool:
 
 
 _RATE = re.compile(r"([0-9]{1,9})\s*(B|KiB|MiB|GiB)/s")
-_SIZES: Final = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+_SIZE = re.compile(r"([0-9]{1,9})\s*(B|KiB|MiB|GiB|TiB)")
+_SIZES: Final = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
 
 
 def parse_speed(text: object) -> int:
@@ -95,6 +96,23 @@ def parse_speed(text: object) -> int:
     return int(match.group(1)) * _SIZES[match.group(2)]
 
 
+def parse_size(text: object) -> int:
+    """Reads what may be kept, such as "200 GiB"; "" is nothing.
+
+    Returns:
+        Bytes.
+
+    Raises:
+        ValueError: It is no size.
+    """
+    if text == "":
+        return 0
+    match = _SIZE.fullmatch(text.strip()) if isinstance(text, str) else None
+    if match is None:
+        raise ValueError('write a size like "500 MiB" or "2 TiB", or "" for nothing')
+    return int(match.group(1)) * _SIZES[match.group(2)]
+
+
 def duration_text(ms: int) -> str:
     """Writes milliseconds as they are read."""
     unit = next(unit for unit in ("d", "h", "m", "s", "ms") if ms % _MILLISECONDS[unit] == 0)
@@ -107,3 +125,9 @@ def speed_text(rate: int) -> str:
         return ""
     unit = next(unit for unit in ("GiB", "MiB", "KiB", "B") if rate % _SIZES[unit] == 0)
     return f"{rate // _SIZES[unit]} {unit}/s"
+
+
+def size_text(size: int) -> str:
+    """Writes bytes as they are read."""
+    unit = next(unit for unit in ("TiB", "GiB", "MiB", "KiB", "B") if size % _SIZES[unit] == 0)
+    return f"{size // _SIZES[unit]} {unit}" if size else ""

@@ -28,6 +28,7 @@ BttError
  +-- ServiceError             the service refused
  |    +-- AppRefused, Banned, RateLimited, Draining
  |    +-- ServiceUnavailable  the node is there, but this service of it is not
+ |    +-- QuotaFull           the service keeps as much as its operator lets it
  |    +-- ContentUnknown, ContentUnavailable
  |    +-- ContentMismatch     data did not verify; it was not paid
  |    +-- NoProviders         no node could serve this; says why for each
@@ -384,6 +385,13 @@ class ServiceUnavailable(ServiceError):
     reason = "SERVICE_UNAVAILABLE"
     retryable = True
     hint = "Try again later, or use another node."
+
+
+class QuotaFull(ServiceError):
+    """The service keeps as much as its operator lets it; nothing more was taken."""
+
+    reason = "QUOTA_FULL"
+    hint = "Use another node, or ask for less."
 
 
 class DeadlineExceeded(ServiceError):

@@ -2,8 +2,9 @@
 
 A service is a class named by an entry point of the group `btt.services`; built-in services
 register in the same way as those of third parties. It gets a folder, its section of the
-configuration, a log, a clock, metrics, the node's limiter and a group for its tasks, and never a
-key: payment is done by the node's interceptors, which read from the proto what a method costs.
+configuration, a log, a clock, metrics, the node's limiter, a quota of what it may keep, a view of
+what the meter has counted and a group for its tasks, and never a key: payment is done by the
+node's interceptors, which read from the proto what a method costs.
 A service that fails is isolated: its methods answer ServiceUnavailable, the node goes on, and the
 service is made and started again after a while.
 
@@ -42,12 +43,17 @@ if TYPE_CHECKING:
 
     import grpc.aio
 
+    from btt.sdk.keys import Address
+
 __all__ = [
     "Limiter",
     "Line",
     "Log",
+    "Meter",
     "Metrics",
+    "PaidCall",
     "Price",
+    "Quota",
     "Rate",
     "Reloadable",
     "ServiceContext",
@@ -104,6 +110,76 @@ class Metrics(Protocol):
         """Sets a gauge, such as `used_bytes`."""
 
 
+class Quota(Protocol):
+    """What a service may keep on the operator's machine: `quota` of its section, nothing if that is missing.
+
+    Reservations survive a crash. Reserve before keeping anything; when the service starts, compare
+    `reservations` with what its folder holds.
+    """
+
+    @property
+    def limit(self) -> int:
+        """Most that may be reserved, bytes; the operator may change it while the service runs."""
+
+    async def used(self) -> int:
+        """Returns the bytes that are reserved; above `limit` if the operator has lowered that since."""
+
+    async def reserve(self, name: str, amount: int) -> None:
+        """Sets bytes aside under a name; what the name had before is replaced, so repeating is harmless.
+
+        Args:
+            name: Of what is kept, at most 200 characters.
+            amount: Bytes, at least one.
+
+        Raises:
+            QuotaFull: That is more than is left; a caller may be told so as it is.
+            StorageError: The disk failed. In either case nothing has changed.
+        """
+
+    async def release(self, name: str) -> bool:
+        """Gives back what a name has, once it is no longer kept; says whether it had anything."""
+
+    async def reservations(self) -> Mapping[str, int]:
+        """Returns the bytes of each name."""
+
+
+class PaidCall(Protocol):
+    """A paid call that runs, as the node's meter sees it; counting and being paid is not the service's."""
+
+    @property
+    def payer(self) -> Address:
+        """The account that pays: whoever holds it made this call."""
+
+    @property
+    def app(self) -> Address | None:
+        """The application it is for; None without one."""
+
+    @property
+    def units(self) -> Mapping[Unit, int]:
+        """What the call has been charged so far; what was taken back is not in it.
+
+        Where all of a call's first exchange is held in advance, that is the largest it may cost.
+        """
+
+    @property
+    def paid(self) -> int:
+        """What this payer has ever paid here, base units."""
+
+    def acknowledge(self) -> None:
+        """Says that all requests of a stream taken so far are done with, such as on disk.
+
+        They are payable from now on, also if the handler refuses a later one; only a handler that
+        fails makes all of its call free. Asking for the next request says the same.
+        """
+
+
+class Meter(Protocol):
+    """What the node has counted."""
+
+    def call(self) -> PaidCall | None:
+        """Returns the call in whose handler, or in a task begun there, this runs; None in a free one."""
+
+
 class Tasks(Protocol):
     """The tasks of one service; what is left of them when it stops is cancelled."""
 
@@ -133,6 +209,8 @@ class ServiceContext:
         tasks: Work in the background.
         limiter: Bytes a second, for traffic that is not gRPC.
         metrics: What an operator may watch.
+        quota: What the service may keep.
+        meter: What calls have been charged.
     """
 
     data_dir: Path
@@ -142,6 +220,8 @@ class ServiceContext:
     tasks: Tasks
     limiter: Limiter
     metrics: Metrics
+    quota: Quota
+    meter: Meter
 
 
 class ServicePlugin(Protocol):

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 import grpc
 
+from btt.node.payments.charged import begin
 from btt.node.payments.context import MeteredContext
 from btt.node.payments.metering import Metering
 from btt.node.payments.session import Session
@@ -72,7 +73,7 @@ class _Kinds:
                 async with self.enter(plain) as (session, call):
                     if call in session.answers:
                         return session.answers[call]
-                    metering = Metering(session, call, self.charge, context.tell)
+                    metering = begin(session, call, self.charge, context)
                     metering.allow(request)
                     await metering.hold(request)
                     message = await inner(request, context)
@@ -98,7 +99,7 @@ class _Kinds:
             context, metering = MeteredContext(plain), None
             try:
                 async with self.enter(plain) as (session, call):
-                    metering = Metering(session, call, charge, context.tell)
+                    metering = begin(session, call, charge, context)
                     metering.allow(request)
                     held = bool(charge.requests)
                     if held:
@@ -131,7 +132,7 @@ class _Kinds:
             context, metering = MeteredContext(plain), None
             try:
                 async with self.enter(plain) as (session, call):
-                    metering = Metering(session, call, self.charge, context.tell)
+                    metering = begin(session, call, self.charge, context)
                     message = await inner(metering.let_in(requests), context)
                     if not self._ended_well(metering, context):
                         return message
@@ -152,7 +153,7 @@ class _Kinds:
             context, metering = MeteredContext(plain), None
             try:
                 async with self.enter(plain) as (session, call):
-                    metering = Metering(session, call, charge, context.tell)
+                    metering = begin(session, call, charge, context)
                     async with aclosing(inner(metering.let_in(requests), context)) as messages:  # type: ignore[type-var]
                         async for message in messages:
                             # A response answers all that the service has taken.

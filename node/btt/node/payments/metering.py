@@ -36,6 +36,7 @@ class Metering:
     """
 
     __slots__ = (
+        "__weakref__",
         "_acknowledged",
         "_bills",
         "_call",

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from btt.node.payments.days import DAYS_SCHEMA, tell_days
+from btt.node.quota import QUOTA_SCHEMA
 from btt.node.refusals import REFUSALS_SCHEMA
 from btt.sdk.channel import Checked, Durable, Line, SignedUpdate, Tally
 from btt.sdk.channel.prices import Count
@@ -25,7 +26,7 @@ from btt.sdk.money import Unit
 from btt.sdk.payment.bans import BANS_SCHEMA
 from btt.sdk.payment.counts import COUNTS_SCHEMA, load_tally, save_counts
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 OPEN, CLOSING, CLOSED = "open", "closing", "closed"
 
 _SCHEMA = """
@@ -55,7 +56,7 @@ CREATE INDEX channels_payer ON channels(payer);
 CREATE TRIGGER best_never_falls BEFORE UPDATE OF best ON channels WHEN new.best < old.best
 BEGIN SELECT raise(ABORT, 'a best update never falls'); END;
 """
-_UPGRADES = {1: BANS_SCHEMA, 2: DAYS_SCHEMA + REFUSALS_SCHEMA}
+_UPGRADES = {1: BANS_SCHEMA, 2: DAYS_SCHEMA + REFUSALS_SCHEMA, 3: QUOTA_SCHEMA}
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +132,7 @@ class PayeeStore:
     def __init__(self, path: Path, *, clock: Callable[[], int] = SYSTEM) -> None:
         self._db = open_books(
             path,
-            schema=_SCHEMA + COUNTS_SCHEMA + BANS_SCHEMA + DAYS_SCHEMA + REFUSALS_SCHEMA,
+            schema=_SCHEMA + COUNTS_SCHEMA + BANS_SCHEMA + DAYS_SCHEMA + REFUSALS_SCHEMA + QUOTA_SCHEMA,
             version=SCHEMA_VERSION,
             upgrades=_UPGRADES,
         )

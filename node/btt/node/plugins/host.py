@@ -24,7 +24,7 @@ from btt.node.plugins.watchdog import Blocked
 from btt.node.plugins.weakly import weakly
 from btt.sdk.channel import Line, Price
 from btt.sdk.errors import ConfigError, ServiceUnavailable, StorageError
-from btt.sdk.plugin import Limiter, Metrics, Reloadable, ServiceContext, ServicePlugin
+from btt.sdk.plugin import Limiter, Meter, Metrics, Quota, Reloadable, ServiceContext, ServicePlugin
 
 log = structlog.get_logger(__name__)
 
@@ -69,6 +69,8 @@ class Surroundings:
         clock: Unix milliseconds.
         limiter: Makes what a service is given of the limiter.
         metrics: The same for the metrics.
+        quota: The same for what it may keep.
+        meter: Tells a service about the call that runs.
         changed: Called after each change of state.
         start_s: Seconds that a start may take.
         stop_s: Seconds that a stop may take.
@@ -79,6 +81,8 @@ class Surroundings:
     clock: Callable[[], int]
     limiter: Callable[[str], Limiter]
     metrics: Callable[[str], Metrics]
+    quota: Callable[[str], Quota]
+    meter: Meter
     changed: Callable[[ServiceHost], None] = lambda _: None
     start_s: float = START_S
     stop_s: float = STOP_S
@@ -189,6 +193,8 @@ class ServiceHost:
                 tasks=self._scope,
                 limiter=self._around.limiter(self.name),
                 metrics=self._around.metrics(self.name),
+                quota=self._around.quota(self.name),
+                meter=self._around.meter,
             )
             self.plugin = cls(context)
             self._to(State.CONFIGURED)

@@ -157,6 +157,10 @@ class Payee:
         call[segment] -= units
         self.meter.deliver(segment, -units)
 
+    def delivered(self, call_id: bytes) -> Mapping[Segment, int]:
+        """Returns what stands counted for an open call."""
+        return dict(self._open.get(call_id, {}))
+
     def void(self, call_id: bytes) -> None:
         """Takes a call back whole: it failed by a fault of the payee, who bears it.
 

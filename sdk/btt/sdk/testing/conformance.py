@@ -11,7 +11,7 @@ import logging
 import tempfile
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -20,10 +20,10 @@ from google.protobuf.message import Message
 
 from btt.sdk.client import Client
 from btt.sdk.clock import SYSTEM
-from btt.sdk.errors import BttError, ConfigError
+from btt.sdk.errors import BttError, ConfigError, QuotaFull
 from btt.sdk.payment.charges import MethodCharge
 from btt.sdk.payment.options import method_charge
-from btt.sdk.plugin import ServiceContext, ServicePlugin
+from btt.sdk.plugin import Quota, ServiceContext, ServicePlugin
 from btt.sdk.service import stub_methods
 from btt.sdk.testing.devnet import Devnet
 
@@ -47,12 +47,14 @@ class Case:
         requests: For each metered method, by its name, requests that it answers, and that cost
             something; a method that takes one is called with the first.
         config: Its section of the configuration.
+        quota: What it may keep, such as "1 MiB"; for a service that reserves.
     """
 
     plugin: type[ServicePlugin]
     stubs: Sequence[Stub]
     requests: Mapping[str, Sequence[Message]]
     config: Mapping[str, Any] = field(default_factory=dict)
+    quota: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +82,7 @@ class _Life:
     start: str = ""
     stop: str = ""
     left: str = ""
+    quota: _Shuttable | None = None
 
 
 async def run(case: Case) -> list[Finding]:
@@ -97,7 +100,7 @@ async def run(case: Case) -> list[Finding]:
     try:
         net = Devnet(
             in_process=True,
-            services={name: case.config},
+            services={name: {**case.config, "quota": case.quota}},
             plugins={name: cast("type[ServicePlugin]", _watched(case.plugin, life))},
         )
         async with net:
@@ -105,6 +108,7 @@ async def run(case: Case) -> list[Finding]:
             if life.start:
                 return found
             found += await _check_calls(case, net)
+            found.append(await _check_quota(case, net, life))
     except ConfigError as error:
         found.append(Finding("registered", str(error)))
         return found
@@ -117,7 +121,8 @@ def _watched(plugin: type[ServicePlugin], life: _Life) -> Callable[[ServiceConte
     """Makes the plugin's instances tell how they stopped, and never hold the node up."""
 
     def make(context: ServiceContext) -> ServicePlugin:
-        made = plugin(context)
+        life.quota = _Shuttable(context.quota)
+        made = plugin(replace(context, quota=life.quota))
         start, stop = made.start, made.stop
 
         async def started() -> None:
@@ -157,7 +162,7 @@ def _check_config(case: Case) -> Finding:
             idle = _Idle()
             context = ServiceContext(
                 data_dir=Path(folder), config=config, log=_Quiet(), clock=SYSTEM,
-                tasks=idle, limiter=idle, metrics=idle,
+                tasks=idle, limiter=idle, metrics=idle, quota=_Full(), meter=idle,
             )  # fmt: skip
             try:
                 case.plugin(context)
@@ -170,7 +175,7 @@ def _check_config(case: Case) -> Finding:
 
 
 class _Idle:
-    """Tasks, limiter and metrics of a service that is never started."""
+    """Tasks, limiter, metrics and meter of a service that is never started."""
 
     alive: Sequence[asyncio.Task[Any]] = ()
 
@@ -189,6 +194,52 @@ class _Idle:
     def gauge(self, name: str, value: float) -> None:
         pass
 
+    def call(self) -> None:
+        return None
+
+
+class _Full:
+    """A quota in which nothing is left."""
+
+    limit = 0
+
+    async def used(self) -> int:
+        return 0
+
+    async def reserve(self, name: str, amount: int) -> None:
+        raise QuotaFull(f"Nothing is left for the {amount} bytes of {name}.")
+
+    async def release(self, name: str) -> bool:
+        return False
+
+    async def reservations(self) -> Mapping[str, int]:
+        return {}
+
+
+class _Shuttable:
+    """The quota of the node, until it is shut: then nothing is left of it."""
+
+    def __init__(self, quota: Quota) -> None:
+        self._quota = quota
+        self.is_shut = self.was_asked = False
+
+    @property
+    def limit(self) -> int:
+        return 0 if self.is_shut else self._quota.limit
+
+    async def used(self) -> int:
+        return await self._quota.used()
+
+    async def reserve(self, name: str, amount: int) -> None:
+        self.was_asked = True
+        await (_Full() if self.is_shut else self._quota).reserve(name, amount)
+
+    async def release(self, name: str) -> bool:
+        return await self._quota.release(name)
+
+    async def reservations(self) -> Mapping[str, int]:
+        return await self._quota.reservations()
+
 
 class _Quiet:
     """A log that nobody reads."""
@@ -199,9 +250,36 @@ class _Quiet:
     debug = info = warning = error = _write
 
 
-async def _check_calls(case: Case, net: Devnet) -> list[Finding]:
+def _metered(case: Case) -> list[tuple[Stub, str, MethodCharge]]:
     methods = [(stub, path, method_charge(path)) for stub in case.stubs for path in stub_methods(stub)]
-    metered = [(stub, path, charge) for stub, path, charge in methods if not charge.free]
+    return [(stub, path, charge) for stub, path, charge in methods if not charge.free]
+
+
+async def _check_quota(case: Case, net: Devnet, life: _Life) -> Finding:
+    """When its operator's cap is reached, callers are told that, or served, and pay for no failure."""
+    check = "a full quota is told"
+    if life.quota is None or not life.quota.was_asked:
+        return Finding(check)
+    life.quota.is_shut = True
+    wrong = [text for one in _metered(case) if (text := await _full(case, net, *one))]
+    life.quota.is_shut = False
+    return Finding(check, " ".join(wrong))
+
+
+async def _full(case: Case, net: Devnet, stub: Stub, path: str, charge: MethodCharge) -> str:
+    client = await net.client(_BUDGET)
+    try:
+        async with asyncio.timeout(CALL_S), client:
+            await _read(client, case, stub, path, charge, None)
+    except QuotaFull:
+        return ""
+    except (BttError, TimeoutError) as error:
+        return f"{path}: {error!r}, not QuotaFull, when nothing is left of its quota."
+    return ""
+
+
+async def _check_calls(case: Case, net: Devnet) -> list[Finding]:
+    metered = _metered(case)
     missing = [path for _, path, _ in metered if not case.requests.get(path.rpartition("/")[2])]
     if missing:
         return [Finding("every method is tried", f"There is no request for {', '.join(missing)}.")]

@@ -94,6 +94,8 @@ class _ReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Reason.ValueTy
     """The service of the node has failed or is switched off."""
     REASON_OVERBILLED: _Reason.ValueType  # 34
     """The service billed more than the request allows; that was neither sent nor charged."""
+    REASON_QUOTA_FULL: _Reason.ValueType  # 35
+    """The service keeps as much as its operator lets it."""
 
 class Reason(_Reason, metaclass=_ReasonEnumTypeWrapper):
     """The reasons. Numbers and names are for ever."""
@@ -168,4 +170,6 @@ REASON_SERVICE_UNAVAILABLE: Reason.ValueType  # 33
 """The service of the node has failed or is switched off."""
 REASON_OVERBILLED: Reason.ValueType  # 34
 """The service billed more than the request allows; that was neither sent nor charged."""
+REASON_QUOTA_FULL: Reason.ValueType  # 35
+"""The service keeps as much as its operator lets it."""
 Global___Reason: _TypeAlias = Reason  # noqa: Y015
