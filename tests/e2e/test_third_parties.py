@@ -19,11 +19,11 @@ from btt.sdk.clock import SharedClock
 from btt.sdk.testing import Devnet
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
-NAMES = ("acme-words", "dataset-query", "message-relay")
+NAMES = ("acme-words", "dataset-query", "message-relay", "note-pocket")
 
 
 class Place:
-    """Where three distributions are installed, apart from the environment of the tests."""
+    """Where four distributions are installed, apart from the environment of the tests."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -74,7 +74,7 @@ def test_what_is_installed_is_listed_with_its_origin(place: Place) -> None:
 def test_it_conforms(place: Place, name: str) -> None:
     found = json.loads(place.btt("plugin", "check", name, "--json"))
     assert found["ok"]
-    assert len(found["findings"]) == 8
+    assert len(found["findings"]) == 9
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -154,6 +154,7 @@ async def test_their_dapps_pay_a_node_in_another_process(
     services = {
         "dataset-query": {"path": str(films), "table": "films", "rate": "0.0001 BTT / row"},
         "message-relay": {"rate": "100 base units / byte"},
+        "note-pocket": {"keep_rate": "1 base units / byte", "quota": "1 KiB"},
     }
     async with Devnet(services=services) as net:
         ann, bob = [await _wallet(place, net, name) for name in ("ann", "bob")]
@@ -171,7 +172,11 @@ async def test_their_dapps_pay_a_node_in_another_process(
             assert [_next(listening.stdout), _next(listening.stdout)] == ["hello", "world!"]
             heard, _ = listening.communicate("", timeout=60)
         assert heard == "spent 0.0011 BTT\n"
-        assert int((await net.node_status())["captured"]) == 10_000 + 1_100 + 1_100
+
+        pocket = str(EXAMPLES / "note-pocket" / "dapp.py")
+        assert place.python(pocket, "buy", "milk", **ann) == "spent 0.000008 BTT\n"
+        assert place.python(pocket, **ann) == "buy milk\nspent 0.001 BTT\n"
+        assert int((await net.node_status())["captured"]) == 10_000 + 1_100 + 1_100 + 8 + 1_000
         totals = await net.ledger_totals()
         assert totals.is_conserved
         assert totals.open_channels == 0
