@@ -17,11 +17,20 @@ from btt.node.cli import app as node_app
 from btt.node.commands.service import app as service_app
 from btt.node.editing import edit
 from btt.node.folder import NodeFolder, running_facts
+from btt.node.payments.bans import Failure
 from btt.node.plugins.host import State
 from btt.node.runtime import Node
 from btt.sdk.budget import Budget
 from btt.sdk.client import Client
-from btt.sdk.errors import BttError, ConfigError, Draining, PriceChanged, RateLimited, ServiceUnavailable
+from btt.sdk.errors import (
+    BttError,
+    ConfigError,
+    Draining,
+    PriceChanged,
+    RateLimited,
+    ServiceUnavailable,
+    TermsRefused,
+)
 from btt.sdk.money import Rate, Unit
 from btt.sdk.plugin import check_keys, read_rate
 from btt.sdk.rpc import to_error
@@ -219,6 +228,64 @@ async def test_what_needs_a_restart_is_named_and_the_rest_is_taken(economy, node
         assert (await node.reload()).as_json() == {"applied": [], "restart": [], "error": ""}
 
 
+async def test_credit_and_bans_change_for_those_who_are_there(economy, node):
+    wallet, other = await economy.wallet(), await economy.wallet()
+    async with node:
+        async with client_of(economy, node, wallet) as btt:
+            await btt.session(100_000)
+            [live] = node.sessions.all()
+            payer = live.payer
+            assert live.payee.standing.lease > 0, "a stranger who is lent a unit"
+            assert await node.sessions.bans.payer_failed(payer, Failure.UNPAID, network=None) is None
+            keys = {
+                "payments.credit_limit": "2 BTT",
+                "payments.strangers_per_network": "0 BTT",
+                "payments.close_margin": "2s",
+                "bans.after": 1,
+            }
+            edit(node.folder.path, keys)
+            assert set((await node.reload()).applied) == set(keys)
+            assert live.payee.standing.limit == 2_000_000
+            assert node.closer.margin_ms == 2000
+            economy.clock.ahead_ms += 31_000  # sooner it would be the same failure
+            assert await node.sessions.bans.payer_failed(payer, Failure.UNPAID, network=None) is not None
+        async with client_of(economy, node, other) as btt:
+            await btt.session(100_000)
+            live = next(session for session in node.sessions.all() if session.payer == other.account.address)
+            assert live.payee.standing.lease == 0, "strangers are lent nothing any more"
+            edit(node.folder.path, {"payments.strangers_per_hour": "5 BTT"})
+            assert (await node.reload()).applied == ("payments.strangers_per_hour",)
+
+
+async def test_credit_that_is_too_small_for_a_message_changes_nothing(economy, node):
+    async with node:
+        edit(node.folder.path, {"payments.credit_limit": "0.000001 BTT", "bans.after": 1})
+        told = await node.reload()
+        assert "more than anyone may owe" in told.error
+        assert node.sessions.bans.policy.after == 3
+        assert node.services.registry.credit_limit == 1_000_000
+        edit(node.folder.path, {"payments.credit_limit": "0.9 BTT", "services.probe.rate": "0.01 BTT / row"})
+        assert "more than anyone may owe" in (await node.reload()).error
+        assert ProbePlugin.made.rate == Rate(1, 1, Unit.COUNT)
+        assert node.services.registry.credit_limit == 1_000_000
+
+
+async def test_other_terms_are_another_offer_and_new_channels_keep_them(economy, node):
+    async with node, dial(node.folder.certificate, node.address.node, node.address.port) as channel:
+        before = await node.offers.current()
+        edit(node.folder.path, {"payments.min_amount": "2 BTT", "payments.min_challenge": "2s"})
+        told = await node.reload()
+        assert (told.applied, told.restart) == (("payments.min_amount",), ("payments.min_challenge",))
+        now = await node.offers.current()
+        assert now.serial == before.serial + 1
+        assert (now.terms.min_amount, now.terms.min_challenge_ms) == (2_000_000, 1000)
+        payer = RawPayer(economy, before, channel)
+        with pytest.raises(TermsRefused, match="lock at least 2000000"):
+            await payer.fund(deposit=1_000_000)
+        await node.reload()
+        assert await node.offers.current() is now, "what waits for a restart is no other offer"
+
+
 # Opting out
 
 
@@ -386,7 +453,7 @@ def test_profiles_and_configuration(economy, tmp_path):
     assert by_key["payments.grace"]["value"] == "30s"
     assert by_key["payments.grace"]["needs_restart"]
     assert by_key["payments.max_lifetime"] == {
-        "key": "payments.max_lifetime", "value": "30d", "origin": "default", "needs_restart": True,
+        "key": "payments.max_lifetime", "value": "30d", "origin": "default", "needs_restart": False,
     }  # fmt: skip
     assert by_key["services.content.rate"]["value"] == "1 BTT / GiB"
     before = path.read_text()

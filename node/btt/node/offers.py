@@ -71,17 +71,17 @@ class Offers:
         self._current = last
         await self._sign()
 
-    async def reprice(self, prices: Mapping[Line, Price]) -> bool:
-        """Offers other prices from now on, and says whether they are others.
+    async def reprice(self, prices: Mapping[Line, Price], terms: ChannelTerms) -> bool:
+        """Offers other prices and terms from now on, and says whether they are others.
 
         Raises:
             StorageError: The offer could not be kept; the old one stays.
         """
         async with self._signing:
             before = self._content
-            if dict(before.prices) == dict(prices):
+            if dict(before.prices) == dict(prices) and before.terms == terms:
                 return False
-            self._content = replace(before, prices=dict(prices))
+            self._content = replace(before, prices=dict(prices), terms=terms)
             try:
                 await self._sign()
             except BttError:

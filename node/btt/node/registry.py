@@ -132,6 +132,7 @@ class Registry:
         hosts: Each service that is, or was, enabled; by name.
         owners: Name of the service by proto service.
         limits: Which calls the node takes on, by proto service.
+        credit_limit: Most that anyone may owe, base units.
     """
 
     def __init__(
@@ -140,7 +141,7 @@ class Registry:
         self._plugins = plugins
         self._around = around
         self._limiter = limiter
-        self._credit_limit = credit_limit
+        self.credit_limit = credit_limit
         self.hosts: dict[str, ServiceHost] = {}
         self.owners: dict[str, str] = {}
         self.limits: dict[str, Limits] = {}
@@ -192,6 +193,19 @@ class Registry:
         self.hosts |= {host.name: host for host in made}
         return made
 
+    def check_credit(self, limit: int) -> None:
+        """Says whether so much credit is enough for each message that is sold here.
+
+        Args:
+            limit: Most that anyone may owe, base units.
+
+        Raises:
+            ConfigError: It is not.
+        """
+        for host in self.hosts.values():
+            if host.state not in (State.DRAINING, State.STOPPED):
+                _check_cost(host.prices, limit)
+
     async def begin(self, host: ServiceHost) -> None:
         """Starts one service and registers it; if it fails, it is isolated.
 
@@ -219,7 +233,7 @@ class Registry:
     def _priced(self, plugin: ServicePlugin, services: Collection[str]) -> dict[Line, Price]:
         prices = dict(plugin.prices())
         charges = [c for path, c in self.registrar.charges.items() if path.split("/")[1] in services]
-        _check_prices(charges, prices, self._credit_limit)
+        _check_prices(charges, prices, self.credit_limit)
         return prices
 
     def reload(self, name: str, config: Mapping[str, Any]) -> None:
@@ -273,6 +287,10 @@ def _check_prices(charges: list[MethodCharge], prices: Mapping[Line, Price], cre
             largest = max(charge.largest_message, charge.largest_request)
             if line.unit is Unit.BYTE and largest > MAX_MESSAGE - _ENVELOPE:
                 raise ConfigError(f"{charge.path} allows messages that are larger than gRPC takes here.")
+    _check_cost(prices, credit_limit)
+
+
+def _check_cost(prices: Mapping[Line, Price], credit_limit: int) -> None:
     cost = PriceSheet(b"", prices).unit_charge
     if cost > credit_limit:
         raise ConfigError(

@@ -1,7 +1,8 @@
 """Takes a changed configuration while the node runs: all of what can be taken, or nothing if it is wrong.
 
-Limits, the log level, prices and which services run change at once. The rest, such as keys,
-addresses and the terms of channels, needs a restart, and is named.
+Limits, credit, bans, terms, the log level, prices and which services run change at once. The rest
+needs a restart, and is named: addresses, who is paid, and the two times that the transport and
+the watch over channels are built on (`payments.grace`, `payments.min_challenge`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from btt.node import config as node_config
 from btt.node.config import NodeConfig, ServiceSection
 from btt.node.folder import CONFIG
 from btt.node.logs import LEVEL
+from btt.node.payments.sessions import CreditPolicy
 from btt.node.plugins.host import ServiceHost, State
 from btt.sdk.errors import BttError
 from btt.sdk.plugin import Reloadable
@@ -26,7 +28,23 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
-_AT_ONCE = ("apps.", "limits.", "log.level", "services.")
+_PAYMENTS_AT_ONCE = (
+    "credit_limit",
+    "strangers_per_hour",
+    "strangers_per_network",
+    "min_amount",
+    "min_lifetime",
+    "max_lifetime",
+    "close_margin",
+)
+_AT_ONCE = (
+    "apps.",
+    "bans.",
+    "limits.",
+    "log.level",
+    "services.",
+    *(f"payments.{key}" for key in _PAYMENTS_AT_ONCE),
+)
 _NODES_OWN = tuple(ServiceSection.model_fields)
 """Keys of a service's section that are the node's."""
 _OFF = ServiceSection()
@@ -54,6 +72,24 @@ class Reloaded:
     def as_json(self) -> dict[str, Any]:
         """Returns it for machines."""
         return {"applied": list(self.applied), "restart": list(self.restart), "error": self.error}
+
+
+def credit_policy(config: NodeConfig, *, unit: int = 0) -> CreditPolicy:
+    """Returns what a node lends by its configuration.
+
+    Args:
+        config: Of the node.
+        unit: Cost of the dearest verify unit, base units.
+    """
+    payments = config.payments
+    return CreditPolicy(
+        unit=unit,
+        limit=int(payments.credit_limit),
+        strangers_per_hour=int(payments.strangers_per_hour),
+        strangers_per_network=int(payments.strangers_per_network),
+        grace_s=payments.grace / 1000,
+        bans=config.bans_policy,
+    )
 
 
 def changed_keys(old: NodeConfig, new: NodeConfig) -> Iterator[str]:
@@ -85,11 +121,14 @@ class Reloader:
 
     Args:
         node: Which serves already.
+
+    Attributes:
+        held: What holds now: as read at the start, with all that changed since.
     """
 
     def __init__(self, node: Node) -> None:
         self._node = node
-        self._held = node.folder.config
+        self.held = node.folder.config
         self._lock = asyncio.Lock()
         self._retiring: set[asyncio.Task[None]] = set()
 
@@ -104,20 +143,24 @@ class Reloader:
         return result
 
     async def _reload(self, new: NodeConfig) -> Reloaded:
-        services, held = self._node.services.registry, self._held
+        services, held = self._node.services.registry, self.held
         keys = list(changed_keys(held, new))
         restart = [key for key in keys if needs_restart(key)]
         # Whatever may be wrong comes first, so that a wrong configuration changes nothing.
+        credit_before = services.credit_limit
         changed = self._changed_services(new)
         stuck = [host for host in changed if not self._takes(host)]
         done: list[tuple[ServiceHost, ServiceSection]] = []
         try:
-            made = services.configure(new.services)
+            services.credit_limit = new.payments.credit_limit
             for host in changed:
                 if host not in stuck:
                     services.reload(host.name, new.services[host.name].options)
                     done.append((host, held.services[host.name]))
+            services.check_credit(new.payments.credit_limit)
+            made = services.configure(new.services)
         except BttError:
+            services.credit_limit = credit_before
             for host, section in done:
                 services.reload(host.name, section.options)
             raise
@@ -126,7 +169,12 @@ class Reloader:
             restart += [
                 f"services.{host.name}.{key}" for key in _changed_in(before, after) if key not in _NODES_OWN
             ]
+        payments = {key: getattr(new.payments, key) for key in _PAYMENTS_AT_ONCE}
+        self.held = held.model_copy(
+            update={"bans": new.bans, "payments": held.payments.model_copy(update=payments)}
+        )
         self.apply_limits(new)
+        self._apply_payments()
         for host in made:
             await services.begin(host)
             self._node.services.supervisor.follow(host)
@@ -138,7 +186,7 @@ class Reloader:
         for host in stuck:
             own = {key: getattr(new.services[host.name], key) for key in _NODES_OWN}
             kept[host.name] = held.services[host.name].model_copy(update=own)
-        self._held = held.model_copy(
+        self.held = self.held.model_copy(
             update={
                 "apps": new.apps,
                 "limits": new.limits,
@@ -190,6 +238,10 @@ class Reloader:
         for proto, name in registry.owners.items():
             if name in config.services:
                 registry.limits[proto] = config.services[name].limits.named(name)
+
+    def _apply_payments(self) -> None:
+        self._node.sessions.lend_by(credit_policy(self.held))
+        self._node.closer.margin_ms = self.held.payments.close_margin
 
     async def close(self) -> None:
         """Waits no longer for services that are being switched off."""

@@ -31,13 +31,13 @@ from btt.node.payments.interceptor import PaymentInterceptor
 from btt.node.payments.ledger import LedgerOnDemand
 from btt.node.payments.registrar import Registrar
 from btt.node.payments.servicer import PaymentServicer
-from btt.node.payments.sessions import CreditPolicy, Sessions
+from btt.node.payments.sessions import Sessions
 from btt.node.payments.store import PayeeStore
 from btt.node.platform import keepalive, platform_names
 from btt.node.plugins.weakly import weakly
 from btt.node.quota import Quotas
 from btt.node.refusals import Refusals
-from btt.node.reload import Reloaded, Reloader
+from btt.node.reload import Reloaded, Reloader, credit_policy
 from btt.node.samples import read_samples
 from btt.node.services import Patience, Services
 from btt.node.values import parse_listen
@@ -215,7 +215,7 @@ class Node:
         Raises:
             StorageError: The offer could not be kept; the old one stays.
         """
-        if await self.offers.reprice(self.services.registry.prices):
+        if await self.offers.reprice(self.services.registry.prices, self.reloader.held.payments.terms):
             self._lend_units()
 
     def _lend_units(self) -> None:
@@ -278,14 +278,9 @@ class Node:
         self.sessions = Sessions(
             ledger_id=ledger_id,
             store=self.store,
-            policy=CreditPolicy(
-                # A session may still pin the offer before this one.
-                unit=max(offer.sheet.unit_charge for offer in self.offers.usable()),
-                limit=int(payments.credit_limit),
-                strangers_per_hour=int(payments.strangers_per_hour),
-                strangers_per_network=int(payments.strangers_per_network),
-                grace_s=payments.grace / 1000,
-                bans=folder.config.bans_policy,
+            # A session may still pin the offer before this one.
+            policy=credit_policy(
+                folder.config, unit=max(offer.sheet.unit_charge for offer in self.offers.usable())
             ),
             clock=self.clock,
         )

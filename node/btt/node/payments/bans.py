@@ -66,7 +66,7 @@ class Bans:
 
     def __init__(self, *, store: PayeeStore, policy: BanPolicy, clock: Callable[[], int]) -> None:
         self._store = store
-        self._policy = policy
+        self.policy = policy
         self._clock = clock
 
     async def payer_failed(self, payer: Address, failure: Failure, *, network: str | None) -> Banned | None:
@@ -86,10 +86,10 @@ class Bans:
             before = load_conduct(db, str(payer))
             if failure is Failure.DEFAULT and before.strikes and before.reason == failure.value:
                 return before
-            conduct, is_new = save_strike(db, str(payer), failure.value, now_ms=now, policy=self._policy)
+            conduct, is_new = save_strike(db, str(payer), failure.value, now_ms=now, policy=self.policy)
             if is_new and network is not None:
                 # Payers fail each for itself, however near to one another.
-                each = replace(self._policy, apart_ms=0)
+                each = replace(self.policy, apart_ms=0)
                 save_strike(db, network, failure.value, now_ms=now, policy=each)
             return conduct
 
@@ -102,9 +102,9 @@ class Bans:
         now = self._clock()
         reason = Failure.MISUSE.value
         known: Conduct = await self._store.run(lambda db: load_conduct(db, network))
-        if known.strike(reason, now_ms=now, policy=self._policy) is known:
+        if known.strike(reason, now_ms=now, policy=self.policy) is known:
             return  # repeated misuse does not make the disk busy
-        await self._store.run(lambda db: save_strike(db, network, reason, now_ms=now, policy=self._policy))
+        await self._store.run(lambda db: save_strike(db, network, reason, now_ms=now, policy=self.policy))
         log.warning("network.failed", network=network, failure=reason)
 
     async def check(self, payer: Address, network: str) -> None:
@@ -143,9 +143,9 @@ class Bans:
         now = self._clock()
         found: dict[str, Conduct] = await self._store.run(all_conduct)
         return {
-            subject: conduct.remaining(now, self._policy)
+            subject: conduct.remaining(now, self.policy)
             for subject, conduct in found.items()
-            if not conduct.is_forgotten(now, self._policy)
+            if not conduct.is_forgotten(now, self.policy)
         }
 
     async def ban(self, subject: str, *, for_ms: int | None, reason: str) -> Conduct:

@@ -56,7 +56,7 @@ class Closer:
         self._ledger = ledger
         self._key = key
         self._clock = clock
-        self._margin_ms = margin_ms
+        self.margin_ms = margin_ms
         self._closing: set[asyncio.Future[tuple[bytes, bytes]]] = set()
 
     async def close(self, channel_id: bytes) -> tuple[bytes, bytes]:
@@ -128,7 +128,7 @@ class Closer:
         return closed
 
     def _is_due(self, record: ChannelRecord) -> bool:
-        return record.expires_ms - self._margin_ms <= self._clock()
+        return record.expires_ms - self.margin_ms <= self._clock()
 
     async def watch(self) -> int:
         """Asks the ledger about every open channel: closes those that are closing, shows the rest.

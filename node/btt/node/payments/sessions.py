@@ -78,6 +78,20 @@ class Sessions:
         for book in self._books.values():
             book.standing.unit = unit
 
+    def lend_by(self, policy: CreditPolicy) -> None:
+        """Lends and bans by other rules from now on.
+
+        Args:
+            policy: Its unit is that of `reprice`, and its grace time that of sessions yet to open.
+        """
+        self._policy = replace(policy, unit=self._policy.unit)
+        self._strangers.limit(total=policy.strangers_per_hour, per_network=policy.strangers_per_network)
+        self.bans.policy = policy.bans
+        for book in self._books.values():
+            book.standing.limit = policy.limit
+        for session in self.all():
+            session.advance()
+
     def find(self, token: bytes, call_id: bytes, signature: bytes) -> Session:
         """Returns the live session that a call may use.
 

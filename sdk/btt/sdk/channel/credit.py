@@ -109,6 +109,13 @@ class Strangers:
         self._per_network = per_network
         self._networks: dict[str, _Bucket] = {}
 
+    def limit(self, *, total: int, per_network: int) -> None:
+        """Lends other sums an hour from now on; what is lent stays lent."""
+        self._total.resize(total)
+        self._per_network = per_network
+        for bucket in self._networks.values():
+            bucket.resize(per_network)
+
     def lend(self, network: str, amount: int, now_ms: int) -> bool:
         """Takes `amount` from both buckets, or nothing from either.
 
@@ -150,6 +157,10 @@ class _Bucket:
             self.put_ms((now_ms - self._at_ms) * self._capacity)
         self._at_ms = max(now_ms, self._at_ms or 0)
         return self._level_ms // 3_600_000
+
+    def resize(self, capacity: int) -> None:
+        self._level_ms += (capacity - self._capacity) * 3_600_000
+        self._capacity = capacity
 
     def full(self, now_ms: int) -> bool:
         return self.available(now_ms) >= self._capacity
