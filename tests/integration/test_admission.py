@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+import grpc.aio
 import pytest
 
 from btt.node.admission import Apps, Limits
@@ -15,7 +16,7 @@ from btt.sdk.keys import Address, PrivateKey
 from btt.sdk.payment.apps import MAX_GRANT_MS, open_grant, sign_grant
 from btt.sdk.payment.purse import Purse
 from btt.sdk.signing import APP_UNKNOWN
-from kit.probe import CALL_PRICES, Calls, pb, rpc
+from kit.probe import CALL_PRICES, PRICES, Calls, Probe, pb, rpc
 
 HOUR_MS = 3_600_000
 
@@ -259,7 +260,10 @@ async def test_a_call_without_a_deadline_gets_that_of_its_service(calls, economy
         await session.settle()
         [live] = calls.sessions.all()
         assert live.payee.standing.written_off == 0, "a service that is too slow is no fault of its payer"
-        # A deadline of the caller's own stands.
+        # A shorter deadline of the caller's own stands, a longer one does not.
+        with pytest.raises(DeadlineExceeded, match=r"longer than 0\.05 seconds"):
+            await stub.Put(hang, timeout=60)
+        calls.admission._services = {service: Limits(name="calls", deadline_s=60)}
         patient = stub.Put(hang, timeout=0.3)
         with pytest.raises(DeadlineExceeded, match="its deadline"):
             await patient
@@ -284,3 +288,23 @@ async def test_a_reader_that_does_not_read_holds_its_call_no_longer_than_the_dea
         call.cancel()
         await session.abandon()
         btt.providers[0].live = None
+
+
+async def test_a_free_call_of_a_service_has_a_deadline_too(economy):
+    class Slow(Probe):
+        async def Free(self, request, context):  # noqa: N802
+            await asyncio.Event().wait()
+
+        async def FreeMany(self, request, context):  # noqa: N802
+            yield pb.Plain()
+            await asyncio.Event().wait()
+
+    node = await economy.node(lambda r: rpc.add_ProbeServiceServicer_to_server(Slow(), r), PRICES)
+    node.admission._services = {"probe.v1.ProbeService": Limits(name="probe", deadline_s=0.05)}
+    async with economy.client(node, await economy.wallet()) as btt:
+        stub = rpc.ProbeServiceStub((await btt.session(100_000)).channel)
+        with pytest.raises(grpc.aio.AioRpcError, match=r"longer than 0\.05 seconds"):
+            await stub.Free(pb.Ask())
+        with pytest.raises(grpc.aio.AioRpcError, match=r"longer than 0\.05 seconds"):
+            async for _ in stub.FreeMany(pb.Ask()):
+                pass

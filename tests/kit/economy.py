@@ -136,7 +136,11 @@ class TestNode:
         self.server = grpc.aio.server(
             interceptors=[
                 PaymentInterceptor(
-                    sessions=self.sessions, charges=charges, admit=self.admission.admit, clock=self.clock
+                    sessions=self.sessions,
+                    charges=charges,
+                    admit=self.admission.admit,
+                    admit_free=self.admission.admit_free,
+                    clock=self.clock,
                 )
             ],
             options=[*TRANSPORT_OPTIONS, ("grpc.so_reuseport", 0)],

@@ -194,7 +194,7 @@ class LimitsSection(_Section):
         calls: Those that run at once.
         calls_per_payer: Of those, of one payer.
         calls_per_minute: Those that one payer may begin in a minute; 0 is no bound.
-        deadline: How long a call may take whose caller sets no deadline.
+        deadline: How long a call may take, whatever its caller allows it.
     """
 
     up: Speed = 0
@@ -226,7 +226,7 @@ class ServiceLimits(_Section):
         calls: Those that run at once.
         calls_per_payer: Of those, of one payer.
         calls_per_minute: Those that one payer may begin in a minute.
-        deadline: How long a call may take whose caller sets no deadline.
+        deadline: How long a call may take, whatever its caller allows it.
     """
 
     up: Speed = 0

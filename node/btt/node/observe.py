@@ -1,4 +1,10 @@
-"""The outermost interceptor: sees how every call ends, whatever refused it.
+"""The outermost interceptor: names every call in the log, and sees how it ends, whatever refused it.
+
+A call meets, in this order and each in a module of its own: its name in the log (`requests`), the
+bound on connections (`connections`), who pays (`payments.interceptor`), whether the node drains,
+the application, the rate, the number at once, the deadline (`admission`), the meter
+(`payments.metering`), the service's guard (`plugins.guard`); on the way out the refusals and the
+metrics.
 
 It is the one place where refusals and requests are counted, so that no part of the chain can
 forget to. It reads the reason from what the call is answered with, which costs nothing for calls
@@ -17,6 +23,7 @@ import grpc.aio
 
 from btt.node.connections import Connections
 from btt.node.refusals import SERVED
+from btt.node.requests import begin_request
 from btt.sdk.errors import RateLimited
 from btt.sdk.rpc import abort, reason_of
 
@@ -67,11 +74,12 @@ class Observer(grpc.aio.ServerInterceptor):
         if handler is None or service is None:
             return handler  # type: ignore[no-any-return]
         name: str = service
+        metadata = dict(handler_call_details.invocation_metadata or ())
         if handler.response_streaming:
             inner = handler.stream_stream or handler.unary_stream
 
             async def stream(request: Any, context: Any) -> AsyncIterator[Any]:
-                with self._watched(name, method, context):
+                with self._watched(name, method, metadata, context):
                     await self._enter(context)
                     async with aclosing(inner(request, context)) as messages:
                         async for message in messages:
@@ -86,7 +94,7 @@ class Observer(grpc.aio.ServerInterceptor):
         inner_unary = handler.stream_unary or handler.unary_unary
 
         async def unary(request: Any, context: Any) -> Any:
-            with self._watched(name, method, context):
+            with self._watched(name, method, metadata, context):
                 await self._enter(context)
                 return await inner_unary(request, context)
 
@@ -104,7 +112,10 @@ class Observer(grpc.aio.ServerInterceptor):
             await abort(context, error)
 
     @contextmanager
-    def _watched(self, service: str, method: str, context: Any) -> Iterator[None]:
+    def _watched(
+        self, service: str, method: str, metadata: Mapping[str, Any], context: Any
+    ) -> Iterator[None]:
+        ended = begin_request(service, method, metadata, context.peer())
         reason = SERVED
         try:
             yield
@@ -117,5 +128,6 @@ class Observer(grpc.aio.ServerInterceptor):
         finally:
             if (service, method, reason) == _GOOD_END:
                 reason = SERVED
+            ended(reason)
             for watcher in self._watchers:
                 watcher(service, method, reason)

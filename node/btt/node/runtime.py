@@ -176,6 +176,7 @@ class Node:
             sessions=self.sessions,
             charges=registrar.charges,
             admit=self.admission.admit,
+            admit_free=self.admission.admit_free,
             clock=self.clock,
         )
         self.refusals = Refusals(store=self.store, clock=self.clock)

@@ -8,7 +8,7 @@ payer is known already, come by here.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from btt.node.admission.apps import Apps
@@ -84,3 +84,18 @@ class Admission:
             deadline(service.deadline_s or self._node.deadline_s, context),
         ):
             yield
+
+    def admit_free(self, service: str, context: Any) -> AbstractContextManager[None]:
+        """Gives a free call the time that its service has; those of the node itself have all they want.
+
+        Args:
+            service: Full name of the proto service.
+            context: Of the call.
+
+        Raises:
+            DeadlineExceeded: When the time is up.
+        """
+        limits = self._services.get(service)
+        if limits is None:
+            return nullcontext()
+        return deadline(limits.deadline_s or self._node.deadline_s, context)

@@ -1,4 +1,4 @@
-"""No call runs for ever: one whose caller sets no deadline gets that of its service."""
+"""No call runs for ever: none has longer than its service allows, whatever its caller asks for."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def deadline(seconds: float, context: Any) -> Iterator[None]:
     """Ends the call that runs in the block after a time.
 
     It ends wherever it is: in the service, waiting for payment, or sending to a reader that does
-    not read. gRPC itself enforces a deadline that the caller sets.
+    not read. gRPC itself enforces a shorter deadline that the caller sets.
 
     Args:
         seconds: 0 is for ever.
@@ -25,7 +25,8 @@ def deadline(seconds: float, context: Any) -> Iterator[None]:
         DeadlineExceeded: The time was up.
     """
     task = asyncio.current_task()
-    if not seconds or task is None or context.time_remaining() is not None:
+    own = context.time_remaining()
+    if not seconds or task is None or (own is not None and own <= seconds):
         yield
         return
     up = False

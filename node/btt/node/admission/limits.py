@@ -14,7 +14,7 @@ class Limits:
         calls: Most that run at once.
         calls_per_payer: Of those, of one payer over all its sessions and connections.
         calls_per_minute: Most that one payer begins in a minute.
-        deadline_s: Seconds that a call may take whose caller sets no deadline.
+        deadline_s: Seconds that a call may take at most.
     """
 
     name: str = ""

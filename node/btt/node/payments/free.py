@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import grpc
@@ -46,8 +47,20 @@ class FreeLimit:
         self._calls[key] = calls
 
 
-def bounded(handler: Any, charge: MethodCharge, limit: FreeLimit) -> grpc.RpcMethodHandler[Any, Any]:
-    """Wraps the handler of a free method, of any kind."""
+def bounded(
+    handler: Any,
+    charge: MethodCharge,
+    limit: FreeLimit,
+    enter: Callable[[Any], AbstractContextManager[None]],
+) -> grpc.RpcMethodHandler[Any, Any]:
+    """Wraps the handler of a free method, of any kind.
+
+    Args:
+        handler: What the service registered.
+        charge: Of the method.
+        limit: Counts the calls.
+        enter: Admits one call, by its context.
+    """
     if handler.response_streaming:
         inner = handler.stream_stream or handler.unary_stream
 
@@ -55,10 +68,11 @@ def bounded(handler: Any, charge: MethodCharge, limit: FreeLimit) -> grpc.RpcMet
             sent = 0
             try:
                 limit.take(charge, network_of(context.peer()))
-                async for message in inner(request, context):
-                    sent += message.ByteSize()
-                    _bound(sent, charge)
-                    yield message
+                with enter(context):
+                    async for message in inner(request, context):
+                        sent += message.ByteSize()
+                        _bound(sent, charge)
+                        yield message
             except BttError as error:
                 await abort(context, error)
 
@@ -73,7 +87,8 @@ def bounded(handler: Any, charge: MethodCharge, limit: FreeLimit) -> grpc.RpcMet
     async def unary(request: Any, context: Any) -> Any:
         try:
             limit.take(charge, network_of(context.peer()))
-            message = await inner_unary(request, context)
+            with enter(context):
+                message = await inner_unary(request, context)
             _bound(message.ByteSize(), charge)
         except BttError as error:
             await abort(context, error)

@@ -13,6 +13,7 @@ from typing import Any
 
 import grpc
 import grpc.aio
+import structlog
 
 from btt.node.payments.free import FreeLimit, bounded
 from btt.node.payments.handlers import metered
@@ -26,6 +27,9 @@ from btt.sdk.payment.charges import MethodCharge
 Admit = Callable[[MethodCharge, Session, Any], AbstractContextManager[None]]
 """Admits one paid call of a session, in its context, for the time of the block, or raises why not."""
 
+AdmitFree = Callable[[str, Any], AbstractContextManager[None]]
+"""The same for a free call, by its proto service."""
+
 
 class PaymentInterceptor(grpc.aio.ServerInterceptor):
     """Meters every call of a node.
@@ -34,6 +38,7 @@ class PaymentInterceptor(grpc.aio.ServerInterceptor):
         sessions: The live sessions.
         charges: Charge of each registered method.
         admit: Admits paid calls.
+        admit_free: Admits the others.
         clock: Unix milliseconds.
     """
 
@@ -43,11 +48,13 @@ class PaymentInterceptor(grpc.aio.ServerInterceptor):
         sessions: Sessions,
         charges: dict[str, MethodCharge],
         admit: Admit,
+        admit_free: AdmitFree,
         clock: Callable[[], int],
     ) -> None:
         self._sessions = sessions
         self._charges = charges
         self._admit = admit
+        self._admit_free = admit_free
         self._limit = FreeLimit(clock)
 
     async def intercept_service(
@@ -61,7 +68,9 @@ class PaymentInterceptor(grpc.aio.ServerInterceptor):
         if handler is None or charge is None:
             return handler  # type: ignore[no-any-return]
         if charge.free:
-            return bounded(handler, charge, self._limit)
+            return bounded(
+                handler, charge, self._limit, lambda context: self._admit_free(charge.service, context)
+            )
         metadata = dict(handler_call_details.invocation_metadata or ())
         ticket = tuple(metadata.get(key, b"") for key in (TOKEN_KEY, CALL_KEY, PROOF_KEY))
         return metered(handler, charge, lambda context: self._enter(charge, ticket, context))
@@ -78,6 +87,7 @@ class PaymentInterceptor(grpc.aio.ServerInterceptor):
         except SignatureInvalid:
             await self._sessions.bans.network_failed(network_of(context.peer()))
             raise
+        structlog.contextvars.bind_contextvars(channel=session.payee.channel_id.hex())
         with self._admit(charge, session, context):
             await session.until_attached()
             yield session, call_id

@@ -330,9 +330,8 @@ class Devnet:
             keystore = await asyncio.to_thread(Keystore.create, folder / "wallet.json", "")
             await self.fund(keystore.key().public.address, _PURSE)
         output = await self._command("content", "add", infohash, "--node", str(self.node_folders[node]),
-                                     "--from", self.node_addresses[source], "--ledger", self.ledger_address,
-                                     "--wallet", str(folder), "--budget", budget, "--stdin-lifeline",
-                                     "--json")  # fmt: skip
+                                     "--from", self.node_addresses[source], "--wallet", str(folder),
+                                     "--budget", budget, "--stdin-lifeline", "--json")  # fmt: skip
         return Amount(int(json.loads(output)["paid"]))
 
     def torrent(self, infohash: str) -> Path:

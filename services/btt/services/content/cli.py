@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
@@ -19,6 +21,10 @@ if TYPE_CHECKING:
 NodeFolder = Annotated[
     Path | None, typer.Option(envvar="BTT_NODE_DIR", help="Folder of the node.", show_default="your own")
 ]
+
+CONFIG: Final = "node.toml"
+LEDGER_VARIABLE: Final = "BTT_NODE__LEDGER__ADDRESS"
+"""Overrides the file, as every key of it can be."""
 
 app = typer.Typer()
 
@@ -69,19 +75,49 @@ def open_catalogue(node: Path | None) -> Iterator[Catalogue]:
     Raises:
         ConfigError: There is no node.
     """
-    from platformdirs import user_data_path
-
-    from btt.sdk.errors import ConfigError
     from btt.services.content.catalogue import Catalogue
 
-    folder = user_data_path("btt") / "node" if node is None else node
-    if not (folder / "node.toml").exists():
-        raise ConfigError(f"There is no node in {folder}.", hint="Make one with `btt node init`.")
-    catalogue = Catalogue(folder / "content")
+    catalogue = Catalogue(folder_of(node) / "content")
     try:
         yield catalogue
     finally:
         catalogue.close()
+
+
+def folder_of(node: Path | None) -> Path:
+    """Returns the folder of a node; this user's own if not given.
+
+    Raises:
+        ConfigError: There is no node.
+    """
+    from platformdirs import user_data_path
+
+    from btt.sdk.errors import ConfigError
+
+    folder = user_data_path("btt") / "node" if node is None else node
+    if not (folder / CONFIG).exists():
+        raise ConfigError(f"There is no node in {folder}.", hint="Make one with `btt node init`.")
+    return folder
+
+
+def ledger_of(node: Path | None) -> str:
+    """Returns the address of the ledger on which a node is paid, as its configuration has it.
+
+    Raises:
+        ConfigError: There is no node, or its configuration does not say.
+    """
+    from btt.sdk.errors import ConfigError
+
+    path = folder_of(node) / CONFIG
+    if address := os.environ.get(LEDGER_VARIABLE):
+        return address
+    try:
+        return str(tomllib.loads(path.read_text("utf-8"))["ledger"]["address"])
+    except (OSError, ValueError, LookupError, TypeError):
+        raise ConfigError(
+            f"{path} does not say on which ledger the node is paid.",
+            hint="Check it with `btt node config check`, or give --ledger.",
+        ) from None
 
 
 def _with_bar(path: Path, catalogue: Catalogue) -> Published:

@@ -10,13 +10,13 @@ import typer
 
 from btt.sdk.cli import render
 from btt.sdk.cli.content import Content, buy, make_client
-from btt.sdk.cli.options import AsJson, LedgerOption, WalletFolder, Yes, parsed
+from btt.sdk.cli.options import AsJson, WalletFolder, Yes, parsed
 from btt.sdk.content.magnet import parse_infohash
 from btt.sdk.errors import ContentUnknown
 from btt.sdk.lifeline import follow_stdin
 from btt.sdk.memory import keep_freed_memory
 from btt.sdk.money import Amount
-from btt.services.content.cli import NodeFolder, open_catalogue
+from btt.services.content.cli import NodeFolder, ledger_of, open_catalogue
 
 add_app = typer.Typer()
 ls_app = typer.Typer()
@@ -30,9 +30,14 @@ def add(
         str,
         typer.Option("--from", envvar="BTT_NODES", help="Nodes, separated by commas: btt://T…@host:port,…"),
     ],
-    ledger: LedgerOption,
     budget: Annotated[str, typer.Option(help='The most it may cost, such as "5 BTT".')],
     node: NodeFolder = None,
+    ledger: Annotated[
+        str | None,
+        typer.Option(
+            envvar="BTT_LEDGER", help="The ledger: btt-ledger://T…@host:port/…", show_default="the node's"
+        ),
+    ] = None,
     wallet: WalletFolder = None,
     yes: Yes = False,
     as_json: AsJson = False,
@@ -47,7 +52,7 @@ def add(
     content = parsed(parse_infohash, infohash, "INFOHASH")
     granted = parsed(Amount.parse, budget, "--budget")
     with open_catalogue(node) as catalogue:
-        client = make_client(nodes=sellers, ledger=ledger, wallet=wallet, budget=granted)
+        client = make_client(nodes=sellers, ledger=ledger or ledger_of(node), wallet=wallet, budget=granted)
         place = place_of(catalogue, content)
         found = asyncio.run(buy(client, content, place, granted, ask=not (yes or as_json), quiet=as_json))
         if found is None:
