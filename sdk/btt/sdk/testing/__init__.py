@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from btt.sdk.clock import FakeClock
 from btt.sdk.testing.devnet import Devnet, Totals
+from btt.sdk.testing.network import Elsewhere, Network
 
-__all__ = ["Devnet", "FakeClock", "Totals"]
+__all__ = ["Devnet", "Elsewhere", "FakeClock", "Network", "Totals"]
