@@ -8,6 +8,7 @@ from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 _Result = TypeVar("_Result")
+_DAY_S = 86_400.0
 
 
 class _Selector(selectors.DefaultSelector):
@@ -21,6 +22,8 @@ class _Selector(selectors.DefaultSelector):
             if timeout is None:
                 raise RuntimeError("nothing will ever happen")
             self.leapt += timeout
+            if self.leapt > _DAY_S:
+                raise RuntimeError("a day has passed")
         return ready
 
 
