@@ -20,6 +20,7 @@ from btt.sdk.signing import (
     EARLY_CLOSE,
     ChannelClose,
     ChannelCommit,
+    ChannelExtension,
     ChannelFinalize,
     ChannelRefund,
     ChannelUpdate,
@@ -131,6 +132,7 @@ SIGNED: list[tuple[PrivateKey, Message]] = [
     (PAYER, TopUp(channel=CHANNEL, amount=2_000_000, request_id=REQUEST, valid_until_ms=UNTIL)),
     (PAYER, CloseRequest(channel=CHANNEL, request_id=REQUEST, valid_until_ms=UNTIL)),
     (PAYER, ChannelFinalize(channel=CHANNEL)),
+    (OPERATOR, ChannelExtension(channel=CHANNEL, deadline_ms=UNTIL)),
     (OPERATOR, KeyRotation(epoch=2, next_key=NODE.public)),
     (
         OPERATOR,

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import sys
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, asynccontextmanager
 
 import pytest
 
+from btt.node import folder as node_folder
 from btt.node.runtime import Node
 from btt.sdk.budget import Budget
 from btt.sdk.channel import PriceSheet
 from btt.sdk.client import Client
+from btt.sdk.identity import NodeAddress
+from btt.sdk.payment.connection import connect_node
+from btt.sdk.payment.store import PayerStore
 from kit.payers import UNIT, RawPayer, Relay, dial, probe_node
 from kit.probe import PRICES, pb, rpc
 
@@ -129,3 +135,95 @@ async def test_a9_strangers_who_never_pay_cost_their_network_its_credit_and_nobo
     internet.economy.clock.ahead_ms += 120_000
     await later.grab()
     assert later.got == UNIT, "a ban ends"
+
+
+# What a restart forgets
+
+
+LENT_FOR_ONE = {
+    "strangers_per_hour": f"{LENT} base units",
+    "strangers_per_network": f"{LENT} base units",
+}
+
+
+async def _newcomers(economy, node: Node, count: int = 1) -> list[RawPayer]:
+    """Opens sessions of fresh keys, one after another; they stay open."""
+    offer, address = node.offers.usable()[0], node.address
+    made = []
+    for _ in range(count):
+        async with dial(node.folder.certificate, address.node, address.port) as channel:
+            payer = await RawPayer(economy, offer, channel).fund(10 * UNIT)
+            await payer.open()
+            made.append(payer)
+    return made
+
+
+async def test_a9_a_node_that_is_started_again_lends_strangers_no_more(economy, tmp_path):
+    def life() -> Node:
+        return probe_node(economy, tmp_path / "node", payments=LENT_FOR_ONE, bans={})
+
+    async with life() as node:
+        async with dial(node.folder.certificate, node.address.node, node.address.port) as channel:
+            thief = await RawPayer(economy, node.offers.usable()[0], channel).fund(10 * UNIT)
+            await thief.grab()
+        assert thief.got == UNIT
+    for _ in range(2):
+        async with life() as node:
+            [fresh] = await _newcomers(economy, node)
+            assert fresh.credit < LENT, "what was taken stays lent"
+    economy.clock.ahead_ms += 3_600_000
+    async with life() as node:
+        [later] = await _newcomers(economy, node)
+    assert later.credit == LENT, "the hour refills it, also while no node runs"
+    async with life() as node:
+        [next_one] = await _newcomers(economy, node)
+    assert next_one.credit == LENT, "what nobody took came back when the node stopped"
+    economy.clock.ahead_ms -= 7_200_000  # a clock that is set back neither lends more nor stops the refill
+    async with life() as node:
+        [fresh] = await _newcomers(economy, node)
+        assert fresh.credit == LENT
+        economy.clock.ahead_ms += 60_000
+        [fresh] = await _newcomers(economy, node)
+        assert fresh.credit < LENT
+
+
+@asynccontextmanager
+async def _process(folder) -> AsyncIterator[NodeAddress]:
+    """A real node, which ends by kill -9."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "btt.sdk.cli", "node", "start", str(folder), "--stdin-lifeline",
+        stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        yield NodeAddress.parse(json.loads(await process.stdout.readline())["address"])
+    finally:
+        process.kill()
+        await process.wait()
+
+
+async def test_a9_nor_does_one_that_died_by_kill_9(economy, tmp_path):
+    folder = node_folder.init(
+        tmp_path / "node",
+        config={
+            "node": {"listen": "127.0.0.1:0"},
+            "ledger": {"address": str(economy.running.address)},
+            "payments": {"min_challenge": "1s", "min_lifetime": "10s", "close_margin": "1s"} | LENT_FOR_ONE,
+            "services": {"content": {"enabled": True}},
+        },
+    )
+    credits = []
+    store = PayerStore(tmp_path / "wallet")
+    try:
+        for _ in range(2):
+            async with _process(folder.path) as address:
+                met = await connect_node(
+                    address, ledger_id=economy.ledger.ledger_id, store=store, clock=economy.clock
+                )
+                async with met, dial(folder.certificate, address.node, address.port) as channel:
+                    payer = await RawPayer(economy, met.offer, channel).fund(10 * UNIT)
+                    await payer.open()
+                    credits.append(payer.credit)
+    finally:
+        store.close()
+    assert credits[0] > 0
+    assert credits[1] == 0

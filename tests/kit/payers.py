@@ -56,7 +56,7 @@ class ProbePlugin:
 
 
 def probe_node(economy, path: Path, *, payments: dict, bans: dict) -> Node:
-    """A whole node that serves the probe."""
+    """A whole node that serves the probe; one that is in this place already is started again."""
     config = {
         "node": {"listen": "127.0.0.1:0"},
         "ledger": {"address": str(economy.running.address)},
@@ -64,7 +64,8 @@ def probe_node(economy, path: Path, *, payments: dict, bans: dict) -> Node:
         "bans": bans,
         "services": {"probe": {"enabled": True}},
     }
-    folder = node_folder.init(path, config=config)
+    again = (path / node_folder.CONFIG).exists()
+    folder = node_folder.NodeFolder.open(path) if again else node_folder.init(path, config=config)
     return Node(folder, plugins={"probe": lambda: ProbePlugin}, clock=economy.clock, grace_s=0)
 
 

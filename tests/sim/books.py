@@ -7,7 +7,7 @@ It shares with the product the layouts that are signed and the check of a signat
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from btt.sdk.errors import BttError
 from btt.sdk.keys import PublicKey
@@ -15,10 +15,13 @@ from btt.sdk.signing import (
     EARLY_CLOSE,
     ChannelClose,
     ChannelCommit,
+    ChannelExtension,
     ChannelFinalize,
     ChannelRefund,
     ChannelUpdate,
     CloseRequest,
+    KeyRotation,
+    LedgerRecovery,
     TopUp,
     Transfer,
     verify,
@@ -40,6 +43,8 @@ class Line:
     captured: int = 0
     deadline: int = 0
     closed: bool = False
+    locked: dict[bytes, int] = field(default_factory=dict)
+    """Amount of T1 and of each top-up, by what it was asked with: T1's id or the request's."""
 
     @property
     def abandoned(self) -> int:
@@ -57,7 +62,7 @@ class Books:
         self.now = 0
         self._issued = 0
         self._used: set[tuple[bytes, bytes]] = set()
-        self._digests: set[bytes] = set()
+        self.digests: set[bytes] = set()
         self._readers: dict[Kind, Callable[[Entry], dict[bytes, int]]] = {
             Kind.GENESIS: self._genesis,
             Kind.TRANSFER: self._transfer,
@@ -67,6 +72,9 @@ class Books:
             Kind.REQUEST_CLOSE: self._request_close,
             Kind.CLOSE_CHANNEL: self._close,
             Kind.FINALIZE: self._finalize,
+            Kind.EXTEND: self._extend,
+            Kind.ROTATE_KEY: self._rotate,
+            Kind.RECOVER: self._recover,
         }
 
     @property
@@ -82,7 +90,7 @@ class Books:
         who = f"entry {entry.seq} ({entry.kind.name})"
         must(entry.seq == self.seq + 1 and entry.prev_hash == self.hashes[-1], f"{who} does not follow")
         must(entry.time_ms >= self.now, f"{who} goes back in time")
-        must(entry.request_digest not in self._digests, f"{who} was carried out before")
+        must(entry.request_digest not in self.digests, f"{who} was carried out before")
         self.now = entry.time_ms
         try:
             expected = self._readers[entry.kind](entry)
@@ -104,7 +112,7 @@ class Books:
         held = sum(n for account, n in self.balances.items() if account != _GENESIS)
         must(held == self._issued, f"{who} makes {held} of {self._issued}")
         self.hashes.append(entry.hash)
-        self._digests.add(entry.request_digest)
+        self.digests.add(entry.request_digest)
 
     def _once(self, account: bytes, request_id: bytes) -> None:
         must((account, request_id) not in self._used, "its request id was used before")
@@ -135,7 +143,7 @@ class Books:
             entry.signatures[98:],
         )
         must(channel not in self.channels and entry.time_ms < m.expires_ms, "it cannot be opened")
-        self.channels[channel] = Line(m, int(m.amount))
+        self.channels[channel] = Line(m, int(m.amount), locked={channel: int(m.amount)})
         return {_user(m.payer.data): -m.amount, _locked(channel): int(m.amount)}
 
     def _top_up(self, entry: Entry) -> dict[bytes, int]:
@@ -145,6 +153,7 @@ class Books:
         self._once(line.terms.payer.data, m.request_id)
         must(not line.deadline and entry.time_ms < line.terms.expires_ms, "it is too late")
         line.deposit += m.amount
+        line.locked[m.request_id] = int(m.amount)
         return {_user(line.terms.payer.data): -m.amount, _locked(m.channel): int(m.amount)}
 
     def _update(self, entry: Entry) -> dict[bytes, int]:
@@ -183,6 +192,29 @@ class Books:
         line = self._line(channel)
         must(entry.time_ms >= (line.deadline or line.abandoned), "it is not due")
         return self._paid_out(channel, line, line.best)
+
+    def _recover(self, entry: Entry) -> dict[bytes, int]:
+        m = LedgerRecovery.decode(entry.body)
+        must((m.ended_seq, m.ended_hash) == (self.seq, self.hashes[-1]), "it goes on from elsewhere")
+        must(m.reached_seq >= m.ended_seq, "it had not come that far")
+        verify(PublicKey(entry.signatures[:33]), m, self.ledger_id, entry.signatures[33:98])
+        verify(m.next_key, m, self.ledger_id, entry.signatures[98:])
+        return {}
+
+    def _extend(self, entry: Entry) -> dict[bytes, int]:
+        m = ChannelExtension.decode(entry.body)
+        line = self._line(m.channel)
+        verify(PublicKey(entry.signatures[:33]), m, self.ledger_id, entry.signatures[33:98])
+        must(line.deadline > 0 or entry.time_ms >= line.terms.expires_ms, "it is not closing")
+        must(line.deadline < m.deadline_ms <= entry.time_ms + line.terms.challenge_ms, "it is too long")
+        line.deadline = int(m.deadline_ms)
+        return {}
+
+    def _rotate(self, entry: Entry) -> dict[bytes, int]:
+        m = KeyRotation.decode(entry.body)
+        verify(PublicKey(entry.signatures[:33]), m, self.ledger_id, entry.signatures[33:98])
+        verify(m.next_key, m, self.ledger_id, entry.signatures[98:])
+        return {}
 
     def _paid_out(self, channel: bytes, line: Line, capture: int) -> dict[bytes, int]:
         line.closed, line.captured = True, capture

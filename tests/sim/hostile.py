@@ -24,12 +24,11 @@ from btt.sdk.signing import (
 from btt.sdk.wallet import derive_channel_key
 from sim.market import UNIT
 from sim.parties import FAILURES, buy, client
-from sim.world import WINDOW_S, key
+from sim.world import ALIASES, WINDOW_S, key
 
 if TYPE_CHECKING:
     from sim.world import Party, World
 
-ALIASES = 12
 Move = Callable[[LedgerClient], Awaitable[SignedReceipt]]
 
 
@@ -50,7 +49,8 @@ async def old_state(me: Party) -> None:
         k1 = derive_channel_key(account, line.terms.nonce)
         old = ChannelUpdate(channel=channel, cumulative=1)
         world.witness.signed[channel] = max(world.witness.signed[channel], 1)
-        while not line.closed:
+        while (now := world.books.channels.get(channel)) is not None and not now.closed:
+            line = now
             with suppress(*FAILURES):
                 async with LedgerClient.connect(world.address) as books:
                     with suppress(BttError):
@@ -66,9 +66,11 @@ async def old_state(me: Party) -> None:
 async def withholder(me: Party) -> None:
     """Takes what it is given on credit, pays nothing, and comes again under another name."""
     world = me.world
+    alias = ""
     while not world.calm:
         with suppress(*FAILURES):
-            alias = f"withhold{world.random.randrange(ALIASES)}"
+            if not alias or world.random.random() < 0.6:
+                alias = f"withhold{world.random.randrange(ALIASES)}"
             async with client(me, world.nodes[0], keep=True, wallet=alias) as btt:
                 session = await btt.session(5 * UNIT)
                 session._due = lambda: None  # type: ignore[method-assign]

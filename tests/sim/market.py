@@ -15,6 +15,8 @@ pb, rpc = compile_proto(Path(__file__).parent / "sim.proto")
 
 UNIT = 1000
 """Base units of a verify unit: what one side may lose at first."""
+FUNDS = 60 * UNIT
+"""What each payer grants its program, base units."""
 LINE = Line("sim.v1.SimService", Unit.BYTE)
 
 

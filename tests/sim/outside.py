@@ -29,6 +29,7 @@ import grpc.aio
 import structlog
 
 from btt.sdk import database, tls
+from btt.sdk.keys import PrivateKey
 from btt.sdk.ledger import connection as ledger_connection
 from btt.sdk.payment import connection as node_connection
 from btt.sdk.payment import opening
@@ -69,6 +70,7 @@ def outside(world: World) -> Iterator[None]:
         for target, attribute, new in (
             (grpc.aio, "server", world.network.server),
             (sqlite3, "connect", lambda path, **options: SimConnection(path, **options)),
+            (PrivateKey, "generate", lambda: PrivateKey(world.random.randbytes(32))),
             (secrets, "token_bytes", lambda n=32: world.random.randbytes(n)),
             (secrets, "token_hex", lambda n=32: world.random.randbytes(n).hex()),
             (time, "time_ns", lambda: _wall_ms(world) * 1_000_000),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, closing, suppress
 from typing import TYPE_CHECKING, Any
 
 import grpc.aio
@@ -18,6 +19,7 @@ from btt.sdk.errors import BttError, InsufficientFunds, LedgerRolledBack, Reques
 from btt.sdk.identity import NodeAddress, tls_name
 from btt.sdk.keys import Address
 from btt.sdk.ledger import LedgerClient
+from btt.sdk.ledger.keeping import RECEIPTS, EvidenceStore
 from btt.sdk.signing import (
     ChannelUpdate,
     TopUp,
@@ -25,14 +27,14 @@ from btt.sdk.signing import (
 )
 from btt.services.ledger.server import LedgerConfig, serve
 from sim.books import Violation, must
-from sim.market import UNIT, plugin, rpc
+from sim.market import FUNDS, UNIT, plugin, rpc
 from sim.market import pb as market_pb
+from sim.recovery import bring_back
 from sim.world import WINDOW_S, key
 
 if TYPE_CHECKING:
     from sim.world import Party, World
 
-FUNDS = 60 * UNIT
 STRANGERS = 2 * UNIT
 """What strangers may owe a node together in an hour."""
 FAILURES = (BttError, grpc.aio.AioRpcError, TimeoutError)
@@ -44,6 +46,8 @@ FAILURES = (BttError, grpc.aio.AioRpcError, TimeoutError)
 async def ledger(me: Party) -> None:
     """The ledger; it must refuse to start on books that are older than its mark."""
     world = me.world
+    if world.lost is not None:
+        bring_back(me)
     config = LedgerConfig(folder=me.files, port=world.address.port, sweep_every=20.0)
     try:
         async with serve(config, clock=me.clock):
@@ -76,6 +80,7 @@ def node(generosity: float = 1.0) -> Any:
                 "strangers_per_network": f"{STRANGERS} base units",
                 "min_amount": f"{UNIT} base units",
             },
+            bans={"after": world.strikes, "first": "1m"},
             services={"sim": {"enabled": True}},
         )
         certificate = tls_name(identity.address).encode()
@@ -157,12 +162,12 @@ async def refund(me: Party) -> None:
     """Asks for what its channels still hold, as `btt channel refund` does, until they are closed."""
     world, account = me.world, key(me.name)
     mine = [c for c, line in world.books.channels.items() if line.terms.payer == account.address]
-    while any(not world.books.channels[channel].closed for channel in mine):
+    while any(not line.closed for c, line in world.books.channels.items() if c in mine):
         with suppress(*FAILURES):
             async with LedgerClient.connect(world.address) as books:
                 for channel in mine:
-                    line = world.books.channels[channel]
-                    if line.closed:
+                    line = world.books.channels.get(channel)
+                    if line is None or line.closed:
                         continue
                     if not line.deadline and me.clock() >= line.terms.expires_ms:
                         await books.request_close(channel, account)
@@ -181,11 +186,14 @@ async def bank(me: Party) -> None:
     plans = world.plans
     while not world.calm or any(seq is None for _, seq in plans):
         try:
-            async with LedgerClient.connect(world.address) as books:
+            async with _kept(me) as keeper, LedgerClient.connect(world.address, keeper=keeper) as books:
                 while True:
                     for number, (message, done) in enumerate(plans):
                         if done is None or draw.random() < 0.02:
+                            recoveries = world.recoveries
                             seq = await _ask(world, books, message)
+                            if recoveries != world.recoveries:
+                                continue  # it is not known which of the two ledgers answered
                             must(done in (None, seq), f"one request made entries {done} and {seq}")
                             plans[number] = message, seq
                     if world.calm:
@@ -199,6 +207,13 @@ async def bank(me: Party) -> None:
         await asyncio.sleep(draw.uniform(1, 5))
 
 
+@asynccontextmanager
+async def _kept(me: Party) -> AsyncIterator[EvidenceStore]:
+    """What the bank keeps of the ledger's receipts."""
+    with closing(EvidenceStore(me.files / RECEIPTS)) as keeper:
+        yield keeper
+
+
 async def _ask(world: World, books: LedgerClient, message: Transfer | TopUp) -> int:
     """Returns the entry that a request made; -1 where it was refused for good."""
     common = {"request_id": message.request_id, "valid_until_ms": message.valid_until_ms}
@@ -209,7 +224,10 @@ async def _ask(world: World, books: LedgerClient, message: Transfer | TopUp) -> 
                 sender, message.recipient, message.amount, memo=message.memo, **common
             )
         else:
-            owner = world.owners[world.books.channels[message.channel].terms.payer.data]
+            line = world.books.channels.get(message.channel)
+            if line is None:
+                return -1  # a recovery lost it
+            owner = world.owners[line.terms.payer.data]
             receipt = await books.top_up(message.channel, owner, message.amount, **common)
     except (RequestExpired, InsufficientFunds):
         return -1

@@ -7,6 +7,7 @@ import shutil
 import sqlite3
 from collections.abc import Callable, Coroutine
 from pathlib import Path
+from random import Random
 from typing import TYPE_CHECKING, Any
 
 from sim.machine import Process
@@ -41,6 +42,8 @@ class Party:
         self.stop = asyncio.Event()
         self.process: Process | None = None
         self.skew_ms = 0
+        self.away_until = 0.0
+        """Room time before which it does not start."""
         self._main = main
         self._copies: list[Path] = []
 
@@ -52,13 +55,14 @@ class Party:
         return self.process is not None and self.process.alive
 
     def start(self) -> None:
-        if self.running or self.gone:
+        if self.running or self.gone or self.world.room.time() < self.away_until:
             return
         self.stop = asyncio.Event()
         self.process = Process(self.name, self.world.room, self._died)
+        quiet = self.world.calm or self.world.tight
         wrong = not self.world.calm and self.world.random.random() < 0.25
         self.skew_ms = self.world.random.randint(-2000, 2000) if wrong else 0
-        if self.mortal and not self.world.calm and self.world.random.random() < self.world.harshness:
+        if self.mortal and not quiet and self.world.random.random() < self.world.harshness:
             self.process.fuse = self.world.random.randint(1, 150)
         self.world.trace(self.name, "starts")
         self.process.spawn(self._run(self.process))
@@ -89,6 +93,13 @@ class Party:
             self.world.trace(self.name, "is killed")
             self.process.kill()
 
+    def leave(self, seconds: float) -> None:
+        """Goes away for so long; nothing of it runs meanwhile."""
+        self.kill()
+        self.world.trace(self.name, f"is away for {seconds:.0f} s")
+        self.away_until = self.world.room.time() + seconds
+        self.world.later(seconds, self.start)
+
     # Old copies
 
     def copy(self) -> None:
@@ -103,6 +114,10 @@ class Party:
         new.close()
         self._copies.append(target)
         self.world.trace(self.name, "is copied")
+
+    def backup(self, random: Random) -> Path | None:
+        """Returns one of the copies that were taken, or None."""
+        return random.choice(self._copies) if self._copies else None
 
     def put_back(self) -> Path | None:
         """Exchanges the books for an old copy; the party does not run.

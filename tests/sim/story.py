@@ -6,10 +6,10 @@ import asyncio
 from collections.abc import Callable
 
 from btt.services.ledger import mark
-from sim import hostile, parties
+from sim import hostile, parties, recovery
 from sim.books import Violation, must
 from sim.network import Weather
-from sim.world import WINDOW_S, Party, World, key
+from sim.world import ALIASES, WINDOW_S, Party, World, key
 
 GRACE_S = 120.0
 """Beyond expiry + window + grace of the last channel, for whoever must be asked again."""
@@ -44,7 +44,7 @@ def _settle(world: World) -> None:
         "forger": hostile.forger,
         "splitter": hostile.hair_splitter,
     }
-    aliases = [f"withhold{n}" for n in range(hostile.ALIASES)]
+    aliases = [f"withhold{n}" for n in range(ALIASES)]
     world.owners = {key(n).address.data: key(n) for n in ("bank", *honest, *greedy, *aliases)}
     world.plans = parties.grants(world)
     world.add("ledger", parties.ledger)
@@ -79,14 +79,14 @@ async def _turmoil(world: World) -> None:
         slow=draw.choice((0, 0.05)),
     )
     fair = world.network.weather
-    faults: list[Callable[[World], None]] = [_kill, _light, _light, _part, _stop, _copy, _copy, _put_back]
+    faults: list[Callable[[World], None]] = [
+        *(_kill, _light, _light, _part, _stop, _copy, _copy, _put_back),
+        *(_go_away, _lose),
+    ]
     while world.room.time() < world.turmoil_s and world.violation is None:
         await asyncio.sleep(draw.expovariate(world.harshness / 4))
         # A node may be away for as long as the window, and no longer: that is what it was told.
-        tight = any(
-            line.deadline and not line.closed and world.now_ms() > line.deadline - WINDOW_S * 500
-            for line in world.books.channels.values()
-        )
+        tight = world.tight
         world.network.weather = Weather() if tight else fair
         for party in world.parties.values():
             if tight and party.process is not None:
@@ -126,6 +126,37 @@ def _stop(world: World) -> None:
         party.stop.set()
 
 
+def _go_away(world: World) -> None:
+    """Somebody is away for long: a node for as long as it was told it may, or for too long."""
+    party = world.parties[world.random.choice(["ledger", *world.nodes, "payer1", "payer2"])]
+    if world.room.time() < party.away_until:
+        return
+    seconds = world.random.uniform(30, 0.8 * WINDOW_S)
+    if world.random.random() < 0.3:
+        seconds = world.random.uniform(1.2, 2) * WINDOW_S
+    what = "long" if seconds > WINDOW_S else "away"
+    if party.name == "ledger":
+        world.away_s += seconds
+    elif party.name in world.nodes:
+        if seconds > WINDOW_S:
+            world.witness.overdue.add(party.name)
+        elif any(line.deadline and not line.closed for line in world.books.channels.values()):
+            return  # it was away already, maybe, while this window ran
+    world.coverage[f"{party.name.rstrip('12')}: {what}"] += 1
+    party.leave(seconds)
+
+
+def _lose(world: World) -> None:
+    """The ledger's disk is gone; there is a backup, and what the others hold."""
+    ledger = world.parties["ledger"]
+    if world.lost is not None or world.rolled_back or world.random.random() < 0.5:
+        return
+    backup = ledger.backup(world.random)
+    if backup is not None:
+        ledger.kill()
+        world.lost = recovery.lose(world, backup)
+
+
 def _copied(world: World) -> Party:
     return world.parties[world.random.choice([name for name in world.disks if name in world.parties])]
 
@@ -147,6 +178,8 @@ def _put_back(world: World) -> None:
 
 def _roll_back(world: World, ledger: Party) -> None:
     """Starts the ledger on an old copy: it must refuse, and go on where it was."""
+    if world.lost is not None:
+        return
     ledger.kill()
     noted = mark.read(mark.path_of(world.disks["ledger"]))
     aside = ledger.put_back()
@@ -189,7 +222,8 @@ def _all_out(world: World) -> bool:
 
 def _longest(world: World) -> float:
     last = max((line.abandoned for line in world.books.channels.values()), default=world.now_ms())
-    return max(0, last - world.now_ms()) / 1000 + GRACE_S
+    back = max(0.0, world.parties["ledger"].away_until - world.room.time())
+    return max(0, last - world.now_ms()) / 1000 + back + world.away_s + GRACE_S
 
 
 def _judge(world: World) -> None:

@@ -7,46 +7,54 @@ units taken, updates signed.
 
 from __future__ import annotations
 
+import re
 import sqlite3
 from collections import Counter, defaultdict
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
 
 import grpc
 
 from btt.proto.ledger.v1 import ledger_pb2
 from btt.proto.payment.v1 import payment_pb2
+from btt.sdk.keys import Address
 from btt.sdk.payment.calls import CALL_KEY, TOKEN_KEY
-from btt.sdk.signing import Receipt, SessionOpen
+from btt.sdk.signing import Receipt, SessionOpen, TopUp
 from btt.services.ledger.audit import Auditor, compare
 from btt.services.ledger.check import entries
-from sim.books import Books, Violation, must
+from btt.services.ledger.journal import Kind
+from sim.books import Violation, must
 from sim.machine import Process
-from sim.market import UNIT, pb
+from sim.market import FUNDS, UNIT, pb
 from sim.network import Call
+
+if TYPE_CHECKING:
+    from sim.world import World
 
 _connect = sqlite3.connect
 _PAYMENT = "/btt.proto.payment.v1.PaymentService/"
 _LEDGER = "/btt.proto.ledger.v1.LedgerService/"
 _SERVICE = "/sim.v1.SimService/"
+_BAN = re.compile(r"This payer is banned until ([0-9: -]+) UTC")
+_SKEW_MS = 5000
+"""Most that two lives of a node can differ about the time."""
 
 
 class Witness:
     """What has been seen; the attributes are read by the parties too.
 
     Args:
-        books: The second opinion.
+        world: What is watched.
         genesis: The ledger's description.
-        disks: File with the books of each party, by name.
-        trace: Takes a line.
     """
 
-    def __init__(
-        self, books: Books, genesis: bytes, disks: dict[str, Path], trace: Callable[[str, str], None]
-    ) -> None:
-        self.books = books
-        self.trace = trace
+    def __init__(self, world: World, genesis: bytes) -> None:
+        self.books = world.books
+        self.trace = world.trace
+        self.banned: dict[tuple[str, Address], int] = {}
+        """When a ban ends that a node has told a payer of, Unix milliseconds."""
+        self.overdue: set[str] = set()
+        """Nodes that were away for longer than they may."""
         self.honest: set[str] = set()
         self.signed: dict[bytes, int] = defaultdict(int)
         """Highest update that left a payer, per channel."""
@@ -64,7 +72,8 @@ class Witness:
         self.captured: list[tuple[str, bytes, tuple[Any, ...]]] = []
         """Requests that anyone on the line could have kept: path, bytes, metadata."""
         self._genesis = genesis
-        self._disks = disks
+        self._world = world
+        self._disks = world.disks
         self._readers: dict[str, sqlite3.Connection] = {}
         self._channel: dict[Call, bytes] = {}
         self._session: dict[bytes, bytes] = {}
@@ -99,12 +108,34 @@ class Witness:
         connection = self.disk("ledger")
         head = self._one("ledger", "SELECT seq FROM head")
         must(head >= self.books.seq, f"the journal fell from entry {self.books.seq} to {head}")
+        moves = False
         for entry in entries(connection, after=self.books.seq):
             self.books.take(entry)
+            if entry.kind is Kind.TOP_UP and TopUp.decode(entry.body).request_id not in self._by_hand:
+                self._world.coverage["payer: topped up"] += 1
+            moves = moves or entry.kind in (Kind.OPEN_CHANNEL, Kind.TOP_UP)
             self.trace("ledger", f"entry {entry.seq} {entry.kind.name} {[p.amount for p in entry.postings]}")
+        if moves:
+            self._within_budgets()
         held = dict(connection.execute("SELECT id, balance FROM accounts"))
         wanted = {a: abs(n) for a, n in self.books.balances.items()}
         must(held == wanted, "the accounts are not what the journal says")
+
+    @property
+    def _by_hand(self) -> set[bytes]:
+        return {plan.request_id for plan, _ in self._world.plans}
+
+    def _within_budgets(self) -> None:
+        """What a payer's program locked and spent is within what its user granted."""
+        by_hand = self._by_hand
+        spent: Counter[Address] = Counter()
+        for line in self.books.channels.values():
+            own = sum(amount for name, amount in line.locked.items() if name not in by_hand)
+            spent[line.terms.payer] += line.captured if line.closed else own
+        for name in ("payer1", "payer2"):
+            if name not in self.restored:
+                total = spent[self._world.address_of(name)]
+                must(total <= FUNDS, f"{name} was granted {FUNDS}, and has spent {total}")
 
     # The tap
 
@@ -141,6 +172,8 @@ class Witness:
         must(saved >= cumulative, f"{name} shows {cumulative}, and has saved {saved}")
         owed = self._one(name, "SELECT sum(units) FROM counts WHERE channel_id = ?", channel)
         must(cumulative <= owed + UNIT, f"{name} pays {cumulative}, and owes {owed}")
+        locked = self.books.channels[channel].deposit if channel in self.books.channels else cumulative
+        must(cumulative <= locked, f"{name} pays {cumulative} from a channel that holds {locked}")
 
     def answered(self, call: Call, server: Process, data: bytes) -> None:
         if call.path.startswith(_LEDGER):
@@ -152,6 +185,7 @@ class Witness:
                 self._session[reply.token] = channel
             self.risks[channel] += 1
             self._is_saved(server.name, channel, reply.best.cumulative)
+            self._is_not_banned(server.name, channel)
             must(
                 reply.best.cumulative >= self._shown[call] or server.name not in self.honest,
                 f"{server.name} forgets the update that it was shown",
@@ -176,8 +210,26 @@ class Witness:
 
     def failed(self, call: Call, server: Process, code: grpc.StatusCode, text: str) -> None:
         self.trace(server.name, f"{call.name} refused: {text}")
+        if server.name in self.honest and (ban := _BAN.search(text)):
+            self._told_of_ban(call, server.name, datetime.fromisoformat(f"{ban[1]}+00:00"))
         if code in (grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL) and server.name in self.honest:
             raise Violation(f"{server.name} fails in {call.name}: {text}")
+
+    def _told_of_ban(self, call: Call, node: str, until: datetime) -> None:
+        line = self.books.channels.get(self._channel.get(call) or self._of(call))
+        if line is None or not self._world.is_of(call.client.name, line.terms.payer):
+            return  # somebody repeats another's words
+        fair = call.client.name in self.honest - self.restored
+        must(not fair or node in self.restored, f"{node} bans {call.client.name}, who pays")
+        self._world.coverage["node: bans"] += 1
+        self.banned[node, line.terms.payer] = int(until.timestamp() * 1000)
+
+    def _is_not_banned(self, node: str, channel: bytes) -> None:
+        line = self.books.channels.get(channel)
+        if line is None or node not in self.honest - self.restored:
+            return
+        until = self.banned.get((node, line.terms.payer), 0)
+        must(self._world.now_ms() > until - _SKEW_MS, f"{node} takes back whom it had banned")
 
     def _receipt(self, call: Call, data: bytes) -> None:
         answer = getattr(ledger_pb2, f"{call.name}Response").FromString(data)
@@ -235,7 +287,7 @@ class Witness:
                 lost = line.captured - self.taken[channel]
                 most = UNIT * self.risks[channel]
                 must(lost <= most, f"{payer} paid {lost} for nothing in {self.risks[channel]} calls")
-            if node is not None and node not in self.restored:
+            if node is not None and node not in self.restored | self.overdue:
                 best = self._one(node, "SELECT best FROM channels WHERE channel_id = ?", channel)
                 owed = self._one(node, "SELECT sum(units) FROM counts WHERE channel_id = ?", channel)
                 short = min(best, owed) - line.captured

@@ -21,6 +21,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from random import Random
 from types import SimpleNamespace
@@ -28,7 +29,7 @@ from typing import Any
 
 import grpc.aio
 
-from btt.sdk.keys import PrivateKey
+from btt.sdk.keys import Address, PrivateKey
 from btt.sdk.ledger import LedgerAddress
 from btt.services.ledger import folder as ledger_folder
 from btt.services.ledger import store
@@ -38,15 +39,19 @@ from sim.machine import Process, Room
 from sim.network import Network
 from sim.outside import START_MS, outside
 from sim.party import Party
+from sim.recovery import Loss
 from sim.witness import Witness
 
 WINDOW_S = 240
 """Challenge window, and so the longest absence of a node."""
+ALIASES = 12
+"""Names under which somebody may come again."""
 TAIL = 200
 TURMOIL_S = 120.0
 _TERMS = Terms(min_challenge_ms=WINDOW_S * 1000, min_lifetime_ms=60_000, max_lifetime_ms=3_600_000)
 
 
+@cache
 def key(name: str) -> PrivateKey:
     """Returns the key of a name, the same in every world."""
     return PrivateKey(hashlib.sha256(name.encode()).digest())
@@ -79,6 +84,13 @@ class World:
         """How often a process is born to die early."""
         self.rolled_back = False
         """True while the ledger's folder holds an old copy of its books."""
+        self.lost: Loss | None = None
+        """What the ledger is being recovered from, while it is."""
+        self.recoveries = 0
+        self.away_s = 0.0
+        """How long the ledger was away, at times that were chosen for it."""
+        self.strikes = self.random.choice((1, 2))
+        """Failures that a node bans for."""
         self.early_close = self.random.random() < 0.7
         """Whether payers ask for channels that they may close before the lock time."""
         self.owners: dict[bytes, PrivateKey] = {}
@@ -94,8 +106,14 @@ class World:
         self.ledger_id = identity.ledger_id
         self.address = LedgerAddress(self.operator.address, "127.0.0.1", 7000, self.ledger_id)
         self.books = Books(self.ledger_id)
-        self.witness = Witness(self.books, identity.genesis, self.disks, self.trace)
+        self.witness = Witness(self, identity.genesis)
         self._committed(str(self.disks["ledger"]))
+
+    @property
+    def tight(self) -> bool:
+        """True while half a challenge window or less is left of any."""
+        late = self.now_ms() + WINDOW_S * 500
+        return any(0 < line.deadline < late and not line.closed for line in self.books.channels.values())
 
     def _make_ledger(self) -> Any:
         folder = self.root / "ledger"
@@ -115,6 +133,15 @@ class World:
         )
 
     # Time, luck, and what is written down
+
+    def address_of(self, name: str) -> Address:
+        """Returns the account of somebody."""
+        return key(name).address
+
+    def is_of(self, name: str, account: Address) -> bool:
+        """Says whether an account is somebody's, under whatever name."""
+        aliases = (name, *(f"{name}{n}" for n in range(ALIASES)))
+        return any(key(alias).address == account for alias in aliases)
 
     def now_ms(self) -> int:
         return START_MS + int(self.room.time() * 1000)

@@ -69,6 +69,7 @@ LAYOUTS: dict[str, list[tuple[str, str]]] = {
     "TopUp": [("channel", "b32"), ("amount", "money"), ("request_id", "b16"), ("valid_until_ms", "u64")],
     "CloseRequest": [("channel", "b32"), ("request_id", "b16"), ("valid_until_ms", "u64")],
     "ChannelFinalize": [("channel", "b32")],
+    "ChannelExtension": [("channel", "b32"), ("deadline_ms", "u64")],
     "KeyRotation": [("epoch", "u32"), ("next_key", "point")],
     "LedgerRecovery": [
         ("epoch", "u32"), ("next_key", "point"), ("ended_seq", "u64"), ("ended_hash", "b32"),

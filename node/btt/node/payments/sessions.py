@@ -7,11 +7,13 @@ channels, and lives as long as any of them has a session.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from btt.node.payments.bans import Bans, Failure
+from btt.node.payments.lent import save_lent
 from btt.node.payments.session import PayerBook, Session
 from btt.node.payments.store import OPEN, ChannelRecord, PayeeStore
 from btt.sdk.channel import BanPolicy, Payee, Segment, SignedUpdate, Standing, Strangers, Tally
@@ -65,6 +67,7 @@ class Sessions:
         self._clock = clock
         self.bans = Bans(store=store, policy=policy.bans, clock=clock)
         self._strangers = Strangers(total=policy.strangers_per_hour, per_network=policy.strangers_per_network)
+        self._strangers.remember(store.lent_before, clock())
         self._books: dict[Address, PayerBook] = {}
         self._by_token: dict[bytes, Session] = {}
         self._by_channel: dict[bytes, Session] = {}
@@ -231,8 +234,22 @@ class Sessions:
         if standing.lease < standing.unit and await self.bans.lends_to(network):
             missing = standing.unit - standing.lease  # as it is now: others of this payer may have come
             if missing > 0 and self._strangers.lend(network, missing, self._clock()):
-                standing.lease = standing.unit
+                try:
+                    await self._note_lent(network)
+                except BttError:
+                    self._strangers.give_back(network, missing)
+                    raise
+                # Another session of this payer may have been lent it meanwhile.
+                taken = min(missing, max(0, standing.unit - standing.lease))
+                self._strangers.give_back(network, missing - taken)
+                standing.lease += taken
                 book.lease_network = network
+
+    def _note_lent(self, network: str) -> asyncio.Future[None]:
+        """Writes down what is lent; done when it is on disk."""
+        now = self._clock()
+        lent = self._strangers.lent(network, now)
+        return asyncio.ensure_future(self._store.run(lambda db: save_lent(db, lent, now)))
 
     def _return_lease(self, book: PayerBook) -> None:
         standing = book.standing
@@ -240,6 +257,9 @@ class Sessions:
             return
         lost = standing.unpaid + standing.written_off if standing.is_stranger else 0
         self._strangers.give_back(book.lease_network, max(0, standing.lease - lost))
+        if standing.lease > lost:
+            with contextlib.suppress(BttError):
+                self._note_lent(book.lease_network).add_done_callback(_known)
         # What is lost stays lent: it refills with the hour, and the payer keeps no fresh claim.
         standing.lease = min(standing.lease, lost)
 
@@ -324,3 +344,9 @@ class Sessions:
         before = replace(after, written_off=after.written_off - arrears)
         if after.in_default and not before.in_default:
             await self.failed(payer, None, Failure.DEFAULT)
+
+
+def _known(noted: asyncio.Future[None]) -> None:
+    """Takes note of a failure to write down what came back: it lends less, and nobody waits for it."""
+    if not noted.cancelled():
+        noted.exception()

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from btt.node.payments.days import DAYS_SCHEMA, tell_days
+from btt.node.payments.lent import LENT_SCHEMA, load_lent
 from btt.node.quota import QUOTA_SCHEMA
 from btt.node.refusals import REFUSALS_SCHEMA
 from btt.sdk.channel import Checked, Durable, Line, SignedUpdate, Tally
@@ -56,7 +57,7 @@ CREATE INDEX channels_payer ON channels(payer);
 CREATE TRIGGER best_never_falls BEFORE UPDATE OF best ON channels WHEN new.best < old.best
 BEGIN SELECT raise(ABORT, 'a best update never falls'); END;
 """
-_UPGRADES = {1: BANS_SCHEMA, 2: DAYS_SCHEMA + REFUSALS_SCHEMA, 3: QUOTA_SCHEMA}
+_UPGRADES = {1: BANS_SCHEMA, 2: DAYS_SCHEMA + REFUSALS_SCHEMA, 3: QUOTA_SCHEMA + LENT_SCHEMA}
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,11 +133,13 @@ class PayeeStore:
     def __init__(self, path: Path, *, clock: Callable[[], int] = SYSTEM) -> None:
         self._db = open_books(
             path,
-            schema=_SCHEMA + COUNTS_SCHEMA + BANS_SCHEMA + DAYS_SCHEMA + REFUSALS_SCHEMA + QUOTA_SCHEMA,
+            schema=_SCHEMA + COUNTS_SCHEMA + BANS_SCHEMA + DAYS_SCHEMA + REFUSALS_SCHEMA + _UPGRADES[3],
             version=SCHEMA_VERSION,
             upgrades=_UPGRADES,
         )
         tell_days(self._db, clock)
+        self.lent_before = load_lent(self._db)
+        """What strangers had been lent when the books were opened."""
         self._group = GroupCommit(self._db, threading.Lock(), whose="The node's books")
 
     def close(self) -> None:

@@ -13,6 +13,7 @@ Credit belongs to the payer, over all its channels, sessions and connections:
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 EARNED_PERCENT = 5
@@ -97,6 +98,8 @@ class Standing:
 class Strangers:
     """What payers without a history may owe together: token buckets, one of all and one a network.
 
+    Whoever lends keeps `lent` on disk before the credit is given, and begins with `remember`.
+
     Args:
         total: Base units an hour over all networks.
         per_network: Base units an hour for each /24 or /48.
@@ -137,6 +140,32 @@ class Strangers:
         bucket.take(amount)
         return True
 
+    def lent(self, network: str, now_ms: int) -> list[tuple[str, int, int]]:
+        """Returns what of the budgets is used, to be kept: of all together (named ""), and of a network.
+
+        Args:
+            network: A /24 or /48 in text form.
+            now_ms: As for `lend`.
+
+        Returns:
+            Name, base units lent and neither back nor refilled, and when that was, Unix milliseconds.
+        """
+        buckets = [("", self._total)]
+        if network in self._networks:
+            buckets.append((network, self._networks[network]))
+        return [(name, bucket.used(now_ms), now_ms) for name, bucket in buckets]
+
+    def remember(self, lent: Iterable[tuple[str, int, int]], now_ms: int) -> None:
+        """Goes on from what was kept: a restart lends nobody more.
+
+        Args:
+            lent: From `lent`, in another life.
+            now_ms: As for `lend`; what was kept at a later time counts as of now.
+        """
+        for name, used, at_ms in lent:
+            bucket = self._networks.setdefault(name, _Bucket(self._per_network)) if name else self._total
+            bucket.begin(used, min(at_ms, now_ms))
+
     def give_back(self, network: str, amount: int) -> None:
         """Returns what was lent and not lost."""
         self._total.put(amount)
@@ -161,6 +190,12 @@ class _Bucket:
     def resize(self, capacity: int) -> None:
         self._level_ms += (capacity - self._capacity) * 3_600_000
         self._capacity = capacity
+
+    def begin(self, used: int, at_ms: int) -> None:
+        self._level_ms, self._at_ms = (self._capacity - used) * 3_600_000, at_ms
+
+    def used(self, now_ms: int) -> int:
+        return self._capacity - self.available(now_ms)
 
     def full(self, now_ms: int) -> bool:
         return self.available(now_ms) >= self._capacity

@@ -27,6 +27,7 @@ from btt.sdk.ledger.rotation import OperatorKey, follow, key_named, signer_of, u
 from btt.sdk.signing import (
     ChannelClose,
     ChannelCommit,
+    ChannelExtension,
     ChannelFinalize,
     ChannelUpdate,
     CloseRequest,
@@ -42,6 +43,7 @@ _LENGTH: Final = struct.Struct(">I")
 _LONGEST: Final = 64 * 1024
 _Found = TypeVar("_Found")
 _UPDATE: Final = int(pb.ENTRY_KIND_UPDATE)
+_EXTEND: Final = int(pb.ENTRY_KIND_EXTEND)
 _FINALIZE: Final = int(pb.ENTRY_KIND_FINALIZE)
 _MESSAGES: Final[dict[int, type[Message]]] = {
     pb.ENTRY_KIND_TRANSFER: Transfer,
@@ -51,6 +53,7 @@ _MESSAGES: Final[dict[int, type[Message]]] = {
     _UPDATE: ChannelUpdate,
     pb.ENTRY_KIND_REQUEST_CLOSE: CloseRequest,
     _FINALIZE: ChannelFinalize,
+    _EXTEND: ChannelExtension,
 }
 KINDS: Final = frozenset(_MESSAGES)
 """Kinds of entries that users make; the ledger's own need no holder."""
@@ -157,6 +160,8 @@ class Evidence:
         self.check_request(ledger_id)
         if self.receipt is None:
             return True
+        if self.kind == _EXTEND and self.signatures[:33] not in {known.key.data for known in keys}:
+            raise EvidenceInvalid(f"Entry {self.receipt.seq} is not signed by the ledger's operator.")
         try:
             if undone_by(self.receipt, keys) is None:
                 signer_of(self.receipt, keys, ledger_id)
@@ -179,6 +184,8 @@ class Evidence:
                 what = f"payment of {message.cumulative} in channel {message.channel.hex()}"
             case ChannelClose():
                 what = f"close with {message.capture} of channel {message.channel.hex()}"
+            case ChannelExtension():
+                what = f"extension to {message.deadline_ms} of channel {message.channel.hex()}"
             case CloseRequest():
                 what = f"request to close channel {message.channel.hex()}"
             case _:

@@ -21,7 +21,12 @@ from btt.sdk.payment.session import PaymentSession
 from btt.sdk.payment.store import CLOSED
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
-_ENDINGS: Final = (pb.ENTRY_KIND_CLOSE_CHANNEL, pb.ENTRY_KIND_REQUEST_CLOSE, pb.ENTRY_KIND_FINALIZE)
+_ENDINGS: Final = (
+    pb.ENTRY_KIND_CLOSE_CHANNEL,
+    pb.ENTRY_KIND_REQUEST_CLOSE,
+    pb.ENTRY_KIND_EXTEND,
+    pb.ENTRY_KIND_FINALIZE,
+)
 
 
 class Keeper:

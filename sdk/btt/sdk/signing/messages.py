@@ -214,6 +214,16 @@ class ChannelFinalize(Message):
 
 
 @message
+class ChannelExtension(Message):
+    """Ends a challenge window later, or begins one, because the ledger was away. Signed by its operator."""
+
+    TAG: ClassVar[bytes] = tag("ChannelExtension")
+
+    channel: Bytes32
+    deadline_ms: TimeMs
+
+
+@message
 class KeyRotation(Message):
     """Hands the ledger to a new operator key, which begins `epoch`. Signed by the old and the new key."""
 
@@ -253,6 +263,7 @@ MESSAGES: Final[tuple[type[Message], ...]] = (
     TopUp,
     CloseRequest,
     ChannelFinalize,
+    ChannelExtension,
     KeyRotation,
     LedgerRecovery,
 )

@@ -147,6 +147,7 @@ class Auditor:
         self.channels: dict[bytes, Channel] = {}
         self._locked: dict[bytes, tuple[int, int]] = {}
         self._epoch = 1
+        self._operators = {self.operator_key}
         self._verifier = ProvenVerifier(self.ledger_id)
 
     def account(self, account: bytes) -> Account | None:
@@ -233,6 +234,8 @@ class Auditor:
         )
         if operation.digest != entry.request_digest:
             raise InvalidRequest("its digest is not that of its request.")
+        if entry.kind is Kind.EXTEND and operation.signer not in self._operators:
+            raise InvalidRequest("its window is extended by a key that never was the operator's.")
         if operation.signatures != entry.signatures:
             raise InvalidRequest("its signatures are not in their layout.")
         terms = replace(_ANY, open_fee=operation.fee) if isinstance(operation, OpenOperation) else _ANY
@@ -267,6 +270,7 @@ class Auditor:
         verify(PublicKey(self.operator_key), message, self.ledger_id, entry.signatures[33:98])
         verify(message.next_key, message, self.ledger_id, entry.signatures[98:])
         self._epoch, self.operator_key = message.epoch, message.next_key.data
+        self._operators.add(self.operator_key)
         return Effect(entry.kind, ())
 
     def report(self) -> Report:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import sha256
 from itertools import groupby
 from operator import itemgetter
@@ -15,6 +15,7 @@ from btt.sdk.ledger.rotation import read_hand_over
 from btt.sdk.signing import (
     ChannelClose,
     ChannelCommit,
+    ChannelExtension,
     ChannelUpdate,
     TopUp,
 )
@@ -32,6 +33,7 @@ _NAMES: Final = {
     Kind.UPDATE: "ChannelUpdate",
     Kind.REQUEST_CLOSE: "CloseRequest",
     Kind.FINALIZE: "ChannelFinalize",
+    Kind.EXTEND: "ChannelExtension",
     Kind.ROTATE_KEY: "KeyRotation",
     Kind.RECOVER: "LedgerRecovery",
 }
@@ -48,6 +50,7 @@ class _Told:
     deadline_ms: int = 0
     captured: int = 0
     closed_seq: int | None = None
+    asked_ms: int = field(default=0, compare=False)
 
     def hear(self, entry: Entry) -> None:
         if entry.kind is Kind.TOP_UP:
@@ -56,7 +59,10 @@ class _Told:
             self.best = int(ChannelUpdate.decode(entry.body).cumulative)
         elif entry.kind is Kind.REQUEST_CLOSE:
             self.phase = Phase.CLOSING
-            self.deadline_ms = entry.time_ms  # its window is added where T1 is at hand
+            self.asked_ms = entry.time_ms  # the deadline follows where T1 is at hand
+        elif entry.kind is Kind.EXTEND:
+            self.phase, self.asked_ms = Phase.CLOSING, 0
+            self.deadline_ms = int(ChannelExtension.decode(entry.body).deadline_ms)
         else:
             if entry.kind is Kind.CLOSE_CHANNEL:
                 shown = int.from_bytes(entry.signatures[98:106], "big")
@@ -189,8 +195,7 @@ def _check_channels(
         ):
             raise InvariantBroken(f"Channel {channel_id.hex()} is not what its T1 says.")
         told = journal_says.get(channel_id)
-        if told is not None and told.phase is Phase.CLOSING:
-            asked_ms = told.deadline_ms
+        if told is not None and told.phase is Phase.CLOSING and (asked_ms := told.asked_ms):
             told.deadline_ms = max(asked_ms, min(asked_ms + challenge_ms, expires_ms + 2 * challenge_ms))
         if is_now != told:
             raise InvariantBroken(f"Channel {channel_id.hex()} is not what the journal made of it.")

@@ -17,7 +17,7 @@ from google.protobuf.message import DecodeError
 
 from btt.proto.ledger.v1 import ledger_pb2 as pb
 from btt.sdk.errors import ConfigError, StorageError
-from btt.services.ledger import rows
+from btt.services.ledger import mark, rows
 from btt.services.ledger.check import entries as stored_entries
 from btt.services.ledger.folder import DATABASE
 from btt.services.ledger.journal import Entry, Kind, Posting, Side
@@ -27,6 +27,7 @@ from btt.services.ledger.watching import journal_entry
 MAGIC: Final = b"bttjournal1\n"
 _LENGTH: Final = struct.Struct(">I")
 _LONGEST: Final = 64 * 1024
+_NAME_ONE: Final = "Name a ledger's folder, a copy of `btt ledger backup`, or a file of `btt ledger export`."
 
 
 def database_of(place: Path) -> Path:
@@ -93,14 +94,20 @@ def journal(place: Path) -> Iterator[tuple[bytes, Iterator[Entry], sqlite3.Conne
                 yield _record(file) or b"", _read(file), None
                 return
     except FileNotFoundError:
-        raise ConfigError(f"There is no journal at {place}.") from None
+        raise ConfigError(f"There is no journal at {place}.", hint=_missing(path)) from None
     except OSError as error:
         raise StorageError(f"The journal {path} cannot be read: {error}.") from error
     if not head.startswith(b"SQLite form"):
-        raise ConfigError(f"{path} is neither a ledger's database nor an exported journal.")
+        raise ConfigError(f"{path} is neither a ledger's database nor an exported journal.", hint=_NAME_ONE)
     with closing(connect(path, read_only=True)) as connection, storage():
         connection.execute("BEGIN")  # one moment, whatever a running ledger adds
         yield rows.read_identity(connection).genesis, stored_entries(connection), connection
+
+
+def _missing(path: Path) -> str:
+    if mark.path_of(path).exists():
+        return f"A ledger was there, and its database is lost: see btt ledger recover {path.parent} --help."
+    return _NAME_ONE
 
 
 def _record(file: IO[bytes]) -> bytes | None:

@@ -14,7 +14,7 @@ from btt.sdk.keys import Address, PrivateKey
 from btt.sdk.ledger.address import tls_name
 from btt.sdk.money import SUPPLY
 from btt.sdk.tls import make_certificate
-from btt.services.ledger import mark, store
+from btt.services.ledger import mark, outage, store
 from btt.services.ledger.books import Terms
 from btt.services.ledger.genesis import Identity
 from btt.services.ledger.journal import EntryRef
@@ -24,6 +24,8 @@ OPERATOR_KEY: Final = "operator.key"
 TLS_KEY: Final = "tls.key"
 CERTIFICATE: Final = "tls.pem"
 NEXT_KEY: Final = "operator.key.next"
+RECOVERED: Final = "recovered-epoch-"
+"""Begins the names of folders that keep what a finished recovery was made of; the epoch follows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +99,10 @@ class LedgerFolder:
             raise ConfigError(f"The keys of the ledger in {self.path} cannot be read: {error}.") from error
         return [self.operator_key, *retired]
 
+    def recovered_epochs(self) -> list[int]:
+        """Returns the epochs that recoveries in this folder began: no other may have their numbers."""
+        return [int(path.name[len(RECOVERED) :]) for path in self.path.glob(f"{RECOVERED}*")]
+
     def following_key(self) -> PrivateKey:
         """Returns the key that the ledger will be handed to; made and kept at the first call.
 
@@ -164,6 +170,7 @@ def rotate(path: Path, *, clock: Callable[[], int] = SYSTEM) -> tuple[Address, E
     with store.Store.open(folder.database) as books:
         folder = folder.settled(books.operator_key)
         following = folder.following_key()
+        outage.give_back(books, folder.operator_key, clock_ms=clock())
         entry = books.rotate(following, folder.operator_key, clock_ms=clock())
         folder.settled(following.public.data)
     return following.address, entry

@@ -24,8 +24,9 @@ class Hub:
     """The watchers of a running ledger."""
 
     def __init__(self) -> None:
-        self._watchers: dict[bytes, set[asyncio.Event]] = {}
-        self._events: set[asyncio.Event] = set()
+        # Who came first is told first: an order of its own, and not that of memory addresses.
+        self._watchers: dict[bytes, dict[asyncio.Event, None]] = {}
+        self._events: dict[asyncio.Event, None] = {}
         self._per_key: Counter[bytes] = Counter()
         self.closed = False
 
@@ -48,18 +49,18 @@ class Hub:
         event = asyncio.Event()
         wanted = frozenset(subjects)
         self._per_key[key] += 1
-        self._events.add(event)
+        self._events[event] = None
         for subject in wanted:
-            self._watchers.setdefault(subject, set()).add(event)
+            self._watchers.setdefault(subject, {})[event] = None
         try:
             yield event
         finally:
-            self._events.discard(event)
+            del self._events[event]
             self._per_key[key] -= 1
             if not self._per_key[key]:
                 del self._per_key[key]
             for subject in wanted:
-                self._watchers[subject].discard(event)
+                del self._watchers[subject][event]
                 if not self._watchers[subject]:
                     del self._watchers[subject]
 
@@ -70,7 +71,7 @@ class Hub:
         touched = set(batch.accounts)
         for channel in batch.channels.values():
             touched |= {channel.id, channel.k2, user(channel.payer), user(channel.payee)}
-        for subject in touched & self._watchers.keys():
+        for subject in sorted(touched & self._watchers.keys()):
             for event in self._watchers[subject]:
                 event.set()
 

@@ -34,12 +34,15 @@ class Kind(IntEnum):
     FINALIZE = 8
     ROTATE_KEY = 9
     RECOVER = 10
+    EXTEND = 11
 
 
-MOVES_NOTHING: Final = frozenset((Kind.UPDATE, Kind.REQUEST_CLOSE, Kind.ROTATE_KEY, Kind.RECOVER))
+MOVES_NOTHING: Final = frozenset(
+    (Kind.UPDATE, Kind.REQUEST_CLOSE, Kind.ROTATE_KEY, Kind.RECOVER, Kind.EXTEND)
+)
 """Entries that have no postings; all others have two or more."""
 BY_THE_LEDGER: Final = frozenset((Kind.GENESIS, Kind.ROTATE_KEY, Kind.RECOVER))
-"""Entries that no user's request made."""
+"""Entries that concern the whole ledger; no user's request made them."""
 
 
 class Side(IntEnum):

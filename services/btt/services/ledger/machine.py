@@ -9,16 +9,19 @@
     OPEN     request close  from `expires_ms` on (T2), before   CLOSING, deadline = now + window,
                             only with EARLY_CLOSE               at most `abandoned_ms`
     OPEN     finalize       from `abandoned_ms` on              CLOSED, best to the payee
+    OPEN     extend         from `expires_ms` on                CLOSING, at most a window from now
     CLOSING  update         before the deadline                 CLOSING, best grows (challenge)
     CLOSING  close          before the deadline                 CLOSED, capture <= best
     CLOSING  finalize       from the deadline on                CLOSED, best to the payee
+    CLOSING  extend         always                              CLOSING, at most a window from now
     CLOSED   nothing
 
 Everything else is refused. At the very deadline a challenge is late and a finalize is due. Only
 the payee's close is final at once: only the payee can lose by an old update, and it chose it
 (white paper, channel steps 7 to 9). Whoever vanishes, the money is out by
 `abandoned_ms` = expiry + window + grace, where the grace is one more window: both are in T1, so
-the journal alone tells whether a close was right.
+the journal alone tells whether a close was right. Only the ledger extends, and only after it was
+away (`after_outage`): then it is out by a window after its return, if that is later.
 
 Pure: no clock, no signature, no database. `books` adds the postings; the audit and the exhaustive
 model check (`tests/unit/test_channel_machine_model.py`) run this very code.
@@ -60,6 +63,7 @@ class Move(Enum):
     CLOSE = "close"
     REQUEST_CLOSE = "request to close"
     FINALIZE = "finalize"
+    EXTEND = "extension"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,7 +128,8 @@ class Step:
     Args:
         move: What.
         now_ms: Ledger time.
-        amount: TOP_UP: base units added; UPDATE: cumulative; CLOSE: capture; else 0.
+        amount: TOP_UP: base units added; UPDATE: cumulative; CLOSE: capture; EXTEND: the new deadline,
+            Unix milliseconds; else 0.
         signature: UPDATE: K1 over it, 65 bytes.
         shown: CLOSE: cumulative of the update that came with it, base units.
         least_raise: UPDATE while OPEN: raises smaller than this are refused, base units.
@@ -236,6 +241,43 @@ def _finalize(channel: Channel, step: Step) -> Channel:
     return _paid_out(channel, channel.best)
 
 
+def _begin_window(channel: Channel, step: Step) -> Channel:
+    if step.now_ms < channel.expires_ms:
+        raise ChannelLocked(f"Before {channel.expires_ms} no outage takes a payee's time.")
+    return _extend(channel, step)
+
+
+def _extend(channel: Channel, step: Step) -> Channel:
+    if not max(channel.deadline_ms, step.now_ms) < step.amount <= step.now_ms + channel.challenge_ms:
+        raise InvalidRequest("An extension ends later than before, and within a window from now.")
+    return replace(channel, phase=Phase.CLOSING, deadline_ms=step.amount)
+
+
+def after_outage(channel: Channel, *, since_ms: int, now_ms: int) -> int | None:
+    """Says when a channel's window must end, now that the ledger is back.
+
+    What the payee had left when the ledger went away it has again: of the window, or of the time in
+    which nobody had asked to close an expired channel.
+
+    Args:
+        channel: As it was then.
+        since_ms: Ledger time of the last entry before.
+        now_ms: Ledger time.
+
+    Returns:
+        The new deadline, Unix milliseconds; None if the outage took the payee nothing.
+    """
+    if channel.phase is Phase.CLOSED or now_ms <= since_ms:
+        return None
+    if channel.phase is Phase.CLOSING:
+        left = channel.deadline_ms - since_ms
+    elif now_ms > channel.expires_ms:
+        left = channel.abandoned_ms - max(since_ms, channel.expires_ms)
+    else:
+        return None
+    return now_ms + min(left, channel.challenge_ms) if left > 0 else None
+
+
 def _paid_out(channel: Channel, capture: int) -> Channel:
     return replace(channel, phase=Phase.CLOSED, captured=capture, deadline_ms=0)
 
@@ -246,8 +288,10 @@ TABLE: Final[dict[tuple[Phase, Move], Callable[[Channel, Step], Channel]]] = {
     (Phase.OPEN, Move.CLOSE): _close,
     (Phase.OPEN, Move.REQUEST_CLOSE): _request_close,
     (Phase.OPEN, Move.FINALIZE): _finalize_abandoned,
+    (Phase.OPEN, Move.EXTEND): _begin_window,
     (Phase.CLOSING, Move.UPDATE): _challenge,
     (Phase.CLOSING, Move.CLOSE): _close_in_window,
     (Phase.CLOSING, Move.FINALIZE): _finalize,
+    (Phase.CLOSING, Move.EXTEND): _extend,
 }
 """Every move that exists; any other is refused."""

@@ -22,6 +22,7 @@ from btt.sdk.errors import InvalidRequest
 from btt.sdk.signing import (
     ChannelClose,
     ChannelCommit,
+    ChannelExtension,
     ChannelRefund,
     ChannelUpdate,
     CloseRequest,
@@ -41,6 +42,7 @@ _MESSAGES: Final[dict[int, type[Message]]] = {
     Kind.TOP_UP: TopUp,
     Kind.UPDATE: ChannelUpdate,
     Kind.REQUEST_CLOSE: CloseRequest,
+    Kind.EXTEND: ChannelExtension,
 }
 _Signed = tuple[int, bytes, bytes, bytes]
 _Part = tuple[list[Entry], "Future[list[bytes]]"]

@@ -84,7 +84,7 @@ class Rebuilding:
         for epoch, (first, _) in shown.items():
             self._first[epoch] = min(first, self._first.get(epoch, first))
         seqs = [head.seq, noted.seq if noted else 0, *(last for _, last in shown.values())]
-        epochs = [head.epoch, noted.epoch if noted else 0, *shown]
+        epochs = [head.epoch, noted.epoch if noted else 0, *shown, *folder.recovered_epochs()]
         # A hand-over that the copy has forgotten takes an epoch when it is done again.
         again = folder.operator_key.public.data != rows.read_epochs(base)[-1][1]
         self._report = Report(max(*epochs, head.epoch + again) + 1, head.seq, head.seq, max(seqs))

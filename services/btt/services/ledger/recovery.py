@@ -40,7 +40,7 @@ from btt.sdk.ledger.keeping import EvidenceStore
 from btt.services.ledger import mark, rows
 from btt.services.ledger.backup import backup
 from btt.services.ledger.export import database_of
-from btt.services.ledger.folder import LedgerFolder
+from btt.services.ledger.folder import RECOVERED, LedgerFolder
 from btt.services.ledger.journal import Head
 from btt.services.ledger.reading import connect, storage
 from btt.services.ledger.rebuild import Rebuilding, Report, undone
@@ -50,6 +50,7 @@ _BASE: Final = "base.sqlite3"
 _POOL: Final = "evidence.db"
 _BUILT: Final = "built.sqlite3"
 _REPLACED: Final = "replaced.sqlite3"
+_EXTEND: Final = int(pb.ENTRY_KIND_EXTEND)
 _ASIDE: Final = ("", "-wal", "-shm")
 
 
@@ -187,6 +188,8 @@ class _Gate:
             raise EvidenceInvalid(
                 f"The receipt of entry {said.seq} is of epoch {said.epoch}, which did not begin with its key."
             )
+        if one.kind == _EXTEND and PublicKey(one.signatures[:33]).address not in self._keys:
+            raise EvidenceInvalid(f"Entry {said.seq} extends a window without the operator's signature.")
         if said.seq > self._head.seq or undone(said, self._began):
             return False
         held = self._base.execute("SELECT hash FROM entries WHERE seq = ?", (said.seq,)).fetchone()
@@ -216,7 +219,7 @@ def _install(folder: LedgerFolder, report: Report) -> None:
 
 def _put_away(folder: LedgerFolder, epoch: int, operator_key: bytes) -> None:
     """Keeps what a finished recovery was made of, and takes the new key."""
-    (folder.path / RECOVERY).rename(folder.path / f"recovered-epoch-{epoch}")
+    (folder.path / RECOVERY).rename(folder.path / f"{RECOVERED}{epoch}")
     _sync(folder.path)
     folder.settled(operator_key)
 

@@ -43,6 +43,8 @@ def operation_of(
         return verifier.update(body, k1=signer, signature=signature)
     if kind is Kind.REQUEST_CLOSE:
         return verifier.request_close(body, signer=signer, signature=signature)
+    if kind is Kind.EXTEND:
+        return verifier.extension(body, signer=signer, signature=signature)
     if kind is Kind.FINALIZE:
         return verifier.finalize(body)
     if kind is Kind.CLOSE_CHANNEL:

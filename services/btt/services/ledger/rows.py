@@ -137,6 +137,17 @@ def read_due(connection: sqlite3.Connection, now_ms: int, most: int) -> list[byt
     return [row[0] for row in found]
 
 
+def read_running(connection: sqlite3.Connection, since_ms: int, now_ms: int) -> list[bytes]:
+    """Reads the ids of channels in whose end an outage may have cut: closing, or expired and open."""
+    found = connection.execute(
+        "SELECT id FROM channels WHERE phase = 2 AND deadline_ms > ?1 UNION ALL "
+        "SELECT id FROM channels WHERE phase = 1 AND expires_ms + 2 * challenge_ms > ?1 AND expires_ms < ?2 "
+        "ORDER BY id",
+        (since_ms, now_ms),
+    )
+    return [row[0] for row in found]
+
+
 def read_events(
     connection: sqlite3.Connection,
     *,
@@ -171,11 +182,11 @@ def read_events(
         values = {"address": address, "k2": k2, "user": books.user(address)}
     query = (
         "SELECT seq, time_ms, kind, request_digest, hash, "  # noqa: S608 (our own words)
-        "CASE WHEN kind = 3 THEN request_digest WHEN kind BETWEEN 4 AND 8 THEN substr(body, 1, 32) "
+        "CASE WHEN kind = 3 THEN request_digest WHEN kind IN (4, 5, 6, 7, 8, 11) THEN substr(body, 1, 32) "
         f"ELSE x'' END FROM entries WHERE seq IN ({own}"
         f"SELECT opened_seq FROM channels WHERE ({which}) AND opened_seq > :after UNION "
         "SELECT e.seq FROM channels c JOIN entries e ON substr(e.body, 1, 32) = c.id "
-        f"AND e.kind BETWEEN 4 AND 8 WHERE ({which.replace('id =', 'c.id =')}) AND e.seq > :after "
+        f"AND e.kind IN (4, 5, 6, 7, 8, 11) WHERE ({which.replace('id =', 'c.id =')}) AND e.seq > :after "
         "ORDER BY 1 LIMIT :most) ORDER BY seq"
     )
     return connection.execute(query, {**values, "after": after, "most": most}).fetchall()

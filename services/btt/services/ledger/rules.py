@@ -31,6 +31,7 @@ from btt.services.ledger.journal import Kind, Posting, Side
 from btt.services.ledger.machine import Channel, Move, Phase, Step
 from btt.services.ledger.verify import (
     CloseOperation,
+    ExtendOperation,
     FinalizeOperation,
     OpenOperation,
     Operation,
@@ -303,6 +304,15 @@ def _finalize(view: View, op: Operation, now_ms: int, seq: int, terms: Terms) ->
     return _paid_out(Kind.FINALIZE, channel, after, seq)
 
 
+def _extend(view: View, op: Operation, now_ms: int, seq: int, terms: Terms) -> Decision:
+    assert isinstance(op, ExtendOperation)
+    channel = known(view.channel(op.channel_id))
+    if done := view.entry(op.digest):
+        return Repeat(done)
+    after = machine.take(channel, Step(Move.EXTEND, now_ms, op.deadline_ms))
+    return Effect(Kind.EXTEND, (), channel=after)
+
+
 def _paid_out(kind: Kind, before: Channel, after: Channel, seq: int) -> Effect:
     capture = after.captured - before.captured
     rest = before.held - capture
@@ -323,4 +333,5 @@ _RULES: dict[type[Operation], Callable[[View, Operation, int, int, Terms], Decis
     CloseOperation: _close,
     RequestCloseOperation: _request_close,
     FinalizeOperation: _finalize,
+    ExtendOperation: _extend,
 }

@@ -13,7 +13,7 @@ from typing import Final
 
 from btt.sdk.money import SUPPLY
 
-VERSION: Final = 2
+VERSION: Final = 3
 """Stored as SQLite's user_version."""
 
 _MONEY: Final = f"BETWEEN 0 AND {SUPPLY}"
@@ -153,6 +153,14 @@ MIGRATIONS: Final[dict[int, tuple[str, ...]]] = {
         "CREATE INDEX entries_by_channel ON entries (substr(body, 1, 32), seq) WHERE kind BETWEEN 4 AND 8",
         "CREATE INDEX channels_by_k2 ON channels (k2)",
         "CREATE INDEX channels_by_abandonment ON channels (expires_ms + 2 * challenge_ms) WHERE phase = 1",
+    ),
+    # 3: extensions concern a channel, too.
+    2: (
+        "DROP INDEX entries_by_channel",
+        (
+            "CREATE INDEX entries_by_channel ON entries (substr(body, 1, 32), seq) "
+            "WHERE kind IN (4, 5, 6, 7, 8, 11)"
+        ),
     ),
 }
 """Statements that lead from a version to the next one; they run in one transaction."""

@@ -57,6 +57,8 @@ class Sequencer:
         store: The books; the sequencer is their only user.
         clock: Unix milliseconds.
         committed: Called in the event loop with each batch that is durable.
+        returned: Called with the time, in a writer's thread, before the first batch after one that the
+            disk did not take.
     """
 
     def __init__(
@@ -65,9 +67,12 @@ class Sequencer:
         *,
         clock: Callable[[], int],
         committed: Callable[[Batch], None] = lambda batch: None,
+        returned: Callable[[int], object] = lambda clock_ms: None,
     ) -> None:
         self._store = store
         self._clock = clock
+        self._returned = returned
+        self._away = False
         self._committed = committed
         self._queue: deque[_Order] = deque()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="ledger-writer")
@@ -196,11 +201,16 @@ class Sequencer:
             return None, [_again(self.halted) for _ in operations]
         self.batches += 1
         try:
-            batch = self._store.begin(self._clock(), operations)
+            now_ms = self._clock()
+            if self._away:
+                self._returned(now_ms)
+                self._away = False
+            batch = self._store.begin(now_ms, operations)
             outcomes = [batch.run(operation) for operation in operations]
             if not batch.empty:
                 self._store.commit(batch)
         except BttError as error:
+            self._away = True
             if isinstance(error, InvariantBroken | SyncFailed):
                 self.halted = error
                 _log.critical("The ledger has stopped: %s", error.message)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from btt.services.ledger import genesis
 from btt.services.ledger.folder import LedgerFolder
 from btt.services.ledger.genesis import Identity
 from btt.services.ledger.hub import Hub
+from btt.services.ledger.outage import give_back
 from btt.services.ledger.limits import RateLimiter
 from btt.services.ledger.reading import Reader
 from btt.services.ledger.sequencer import Sequencer
@@ -29,6 +31,7 @@ from btt.services.ledger.store import Store
 from btt.services.ledger.sweeper import Sweeper
 from btt.services.ledger.verify import Verifier
 
+_log = logging.getLogger(__name__)
 MAX_MESSAGE: Final = 64 * 1024
 """Largest message, bytes; the largest honest one is about 500."""
 MAX_CALLS: Final = 1024
@@ -104,8 +107,20 @@ async def serve(config: LedgerConfig, *, clock: Callable[[], int] = SYSTEM) -> A
     store = Store.open(folder.database)
     async with AsyncExitStack() as stack:
         hub = Hub()
-        sequencer = await stack.enter_async_context(Sequencer(store, clock=clock, committed=hub.publish))
-        folder = folder.settled(store.operator_key)
+
+        def returned(now_ms: int) -> None:
+            if extended := give_back(store, folder.operator_key, clock_ms=now_ms):
+                _log.warning("%d challenge windows get back the time that the ledger was away.", extended)
+
+        try:
+            folder = folder.settled(store.operator_key)
+            returned(clock())
+        except BaseException:
+            store.close()
+            raise
+        sequencer = await stack.enter_async_context(
+            Sequencer(store, clock=clock, committed=hub.publish, returned=returned)
+        )
         service = LedgerService(
             sequencer=sequencer,
             reader=Reader(folder.database),

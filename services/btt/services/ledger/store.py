@@ -289,6 +289,11 @@ class Store(Committed):
                 # The batch is durable, so it is no failure of it; the next commit tries again.
                 _log.warning("%s", error.message)
 
+    def running(self, since_ms: int, now_ms: int) -> list[bytes]:
+        """Returns the ids of channels in whose end an outage may have cut; times as ledger time."""
+        with storage():
+            return rows.read_running(self._connection, since_ms, now_ms)
+
     def rotate(self, next_key: PrivateKey, operator_key: PrivateKey, *, clock_ms: int) -> EntryRef:
         """Hands the ledger to a new operator key; what follows belongs to a new epoch.
 

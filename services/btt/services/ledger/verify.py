@@ -16,6 +16,7 @@ from btt.sdk.keys import PublicKey
 from btt.sdk.signing import (
     ChannelClose,
     ChannelCommit,
+    ChannelExtension,
     ChannelFinalize,
     ChannelRefund,
     ChannelUpdate,
@@ -132,6 +133,14 @@ class FinalizeOperation(Operation):
     """Pays out what is due; nobody signs it, and there are no signatures."""
 
     channel_id: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExtendOperation(Operation):
+    """Ends a window later; the ledger alone makes it. Signatures: an operator key 33, signature65."""
+
+    channel_id: bytes
+    deadline_ms: int
 
 
 @lru_cache(maxsize=8192)
@@ -378,6 +387,29 @@ class Verifier:
             signatures=b"",
             signer=b"",
             channel_id=message.channel,
+            seal=_SEAL,
+        )
+
+    def extension(self, body: bytes, *, signer: bytes, signature: bytes) -> ExtendOperation:
+        """Verifies an extension; that the signer is the ledger's operator is up to the caller.
+
+        Args:
+            body: Canonical ChannelExtension.
+            signer: Public key, 33 bytes.
+            signature: 65 bytes.
+
+        Raises:
+            InvalidRequest: Malformed.
+            SignatureInvalid: The key did not sign this.
+        """
+        message = ChannelExtension.decode(body)
+        return ExtendOperation(
+            digest=self._check(signer, message, signature, body),
+            body=body,
+            signatures=signer + signature,
+            signer=signer,
+            channel_id=message.channel,
+            deadline_ms=int(message.deadline_ms),
             seal=_SEAL,
         )
 

@@ -79,6 +79,8 @@ class _EntryKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EntryKind.V
     """The operator's key was changed."""
     ENTRY_KIND_RECOVER: _EntryKind.ValueType  # 10
     """The ledger was recovered from an older copy of its books."""
+    ENTRY_KIND_EXTEND: _EntryKind.ValueType  # 11
+    """A challenge window got back the time in which the ledger was away."""
 
 class EntryKind(_EntryKind, metaclass=_EntryKindEnumTypeWrapper):
     """What a journal entry records."""
@@ -105,6 +107,8 @@ ENTRY_KIND_ROTATE_KEY: EntryKind.ValueType  # 9
 """The operator's key was changed."""
 ENTRY_KIND_RECOVER: EntryKind.ValueType  # 10
 """The ledger was recovered from an older copy of its books."""
+ENTRY_KIND_EXTEND: EntryKind.ValueType  # 11
+"""A challenge window got back the time in which the ledger was away."""
 Global___EntryKind: _TypeAlias = EntryKind  # noqa: Y015
 
 @_typing.final

@@ -1,0 +1,139 @@
+"""The ledger's disk is gone: what its operator does then, and what must be true afterwards.
+
+The operator has a backup, and asks whom it can reach for what they hold (`btt channel receipts`,
+`btt node receipts`); the ledger's process does the rest, and may die anywhere in it, like any other.
+"""
+
+from __future__ import annotations
+
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from btt.node.status import read_updates
+from btt.sdk.errors import ConfigError
+from btt.sdk.ledger import evidence
+from btt.sdk.ledger.keeping import RECEIPTS, EvidenceStore
+from btt.services.ledger.check import entries
+from btt.services.ledger.rebuild import Report
+from btt.services.ledger.recovery import recover
+from sim.books import Books, must
+
+if TYPE_CHECKING:
+    from sim.world import Party, World
+
+_ENDS = ("", "-wal", "-shm")
+
+
+@dataclass(slots=True)
+class Loss:
+    """One loss of the ledger's disk.
+
+    Args:
+        backup: The copy that is left.
+        holders: Parties who show what they hold.
+        files: What they gave, once they did.
+        shown: Requests with receipts in it, by digest.
+        report: What the recovery says that it comes to, once it said so.
+    """
+
+    backup: Path
+    holders: list[str]
+    files: list[Path] | None = None
+    shown: set[bytes] = field(default_factory=set)
+    report: Report | None = None
+
+
+def lose(world: World, backup: Path) -> Loss:
+    """Takes the ledger's books away; its process is dead."""
+    database = world.disks["ledger"]
+    world.witness.leave("ledger")
+    for end in _ENDS:
+        database.with_name(database.name + end).unlink(missing_ok=True)
+    if world.random.random() < 0.3:
+        database.with_name(database.name + ".mark").unlink(missing_ok=True)
+    everybody = ["bank", "payer1", "payer2", *world.nodes]
+    silent = set() if world.random.random() < 0.6 else {world.random.choice(everybody)}
+    holders = [name for name in everybody if name not in silent]
+    world.trace("ledger", f"loses its disk; {', '.join(holders)} show what they hold")
+    return Loss(backup, holders)
+
+
+def bring_back(me: Party) -> None:
+    """Recovers the ledger, as its operator; called again after a death it goes on.
+
+    Raises:
+        Violation: What is recovered is not what it must be.
+    """
+    world, loss = me.world, me.world.lost
+    assert loss is not None
+    if loss.files is None:
+        loss.files = [file for name in loss.holders if (file := _ask(world, loss, name)) is not None]
+    try:
+        found = recover(me.files, source=loss.backup, evidence=loss.files)
+        if found is not None:
+            must(loss.report is None or loss.report == found, "the same evidence comes to something else")
+            loss.report = found
+            recover(me.files, finish=True)
+    except ConfigError:
+        must(loss.report is not None, "the recovery does not know what to do")  # it had been finished
+    _check(world, loss)
+    world.coverage["ledger: recovered"] += 1
+
+
+def _ask(world: World, loss: Loss, name: str) -> Path | None:
+    """Returns a file with what somebody holds, as it would export it; None if that is nothing."""
+    party = world.parties[name]
+    unshown = read_updates(world.disks[name]) if name in world.nodes else []
+    if not (party.files / RECEIPTS).exists():
+        return None
+    with closing(EvidenceStore(party.files / RECEIPTS)) as store:
+        header = store.header(world.ledger_id)
+        found = list(store.operations(world.ledger_id))
+    if header is None:
+        return None
+    target = world.root / f"{name}.{world.random.getrandbits(32):08x}.evidence"
+    evidence.export(target, header, [*found, *unshown])
+    loss.shown |= {one.digest(world.ledger_id) for one in found}
+    return target
+
+
+def _check(world: World, loss: Loss) -> None:
+    """Holds the new journal against the old one."""
+    old, report = world.books, loss.report
+    assert report is not None
+    books = Books(world.ledger_id)
+    for entry in entries(world.witness.disk("ledger")):
+        books.take(entry)
+    kept = report.ended_seq
+    must(books.hashes[: kept + 1] == old.hashes[: kept + 1], "a recovery rewrote what stands")
+    if not report.missing:
+        must(not report.refused, f"nothing is missing, and {len(report.refused)} operations are refused")
+    lost = loss.shown - books.digests
+    most = len(report.refused) + report.undone
+    must(len(lost) <= most, f"{len(lost)} operations were shown and are not there; {most} were refused")
+    for node in set(world.nodes) & set(loss.holders):
+        _check_node(world, node, old, books, refused=bool(report.refused))
+    world.trace(
+        "ledger",
+        f"is recovered from {len(loss.shown)} operations: {report.restored} restored, "
+        f"{report.repeated} repeated, {len(report.missing)} gaps, {len(report.refused)} refused",
+    )
+    world.books = world.witness.books = books
+    # Whoever asked, and heard, may have been heard by the lost ledger alone.
+    world.plans[:] = [(message, None) for message, _ in world.plans]
+    world.recoveries += 1
+    world.lost = None
+
+
+def _check_node(world: World, node: str, old: Books, books: Books, *, refused: bool) -> None:
+    """A channel on which a node delivered is there, and so is every payment that the node holds."""
+    rows = world.witness.disk(node).execute("SELECT channel_id, best, state FROM channels").fetchall()
+    for channel, best, state in rows:
+        line = books.channels.get(channel)
+        if line is None:
+            served = world.witness.sent[channel] and channel in old.channels
+            must(refused or not served, f"a channel is lost, on which {node} delivered")
+        elif not line.closed:
+            must(line.best >= best, f"{node} holds {best}, and the recovered ledger {line.best}")
