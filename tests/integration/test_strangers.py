@@ -219,7 +219,7 @@ async def test_a9_nor_does_one_that_died_by_kill_9(economy, tmp_path):
                 met = await connect_node(
                     address, ledger_id=economy.ledger.ledger_id, store=store, clock=economy.clock
                 )
-                async with met, dial(folder.certificate, address.node, address.port) as channel:
+                async with dial(folder.certificate, address.node, address.port) as channel:
                     payer = await RawPayer(economy, met.offer, channel).fund(10 * UNIT)
                     await payer.open()
                     credits.append(payer.credit)

@@ -46,25 +46,28 @@ def _quiet_port() -> int:
 class LedgerProcess:
     """`btt ledger serve` on one folder; it keeps its port when it is started again."""
 
-    def __init__(self, home: Path, *, log: Path, env: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, home: Path, *, log: Path, env: dict[str, str] | None = None, clock: Path | None = None
+    ) -> None:
         self.home = home
         self._log = log
         self._port = _quiet_port()
         self._process = Process(log=log)
         self.env = env or {}
+        self._clock = () if clock is None else ("--clock", str(clock))
 
     @classmethod
-    def make(cls, home: Path, *, log: Path) -> LedgerProcess:
+    def make(cls, home: Path, *, log: Path, clock: Path | None = None) -> LedgerProcess:
         btt_ledger(
             "init", str(home), "--name", "test", "--supply-to", str(BANK.address),
             "--supply", f"{ISSUE} base units", "--min-challenge", "0.001", "--min-lifetime", "1",
         )  # fmt: skip
-        return cls(home, log=log)
+        return cls(home, log=log, clock=clock)
 
     def start(self) -> LedgerAddress:
         self._process = Process(
             *LEDGER, "serve", str(self.home), "--listen", f"127.0.0.1:{self._port}", "--stdin-lifeline",
-            log=self._log, env=self.env,
+            *self._clock, log=self._log, env=self.env,
         )  # fmt: skip
         return LedgerAddress.parse(self._process.ready())
 

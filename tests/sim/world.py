@@ -47,7 +47,7 @@ WINDOW_S = 240
 ALIASES = 12
 """Names under which somebody may come again."""
 TAIL = 200
-TURMOIL_S = 120.0
+TURMOIL_S = 100.0
 _TERMS = Terms(min_challenge_ms=WINDOW_S * 1000, min_lifetime_ms=60_000, max_lifetime_ms=3_600_000)
 
 

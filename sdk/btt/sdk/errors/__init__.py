@@ -19,6 +19,7 @@ BttError
  |    |   ChannelExpired, ChannelLocked, TermsRefused
  |    +-- InvariantBroken     the ledger stopped itself
  |    +-- LedgerRolledBack    the ledger's database is older than what it promised
+ |    |   +-- LedgerForgot    its journal ends before an entry that it gave us a receipt for
  |    +-- LedgerEquivocated   the ledger signed two histories; its receipts prove it
  +-- PaymentError             a payment session cannot go on
  |    +-- BudgetExceeded      the budget does not cover it; nothing was requested
@@ -74,6 +75,7 @@ from btt.sdk.errors._ledger import (
     InvariantBroken,
     LedgerEquivocated,
     LedgerError,
+    LedgerForgot,
     LedgerRolledBack,
     TermsRefused,
 )
@@ -136,6 +138,7 @@ __all__ = [
     "InvariantBroken",
     "LedgerEquivocated",
     "LedgerError",
+    "LedgerForgot",
     "LedgerRolledBack",
     "LedgerUnreachable",
     "NoProviders",

@@ -88,6 +88,19 @@ class LedgerRolledBack(LedgerError):
     )
 
 
+class LedgerForgot(LedgerRolledBack):
+    """The ledger's journal ends before an entry of which it gave us a receipt; nothing is paid there.
+
+    Both are kept: the receipt, and the description in which its operator signed the lower end.
+    """
+
+    hint = (
+        "Pay nothing there. Write what proves it to a file, btt wallet receipts --export FILE (a node's: "
+        "btt node receipts), and give it to the ledger's operator, who puts the newest books back or takes "
+        "it to btt ledger recover; then try again."
+    )
+
+
 class LedgerEquivocated(LedgerError):
     """The ledger's operator signed two histories; the two receipts prove it to anybody."""
 

@@ -301,6 +301,8 @@ class LedgerClient(Gathering):
                 beginning when `recovered` is another than before.
         """
         subject = bytes(12) + key.address.data if channel_id is None else channel_id
+        if self._lost_sight:
+            await self.info()
         recovered = self.recovered
         while True:
             signed, digest = self._query(key, subject, self.now_ms(), valid_ms=_WATCH_MS)
@@ -315,6 +317,7 @@ class LedgerClient(Gathering):
                     after_seq = page.seen_seq
                     yield page
             except grpc.aio.AioRpcError as failure:
+                self._lost_sight = True
                 raise explain(failure) from None
             finally:
                 stream.cancel()

@@ -15,7 +15,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Final, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Final, NoReturn, Protocol, Self, TypeVar
 
 import grpc
 import grpc.aio
@@ -28,6 +28,8 @@ from btt.sdk.errors import (
     BttError,
     IdentityError,
     InvalidRequest,
+    LedgerEquivocated,
+    LedgerForgot,
     LedgerUnreachable,
     RateLimited,
     RequestExpired,
@@ -90,6 +92,7 @@ class Connection:
         self._header = pb.EvidenceHeader(ledger_id=address.ledger_id)
         self._keeper = keeper
         self._clock_offset_ms = 0
+        self._lost_sight = False
 
     @classmethod
     @asynccontextmanager
@@ -106,6 +109,7 @@ class Connection:
         Raises:
             LedgerUnreachable: Nobody answers there.
             IdentityError: Somebody else answers there.
+            LedgerForgot: It has forgotten what the keeper holds a receipt for.
         """
         try:
             certificate = await read_certificate(address.host, address.port, timeout=timeout)
@@ -149,8 +153,44 @@ class Connection:
 
         Raises:
             IdentityError: It is not the ledger of the address.
+            LedgerForgot: Its journal ends before what it gave us a receipt for.
             LedgerUnreachable: Nobody answers.
         """
+        document, info = await self._described()
+        if await self._missing(info) is not None:
+            # It may have been acknowledged to another program of ours since the ledger answered.
+            document, info = await self._described()
+            if (missing := await self._missing(info)) is not None:
+                await self._went_back(document, info, missing)
+        self._lost_sight = False
+        return info
+
+    async def _missing(self, info: pb.LedgerInfo) -> SignedReceipt | None:
+        """Returns a kept receipt of an entry that is not in the ledger's journal."""
+        if self._keeper is None:
+            return None
+        kept = await asyncio.to_thread(self._keeper.promised, self.ledger_id, self._keys)
+        if kept is None:
+            return None
+        said = kept.receipt
+        beyond = (said.seq, said.epoch) > (info.head_seq, info.epoch) or said.epoch > info.epoch
+        another = said.seq == info.head_seq and said.entry_hash != info.head_hash
+        return kept if beyond or another else None
+
+    async def _went_back(
+        self, document: SignedDocument, info: pb.LedgerInfo, missing: SignedReceipt
+    ) -> NoReturn:
+        assert self._keeper is not None
+        try:
+            await asyncio.to_thread(self._keeper.keep_head, self.ledger_id, document)
+        except StorageError as error:
+            _log.warning("%s", error.message)  # the receipt alone proves enough to whoever has it
+        raise LedgerForgot(
+            f"The ledger's journal ends with entry {info.head_seq} of epoch {info.epoch}, and it gave us a "
+            f"receipt for entry {missing.seq} of epoch {missing.receipt.epoch}, which is not in it."
+        )
+
+    async def _described(self) -> tuple[SignedDocument, pb.LedgerInfo]:
         response = await self._call(self._stub.GetInfo, pb.GetInfoRequest())
         info = pb.LedgerInfo()
         try:
@@ -172,7 +212,7 @@ class Connection:
             ledger_id=info.ledger_id, operator_key=info.operator_key, rotations=info.rotations
         )
         self._clock_offset_ms = info.time_ms - _wall_ms()
-        return info
+        return response.info, info
 
     def check_receipt(self, body: bytes, signature: bytes, digest: bytes) -> SignedReceipt:
         """Verifies a receipt that somebody else got from this ledger.
@@ -188,11 +228,14 @@ class Connection:
         return self._receipt(pb.LedgerReceipt(body=body, signature=signature), digest)
 
     async def _call(self, method: _Method[_Request, _Answer], request: _Request) -> _Answer:
+        if self._lost_sight and method is not self._stub.GetInfo:
+            await self.info()  # what answers there now may have forgotten what we hold
         for attempt in range(TRIES):
             try:
                 return await method(request, timeout=self._timeout, wait_for_ready=attempt > 0)
             except grpc.aio.AioRpcError as failure:
                 error = explain(failure)
+            self._lost_sight |= isinstance(error, LedgerUnreachable | TransportError)
             if not error.retryable or attempt == TRIES - 1:
                 break
             wait = error.retry_after if isinstance(error, RateLimited) else 0.0
@@ -250,10 +293,14 @@ class Connection:
             kept = [Evidence(int(kind), message.encode(), proof, receipt)]
             try:
                 await asyncio.to_thread(self._keeper.keep, self._header, kept)
+                rival = await asyncio.to_thread(self._keeper.rival, self.ledger_id, kept[0])
             except StorageError as error:
                 # The ledger has done it: to call it a failure would make somebody pay twice. `gather`
                 # fetches it again.
                 _log.warning("%s", error.message)
+            else:
+                if rival is not None:
+                    raise LedgerEquivocated(f"The ledger signed both of these: {kept[0]}; {rival}.")
         return receipt
 
     def _receipt(self, answer: pb.LedgerReceipt, digest: bytes) -> SignedReceipt:

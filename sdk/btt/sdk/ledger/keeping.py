@@ -8,21 +8,23 @@ from __future__ import annotations
 
 import sqlite3
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
+from btt.proto.common.v1.document_pb2 import SignedDocument
 from btt.proto.ledger.v1 import ledger_pb2 as pb
 from btt.sdk.database import open_books
 from btt.sdk.errors import StorageError
 from btt.sdk.ledger.evidence import Evidence
 from btt.sdk.ledger.receipt import SignedReceipt
+from btt.sdk.ledger.rotation import OperatorKey, undone_by
 from btt.sdk.signing import Receipt
 
 RECEIPTS: Final = "receipts.db"
 """Name of the file in the folder of a wallet or node."""
-_VERSION: Final = 1
+_VERSION: Final = 2
 _SCHEMA: Final = """
 CREATE TABLE ledgers(
     ledger_id BLOB PRIMARY KEY CHECK(length(ledger_id) = 32),
@@ -50,6 +52,13 @@ CREATE TABLE seen(
     PRIMARY KEY(ledger_id, subject)
 ) STRICT, WITHOUT ROWID;
 """
+_HEADS: Final = """
+CREATE TABLE heads(
+    ledger_id BLOB NOT NULL,
+    document BLOB NOT NULL,
+    PRIMARY KEY(ledger_id, document)
+) STRICT, WITHOUT ROWID;
+"""
 _COLUMNS: Final = "kind, body, signatures, receipt, receipt_signature"
 
 
@@ -66,7 +75,7 @@ class EvidenceStore:
 
     def __init__(self, path: Path) -> None:
         self._lock = threading.RLock()
-        self._db = open_books(path, schema=_SCHEMA, version=_VERSION)
+        self._db = open_books(path, schema=_SCHEMA + _HEADS, version=_VERSION, upgrades={1: _HEADS})
 
     def close(self) -> None:
         """Closes the file."""
@@ -125,6 +134,43 @@ class EvidenceStore:
         )
         return map(_evidence, cursor)
 
+    def promised(self, ledger_id: bytes, keys: Sequence[OperatorKey]) -> SignedReceipt | None:
+        """Returns the receipt of the highest entry that must still be in a ledger's journal.
+
+        Args:
+            ledger_id: 32 bytes.
+            keys: Of its operator: what a recovery of theirs went back behind, need not be there.
+
+        Raises:
+            StorageError: It could not be read.
+        """
+        with self._lock:
+            try:
+                found = self._db.execute(
+                    "SELECT receipt, receipt_signature FROM operations WHERE ledger_id = ? AND seq > 0 "
+                    "ORDER BY seq DESC, epoch DESC",
+                    (ledger_id,),
+                )
+                told = (SignedReceipt(Receipt.decode(body), signature) for body, signature in found)
+                return next((one for one in told if undone_by(one, keys) is None), None)
+            except sqlite3.Error as error:
+                raise StorageError(f"The kept receipts could not be read ({error}).") from error
+
+    def keep_head(self, ledger_id: bytes, document: SignedDocument) -> None:
+        """Keeps what a ledger said about the end of its journal, against a receipt that is kept, too.
+
+        Raises:
+            StorageError: It was not kept.
+        """
+        with self._transaction() as db:
+            data = document.SerializeToString(deterministic=True)
+            db.execute("INSERT OR IGNORE INTO heads VALUES(?, ?)", (ledger_id, data))
+
+    def heads(self, ledger_id: bytes) -> list[SignedDocument]:
+        """Returns what `keep_head` kept about a ledger."""
+        rows = self._db.execute("SELECT document FROM heads WHERE ledger_id = ?", (ledger_id,))
+        return [SignedDocument.FromString(row[0]) for row in rows]
+
     def epochs(self, ledger_id: bytes) -> dict[int, tuple[int, int]]:
         """Returns the first and the last entry that is kept of each epoch of a ledger."""
         found = self._db.execute(
@@ -144,7 +190,18 @@ class EvidenceStore:
             "((seq = ?3 AND entry_hash <> ?4) OR (digest = ?5 AND seq <> ?3)) LIMIT 1",
             (ledger_id, said.epoch, said.seq, said.entry_hash, said.request_digest),
         )
-        return _evidence(row) if row else None
+        return _evidence(row) if row else self._overtaken(ledger_id, said)
+
+    def _overtaken(self, ledger_id: bytes, said: Receipt) -> Evidence | None:
+        """Returns what has a higher number than a receipt, and an earlier time."""
+        row = self._one(
+            f"SELECT {_COLUMNS} FROM operations WHERE ledger_id = ? AND epoch = ? AND seq > ? "  # noqa: S608
+            "ORDER BY seq LIMIT 1",
+            (ledger_id, said.epoch, said.seq),
+        )
+        found = _evidence(row) if row else None
+        assert found is None or found.receipt is not None
+        return found if found and found.receipt and found.receipt.receipt.time_ms < said.time_ms else None
 
     def equivocations(self, ledger_id: bytes) -> list[tuple[Evidence, Evidence]]:
         """Returns pairs of receipts that one honest ledger cannot both have signed.

@@ -12,7 +12,15 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Final
 
 from btt.proto.ledger.v1 import ledger_pb2 as pb
-from btt.sdk.errors import BttError, CaptureDisputed, IdentityError, LedgerError, SessionEnded
+from btt.sdk.errors import (
+    BttError,
+    CaptureDisputed,
+    IdentityError,
+    LedgerEquivocated,
+    LedgerError,
+    LedgerRolledBack,
+    SessionEnded,
+)
 from btt.sdk.payment.history import saw_seq, seen_seq
 from btt.sdk.payment.outcome import look
 from btt.sdk.payment.purse import Purse
@@ -53,7 +61,7 @@ class Keeper:
                 async for page in self._watch():
                     pause = FIRST_PAUSE_S
                     await self._handle(page)
-            except IdentityError as error:
+            except (IdentityError, LedgerRolledBack, LedgerEquivocated) as error:
                 # Whoever answers is not the ledger: nothing is paid on its word.
                 self._fail(error)
                 return
