@@ -199,7 +199,7 @@ def rehash(entries: list[Entry]) -> list[Entry]:
 
 def test_a_journal_that_holds(home: Path, tmp_path: Path, capsys: Any) -> None:
     description, entries = entries_of(home)
-    assert {entry.kind for entry in entries} == set(Kind) - {Kind.RECOVER}
+    assert {entry.kind for entry in entries} == set(Kind) - {Kind.RECOVER, Kind.EXTEND}
     assert entries == rehash(entries)
     report, auditor = audit.audit(description, entries)
     assert (report.entries, report.issued, report.open_channels, report.locked) == (11, 10_000, 1, 100)
@@ -671,3 +671,18 @@ class TestSchema:
         with closing(sqlite3.connect(old)) as connection:
             assert connection.execute("PRAGMA user_version").fetchone() == (1,)
         Store.open(old).close()
+
+
+def test_an_audit_of_nothing_says_what_to_name_instead(tmp_path, capsys):
+    for wrong in (tmp_path / "nothing", tmp_path):
+        assert cli(["ledger", "audit", str(wrong)]) != 0
+        told = " ".join(capsys.readouterr().err.split())
+        assert "There is no journal at" in told
+        assert "btt ledger export" in told
+    (tmp_path / "text").write_text("no journal")
+    assert cli(["ledger", "audit", str(tmp_path / "text")]) != 0
+    assert "btt ledger export" in " ".join(capsys.readouterr().err.split())
+    # A ledger whose database is lost has its mark still.
+    mark.path_of(tmp_path / "ledger.sqlite3").write_bytes(b"")
+    assert cli(["ledger", "audit", str(tmp_path)]) != 0
+    assert f"btt ledger recover {tmp_path}" in "".join(capsys.readouterr().err.split("\n"))

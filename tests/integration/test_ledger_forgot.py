@@ -1,4 +1,4 @@
-"""A ledger that was put back to an older copy of its books, without its mark: who holds receipts finds out."""
+"""A ledger that was put back to an older copy, without its mark: who holds receipts finds out."""
 
 from __future__ import annotations
 
@@ -79,7 +79,9 @@ async def test_a_ledger_below_a_receipt_that_we_hold_is_used_no_more_and_both_pr
         pass  # nothing is forgotten
     books.put_back()
     async with books.serve() as running:
-        with pytest.raises(LedgerForgot, match=f"ends with entry {last - 1} .* receipt for entry {last}") as told:
+        with pytest.raises(
+            LedgerForgot, match=f"ends with entry {last - 1} .* receipt for entry {last}"
+        ) as told:
             async with books.connect(running.address):
                 raise AssertionError("it was used")
         assert "btt wallet receipts --export" in str(told.value)

@@ -200,7 +200,7 @@ async def test_extensions_are_evidence_and_a_recovery_restores_them(home, tmp_pa
         if one.kind == Kind.EXTEND:
             message = ChannelExtension.decode(one.body)
             own = stranger.public.data + sign(stranger, message, ledger_id)
-            one = replace(one, signatures=own)  # noqa: PLW2901
+            one = replace(one, signatures=own)
             with pytest.raises(EvidenceInvalid, match="not signed by the ledger's operator"):
                 one.check(ledger.operator_keys, ledger_id)
         forged.append(one)

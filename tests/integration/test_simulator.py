@@ -60,8 +60,15 @@ def test_the_seeds_crash_everybody_around_everything_that_commits_or_is_sent(out
         "node: before answer Open",
         "ledger: after answer Transfer",
         "ledger: rolled back",
+        "ledger: recovered",
+        "ledger: long",
+        "node: away",
+        "node: bans",
+        "node: long",
         "node: put back",
+        "payer: long",
         "payer: put back",
+        "payer: topped up",
     ):
         assert reached[place], place
 

@@ -133,6 +133,7 @@ async def buy(me: Party, session: Any, *, careful: bool) -> None:
                 async for message in stub.ManyChecked(ask):
                     if careful and draw.random() < 0.05:
                         verdicts.reject(message)
+                        break  # whoever turns a message down and asks for more does not pay for what it asks
                     else:
                         verdicts.accept(message)
                         me.world.witness.taken[session.payer.channel_id] += len(message.data)

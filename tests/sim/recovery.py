@@ -129,8 +129,8 @@ def _check(world: World, loss: Loss) -> None:
 
 def _check_node(world: World, node: str, old: Books, books: Books, *, refused: bool) -> None:
     """A channel on which a node delivered is there, and so is every payment that the node holds."""
-    rows = world.witness.disk(node).execute("SELECT channel_id, best, state FROM channels").fetchall()
-    for channel, best, state in rows:
+    rows = world.witness.disk(node).execute("SELECT channel_id, best FROM channels").fetchall()
+    for channel, best in rows:
         line = books.channels.get(channel)
         if line is None:
             served = world.witness.sent[channel] and channel in old.channels

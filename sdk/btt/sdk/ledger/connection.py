@@ -228,7 +228,7 @@ class Connection:
         return self._receipt(pb.LedgerReceipt(body=body, signature=signature), digest)
 
     async def _call(self, method: _Method[_Request, _Answer], request: _Request) -> _Answer:
-        if self._lost_sight and method is not self._stub.GetInfo:
+        if self._lost_sight and not isinstance(request, pb.GetInfoRequest):
             await self.info()  # what answers there now may have forgotten what we hold
         for attempt in range(TRIES):
             try:

@@ -22,8 +22,8 @@ from btt.services.ledger import genesis
 from btt.services.ledger.folder import LedgerFolder
 from btt.services.ledger.genesis import Identity
 from btt.services.ledger.hub import Hub
-from btt.services.ledger.outage import give_back
 from btt.services.ledger.limits import RateLimiter
+from btt.services.ledger.outage import give_back
 from btt.services.ledger.reading import Reader
 from btt.services.ledger.sequencer import Sequencer
 from btt.services.ledger.service import LedgerService
