@@ -690,6 +690,21 @@ def test_a_second_recovery_goes_on_from_the_first(ledger: Lost) -> None:
     ledger.audit()
 
 
+def test_no_two_recoveries_begin_the_same_number_of_epoch(ledger: Lost) -> None:
+    """Not even from the same backup, with nobody who knows of the first, and its mark lost as well."""
+    everything_since(ledger)
+    ledger.lose()
+    first = recover(ledger.home, source=ledger.backup, finish=True)
+    ledger.database.unlink()
+    (ledger.home / "ledger.sqlite3.mark").unlink()
+    second = recover(ledger.home, source=ledger.backup, finish=True)
+    assert first is not None
+    assert second is not None
+    assert second.epoch > first.epoch
+    with Store.open(ledger.database) as books_:
+        assert books_.head.epoch == second.epoch
+
+
 def test_a_lost_change_of_the_operators_key_is_made_again(ledger: Lost) -> None:
     """The copy knows the first key, customers the second; the chain they follow must not break."""
     first = folder.LedgerFolder.open(ledger.home).operator_key

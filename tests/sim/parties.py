@@ -134,9 +134,8 @@ async def buy(me: Party, session: Any, *, careful: bool) -> None:
                     if careful and draw.random() < 0.05:
                         verdicts.reject(message)
                         break  # whoever turns a message down and asks for more does not pay for what it asks
-                    else:
-                        verdicts.accept(message)
-                        me.world.witness.taken[session.payer.channel_id] += len(message.data)
+                    verdicts.accept(message)
+                    me.world.witness.taken[session.payer.channel_id] += len(message.data)
 
 
 def payer(nodes: list[str]) -> Any:

@@ -311,5 +311,6 @@ class Witness:
         """Returns what each honest node was never paid for by those who never earned credit."""
         lost: Counter[str] = Counter()
         for (node, _), (unpaid, paid) in self._accounts(nodes).items():
-            lost[node] += unpaid if paid * 5 < UNIT * 100 else 0
+            earned = paid * 5 // 100  # credit of its own, whoever it is
+            lost[node] += max(0, unpaid - earned) if earned < UNIT else 0
         return dict(lost)
