@@ -182,9 +182,11 @@ async def test_a9_a_node_that_is_started_again_lends_strangers_no_more(economy, 
     async with life() as node:
         [fresh] = await _newcomers(economy, node)
         assert fresh.credit == LENT
-        economy.clock.ahead_ms += 60_000
         [fresh] = await _newcomers(economy, node)
         assert fresh.credit < LENT
+        economy.clock.ahead_ms += 3_600_000
+        [later] = await _newcomers(economy, node)
+        assert later.credit == LENT
 
 
 @asynccontextmanager
