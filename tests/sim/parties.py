@@ -52,6 +52,7 @@ async def ledger(me: Party) -> None:
     try:
         async with serve(config, clock=me.clock):
             world.trace(me.name, "serves")
+            world.ledger_is_up(True)
             must(not world.rolled_back, "the ledger serves books that are older than its mark")
             await me.stop.wait()
     except LedgerRolledBack:

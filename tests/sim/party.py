@@ -84,6 +84,8 @@ class Party:
 
     def _died(self, process: Process) -> None:
         self.world.network.died(process)
+        if self.name == "ledger":
+            self.world.ledger_is_up(False)
         self.world.witness.lives[self.name] += 1
         if not self.gone:
             self.world.later(self.world.random.uniform(0.5, 15), self.start)

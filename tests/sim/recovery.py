@@ -128,6 +128,7 @@ def _check(world: World, loss: Loss) -> None:
         f"{report.repeated} repeated, {len(report.missing)} gaps, {len(report.refused)} refused",
     )
     world.books = world.witness.books = books
+    world.witness.forget_windows()
     # Whoever asked, and heard, may have been heard by the lost ledger alone.
     world.plans[:] = [(message, None) for message, _ in world.plans]
     world.recoveries += 1

@@ -22,7 +22,7 @@ from btt.sdk.payment.calls import CALL_KEY, TOKEN_KEY
 from btt.sdk.signing import Receipt, SessionOpen, TopUp
 from btt.services.ledger.audit import Auditor, compare
 from btt.services.ledger.check import entries
-from btt.services.ledger.journal import Kind
+from btt.services.ledger.journal import Entry, Kind
 from sim.books import Violation, must
 from sim.machine import Process
 from sim.market import FUNDS, UNIT, pb
@@ -36,6 +36,8 @@ _PAYMENT = "/btt.proto.payment.v1.PaymentService/"
 _LEDGER = "/btt.proto.ledger.v1.LedgerService/"
 _SERVICE = "/sim.v1.SimService/"
 _BAN = re.compile(r"This payer is banned until ([0-9: -]+) UTC")
+_SLACK_S = 10.0
+"""What clocks that differ from life to life may take of a window."""
 _SKEW_MS = 5000
 """Most that two lives of a node can differ about the time."""
 
@@ -64,6 +66,8 @@ class Witness:
         """Units that left a node, per channel."""
         self.taken: Counter[bytes] = Counter()
         """Units that were received, or accepted where that decides, per channel."""
+        self._windows: dict[bytes, float] = {}
+        """When a channel's window is over, by the time that the ledger was there, seconds."""
         self.risks: Counter[bytes] = Counter()
         """Sessions and calls of a channel: each may forfeit one prepaid unit, and no more."""
         self.lives: Counter[str] = Counter()
@@ -113,6 +117,7 @@ class Witness:
             self.books.take(entry)
             if entry.kind is Kind.TOP_UP and TopUp.decode(entry.body).request_id not in self._by_hand:
                 self._world.coverage["payer: topped up"] += 1
+            self._in_window(entry)
             moves = moves or entry.kind in (Kind.OPEN_CHANNEL, Kind.TOP_UP)
             self.trace("ledger", f"entry {entry.seq} {entry.kind.name} {[p.amount for p in entry.postings]}")
         if moves:
@@ -120,6 +125,23 @@ class Witness:
         held = dict(connection.execute("SELECT id, balance FROM accounts"))
         wanted = {a: abs(n) for a, n in self.books.balances.items()}
         must(held == wanted, "the accounts are not what the journal says")
+
+    def _in_window(self, entry: Entry) -> None:
+        """A window is as long as the ledger was there, whatever the clock says."""
+        channel = entry.body[:32]
+        if entry.kind is Kind.FINALIZE and channel in self._windows:
+            end = self._windows[channel]
+            left = end - self._world.ledger_up_s
+            must(left <= _SLACK_S, f"a window ended {left:.0f} s too early, by the time the ledger was there")
+        line = self.books.channels.get(channel)
+        begins = entry.kind in (Kind.REQUEST_CLOSE, Kind.EXTEND) and channel not in self._windows
+        if begins and line is not None:
+            promised = (line.deadline - entry.time_ms) / 1000
+            self._windows[channel] = self._world.ledger_up_s + promised
+
+    def forget_windows(self) -> None:
+        """A recovery may have lost what began them."""
+        self._windows.clear()
 
     @property
     def _by_hand(self) -> set[bytes]:

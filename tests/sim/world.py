@@ -87,6 +87,8 @@ class World:
         self.lost: Loss | None = None
         """What the ledger is being recovered from, while it is."""
         self.recoveries = 0
+        self._up_s = 0.0
+        self._up_since: float | None = None
         self.away_s = 0.0
         """How long the ledger was away, at times that were chosen for it."""
         self.strikes = self.random.choice((1, 2))
@@ -108,6 +110,15 @@ class World:
         self.books = Books(self.ledger_id)
         self.witness = Witness(self, identity.genesis)
         self._committed(str(self.disks["ledger"]))
+
+    def ledger_is_up(self, up: bool) -> None:
+        """Takes note of when the ledger serves."""
+        self._up_s, self._up_since = self.ledger_up_s, self.room.time() if up else None
+
+    @property
+    def ledger_up_s(self) -> float:
+        """For how long the ledger has been there, all in all."""
+        return self._up_s + (0.0 if self._up_since is None else self.room.time() - self._up_since)
 
     @property
     def tight(self) -> bool:

@@ -232,6 +232,19 @@ def test_at_the_deadline_a_challenge_is_late_and_a_finalize_due(late: bool) -> N
     assert allowed == ({Move.FINALIZE} if late else {Move.UPDATE, Move.CLOSE})
 
 
+def test_an_extension_ends_later_than_before_and_within_a_window_from_now() -> None:
+    closing = machine.take(opened(3, EARLY_CLOSE), Step(Move.REQUEST_CLOSE, 1))
+    at = closing.deadline_ms + 5
+    allowed = [n for n in range(at + 2 * WINDOW) if attempt(World(closing), Step(Move.EXTEND, at, n))]
+    assert allowed == list(range(at + 1, at + WINDOW + 1))
+    allowed = [n for n in range(1 + 2 * WINDOW) if attempt(World(closing), Step(Move.EXTEND, 2, n))]
+    assert allowed == list(range(closing.deadline_ms + 1, 2 + WINDOW + 1))
+    assert attempt(World(opened(3, 0)), Step(Move.EXTEND, EXPIRES - 1, EXPIRES + 1)) is None
+    begun = attempt(World(opened(3, 0)), Step(Move.EXTEND, EXPIRES, EXPIRES + WINDOW))
+    assert begun is not None
+    assert (begun.phase, begun.deadline_ms) == (Phase.CLOSING, EXPIRES + WINDOW)
+
+
 def test_what_is_not_in_the_table_is_refused() -> None:
     assert set(machine.TABLE) == {
         *((Phase.OPEN, move) for move in Move),
