@@ -691,18 +691,17 @@ def test_a_second_recovery_goes_on_from_the_first(ledger: Lost) -> None:
 
 
 def test_no_two_recoveries_begin_the_same_number_of_epoch(ledger: Lost) -> None:
-    """Not even from the same backup, with nobody who knows of the first, and its mark lost as well."""
+    """Not even from the same backup, with nobody who knows of the others, and their marks lost as well."""
     everything_since(ledger)
     ledger.lose()
-    first = recover(ledger.home, source=ledger.backup, finish=True)
-    ledger.database.unlink()
-    (ledger.home / "ledger.sqlite3.mark").unlink()
-    second = recover(ledger.home, source=ledger.backup, finish=True)
-    assert first is not None
-    assert second is not None
-    assert second.epoch > first.epoch
-    with Store.open(ledger.database) as books_:
-        assert books_.head.epoch == second.epoch
+    epochs = []
+    for _ in range(4):
+        report = recover(ledger.home, source=ledger.backup, finish=True)
+        assert report is not None
+        epochs.append(report.epoch)
+        ledger.database.unlink()
+        (ledger.home / "ledger.sqlite3.mark").unlink()
+    assert epochs == sorted(set(epochs))
 
 
 def test_a_lost_change_of_the_operators_key_is_made_again(ledger: Lost) -> None:
