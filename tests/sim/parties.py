@@ -294,4 +294,4 @@ async def tower(me: Party) -> None:
                             await books.submit_update(
                                 ChannelUpdate(channel=channel, cumulative=best), updates[best]
                             )
-        await asyncio.sleep(45)
+        await asyncio.sleep(45 if world.calm else 15)
