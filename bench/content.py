@@ -12,7 +12,8 @@ Ratios: `vs_bare_grpc` and `vs_libtorrent` compare the rates, `payment_cpu_overh
 much more CPU time a paid GiB takes than an unpaid one, all processes together and with the
 channel opened and closed; `nodes_vs_one` is the rate from N nodes against that from one: on one
 machine they share its cores and its disk, so this is what sharing costs, not what it brings.
-`--memory` shows instead that peaks do not grow with the file.
+`--memory` shows instead that peaks do not grow with the file, and `--kinds` what paying costs by
+each kind of call (`bench.kinds`).
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import uvloop
+
 from bench.harness import (
     GIB,
     MIB,
@@ -43,6 +46,7 @@ from bench.harness import (
     report_ratios,
     workspace,
 )
+from bench.kinds import kind_ratios, measure_kinds
 from bench.ours import paid, unpaid
 from bench.peers import bare_grpc, libtorrent_pair
 from btt.sdk.testing import Devnet
@@ -290,6 +294,21 @@ def _memory(arguments: argparse.Namespace) -> None:
         print(f"{name}: {ratio:.2f}")
 
 
+def _kinds(arguments: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    size = arguments.size or (64 * MIB if arguments.quick else 256 * MIB)
+    results = uvloop.run(measure_kinds(size, arguments.rounds or (2 if arguments.quick else 7)))
+    found = kind_ratios(results)
+    if arguments.json:
+        print(as_json(results, found, facts={"size": size}))
+        return
+    for name in results.runs:
+        rate, cpu = (results.median(name, value) for value in (lambda w: w.rate, lambda w: w.cpu_per_gib))
+        print(f"{name}: {rate / MIB:.0f} MiB/s, {cpu:.2f} CPU s/GiB")
+    report_ratios(Console(), found)
+
+
 def _size(text: str) -> int:
     match = re.fullmatch(r"(\d+)\s*(MiB|GiB)", text)
     if match is None:
@@ -305,9 +324,12 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="128 MiB and 2 rounds, under 50 s")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--memory", action="store_true", help="measure peaks at 64 MiB, 1 GiB and 4 GiB")
+    parser.add_argument("--kinds", action="store_true", help="compare the kinds of calls, paid and bare")
     arguments = parser.parse_args()
     if arguments.memory:
         _memory(arguments)
+    elif arguments.kinds:
+        _kinds(arguments)
     else:
         _speed(arguments)
 

@@ -33,8 +33,10 @@ from btt.services.ledger import folder as ledger_folder
 from btt.services.ledger.server import LedgerConfig, serve
 
 NAME = "bare.btt"
-LINE = Line("bench.ping.v1.PingService", Unit.BYTE)
-PRICE = Price(Rate.parse("1 BTT / MiB"), 16384)
+PRICES = {
+    Line("bench.ping.v1.PingService", Unit.BYTE): Price(Rate.parse("1 BTT / MiB"), 16384),
+    Line("bench.ping.v1.BulkService", Unit.BYTE): Price(Rate.parse("1 BTT / GiB"), 262144),
+}
 SUPPLY = 10**15
 
 
@@ -72,8 +74,29 @@ class Ping(rpc.PingServiceServicer):  # type: ignore[name-defined,misc]
             yield pb.PongResponse(data=data)
 
 
+class Bulk(rpc.BulkServiceServicer):  # type: ignore[name-defined,misc]
+    """Moves bytes by every kind of call."""
+
+    async def Get(self, request: Any, context: Any) -> Any:  # noqa: N802
+        return pb.PongResponse(data=bytes(request.size))
+
+    async def Read(self, request: Any, context: Any) -> AsyncIterator[Any]:  # noqa: N802
+        for _ in range(request.messages):
+            yield pb.PongResponse(data=bytes(request.size))
+
+    async def Write(self, requests: AsyncIterator[Any], context: Any) -> Any:  # noqa: N802
+        total = 0
+        async for request in requests:
+            total += len(request.data)
+        return pb.BulkSum(bytes=total)
+
+    async def Echo(self, requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:  # noqa: N802
+        async for request in requests:
+            yield pb.PongResponse(data=request.data)
+
+
 class PingPlugin:
-    """The same as a service of a node."""
+    """Both as one service of a node."""
 
     name = "ping"
 
@@ -84,13 +107,18 @@ class PingPlugin:
         pass
 
     def register(self, server: grpc.aio.Server) -> None:
-        rpc.add_PingServiceServicer_to_server(Ping(self._meet), server)
+        _register(self._meet, server)
 
     def prices(self) -> Mapping[Line, Price]:
-        return {LINE: PRICE}
+        return PRICES
 
     async def stop(self) -> None:
         pass
+
+
+def _register(meet: int, server: grpc.aio.Server) -> None:
+    rpc.add_PingServiceServicer_to_server(Ping(meet), server)
+    rpc.add_BulkServiceServicer_to_server(Bulk(), server)
 
 
 async def _serve(folder: Path, account: Address, streams: int) -> None:
@@ -107,7 +135,7 @@ async def _serve(folder: Path, account: Address, streams: int) -> None:
         )
         key, certificate = make_certificate(NAME)
         bare = grpc.aio.server(options=TRANSPORT_OPTIONS)
-        rpc.add_PingServiceServicer_to_server(Ping(streams), bare)
+        _register(streams, bare)
         port = bare.add_secure_port("127.0.0.1:0", server_credentials(key, certificate))
         await bare.start()
         async with Node(made, plugins={"ping": lambda: PingPlugin}) as node:
@@ -128,7 +156,10 @@ def _main() -> None:
     parser.add_argument("account")
     parser.add_argument("streams", type=int)
     arguments = parser.parse_args()
-    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
+    structlog.configure(
+        wrapper_class=structlog.make_filtering_bound_logger("warning"),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
     uvloop.run(_serve(arguments.folder, Address.parse(arguments.account), arguments.streams))
 
 

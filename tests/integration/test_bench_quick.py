@@ -75,3 +75,22 @@ def test_the_benchmark_of_the_platform_reports_what_a_call_and_a_stream_cost(tmp
     assert found["streams"]["streams"] == 50
     assert 0 < found["streams"]["fairness"] <= 1
     assert found["streams"]["updates"] > 0, "it was paid under way"
+
+
+def test_the_kinds_of_calls_are_compared_paid_and_bare(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.content", "--kinds", "--size", "1MiB", "--rounds", "1", "--json"],
+        cwd=ROOT,
+        env={"PATH": "/usr/bin:/bin", "BTT_BENCH_DIR": str(tmp_path)},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert not list(tmp_path.iterdir()), "it left something behind"
+    kinds = [f"{asked}_{answered}" for asked in ("unary", "stream") for answered in ("unary", "stream")]
+    found = json.loads(done.stdout)
+    assert found["ratios"].keys() == {f"{k}_{what}" for k in kinds for what in ("vs_bare", "cpu_vs_bare")}
+    assert all(ratio > 0 for ratio in found["ratios"].values())

@@ -250,7 +250,6 @@ class TestSigning:
         take(payer, A, 64)
         assert payer.due(credit=0, demand=10**9, flush=False) == 100  # the deposit
 
-
     def test_what_has_arrived_hastens_the_payment_of_what_is_accepted(self) -> None:
         payer = make_payer(deposit=100)
         payer.begin(A)
