@@ -97,7 +97,7 @@ async def _fetch(torrent: Path, folder: Path, port: int, certificate: bytes) -> 
     await asyncio.to_thread(heard)
     start = time.perf_counter()
     seller: Any = SimpleNamespace(session=open_session, name="unpaid")
-    async with Transfer(parsed, folder, [Source(seller, RATE)]) as transfer:
+    async with Transfer(parsed, folder, [Source(seller, RATE)], token="") as transfer:
         async for _ in transfer.progress():
             pass
     seconds = time.perf_counter() - start
