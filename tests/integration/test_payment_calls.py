@@ -239,6 +239,7 @@ async def test_a_repeated_call_id_gets_the_stored_answer_and_is_charged_once(pro
         await plain.close()
         # Bring the books together again: these ten bytes were received outside the client's meter.
         live.payee.settle(b"0123456789abcdef", {})
+        live.advance()
 
 
 async def test_an_unpaid_call_is_served_one_unit_and_then_ends_with_payment_required(economy):

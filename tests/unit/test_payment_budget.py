@@ -79,7 +79,7 @@ def test_a_channel_that_is_there_pays_for_no_more_than_the_budget(store: PayerSt
     assert again.cap == taken.cap, "what was given is not given again"
     with pytest.raises(BudgetExceeded):
         store.add_channel(channel(3, deposit=1), GRANTED)
-    assert store.reserved("before") == 0
+    assert store.left("before", 80) == 80
 
 
 def test_a_channel_covers_no_more_than_it_holds(store: PayerStore) -> None:

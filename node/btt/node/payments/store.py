@@ -133,7 +133,13 @@ class PayeeStore:
     def __init__(self, path: Path, *, clock: Callable[[], int] = SYSTEM) -> None:
         self._db = open_books(
             path,
-            schema=_SCHEMA + COUNTS_SCHEMA + BANS_SCHEMA + DAYS_SCHEMA + REFUSALS_SCHEMA + _UPGRADES[3],
+            schema=_SCHEMA
+            + COUNTS_SCHEMA
+            + BANS_SCHEMA
+            + DAYS_SCHEMA
+            + REFUSALS_SCHEMA
+            + QUOTA_SCHEMA
+            + LENT_SCHEMA,
             version=SCHEMA_VERSION,
             upgrades=_UPGRADES,
         )
