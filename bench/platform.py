@@ -98,14 +98,26 @@ class PayClock:
     waits: list[float] = field(default_factory=list)
 
     def start(self) -> None:
-        """Looks on at signing and at statements from now on."""
-        payer, signed = self.session.payer, dict[int, float]()
-        sign, take = payer.sign, self.session._take_statement
+        """Looks on at signing and statements from now on, and asks for a statement after each update.
+
+        A node answers a claim about the deposit with a statement at once; by itself it says little.
+        """
+        session, payer, signed = self.session, self.session.payer, dict[int, float]()
+        sign, take, news = payer.sign, session._take_statement, session.capacity.news
+        asking = False
 
         def timed_sign(saved: Any) -> Any:
+            nonlocal asking
             update = sign(saved)
             signed[update.cumulative] = time.perf_counter()
+            asking = True
+            session._wake.set()
             return update
+
+        def asked() -> int | None:
+            nonlocal asking
+            asking, before = False, asking
+            return payer.deposit if before else news()
 
         def timed_take(statement: Any) -> None:
             take(statement)
@@ -113,7 +125,8 @@ class PayClock:
                 self.waits.append(time.perf_counter() - signed.pop(cumulative))
 
         payer.sign = timed_sign  # type: ignore[method-assign]
-        self.session._take_statement = timed_take  # type: ignore[method-assign]
+        session._take_statement = timed_take  # type: ignore[method-assign]
+        session.capacity.news = asked  # type: ignore[method-assign]
 
 
 async def measure_unary(
