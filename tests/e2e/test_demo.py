@@ -25,9 +25,11 @@ pytest.importorskip("libtorrent", reason="the node's parts are not installed")
 
 DEMO = [sys.executable, "-m", "btt.sdk.cli", "demo"]
 FIELDS = {
-    "bytes", "seconds", "paid", "earned", "content_sha256_ok", "supply_conserved", "channels_closed",
+    "bytes", "seconds", "paid", "spent", "earned", "content_sha256_ok", "supply_conserved", "channels_closed",
     "meters_agree", "nodes",
 }  # fmt: skip
+CHECKS = {"content_sha256_ok", "supply_conserved", "channels_closed", "meters_agree"}
+RUN = 1 << 20
 
 
 class Place:
@@ -97,9 +99,10 @@ def test_it_adds_up_and_leaves_nothing(place: Place) -> None:
     assert found["bytes"] > 2**20
     assert 0 < found["seconds"] < 60
     assert found["earned"] == found["paid"] == -(-found["bytes"] * 10**6 // 2**30)
-    assert all(found[name] is True for name in FIELDS - {"bytes", "seconds", "paid", "earned", "nodes"})
+    assert all(found[name] is True for name in CHECKS)
     [node] = found["nodes"]
-    assert (node["served_bytes"], node["earned"], node["spent"]) == (found["bytes"], found["earned"], 0)
+    assert (node["served_bytes"], node["earned"]) == (found["bytes"], found["earned"])
+    assert node["bought_bytes"] == node["spent"] == found["spent"] == 0
     assert done.stderr == ""
     assert place.processes() == []
     assert place.files() == []
@@ -110,15 +113,21 @@ def test_three_nodes_sell_it_and_one_is_killed_midway(place: Place) -> None:
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert set(found) == FIELDS
-    assert all(found[name] is True for name in FIELDS - {"bytes", "seconds", "paid", "earned", "nodes"})
+    assert all(found[name] is True for name in CHECKS)
     assert [node["killed"] for node in found["nodes"]] == [False, False, True]
     first, *others = found["nodes"]
     cost = -(-found["bytes"] * 10**6 // 2**30)
-    assert [node["spent"] for node in others] == [cost, cost]
-    assert sum(node["earned"] for node in found["nodes"]) == found["paid"] + 2 * cost
-    assert first["earned"] > 2 * cost
-    assert all(node["served_bytes"] > 0 for node in others)
-    assert cost <= found["paid"] == found["earned"] <= cost + 10**6 * len(others) // 1024
+    assert [(node["bought_bytes"], node["spent"]) for node in others] == [(found["bytes"], cost)] * 2
+    assert first["bought_bytes"] == first["spent"] == 0
+    assert sum(node["spent"] for node in found["nodes"]) == found["spent"]
+    assert sum(node["earned"] for node in found["nodes"]) == found["earned"] == found["paid"] + found["spent"]
+    assert cost <= found["paid"] <= cost + 10**6 * len(others) // 1024
+    to_client = [first["served_bytes"] - 2 * found["bytes"], *(node["served_bytes"] for node in others)]
+    assert min(to_client) > RUN, "all of them worked, also the one that was killed"
+    assert max(to_client) < found["bytes"] * 3 // 4, "and none did it nearly alone"
+    for node, served in zip((first, *others), to_client, strict=True):
+        earned = node["earned"] - (2 * cost if node is first else 0)
+        assert abs(earned - served * 10**6 // 2**30) <= 10**6 // 1024
     assert done.stderr == ""
     assert place.processes() == []
     assert place.files() == []

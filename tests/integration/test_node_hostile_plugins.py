@@ -27,6 +27,7 @@ from btt.sdk.budget import Budget
 from btt.sdk.client import Client
 from btt.sdk.errors import InternalError, ServiceUnavailable
 from btt.sdk.keys import PrivateKey
+from kit.hanging import ends
 from kit.payers import dial
 from kit.probe import pb, rpc
 from kit.reach import reachable
@@ -131,7 +132,10 @@ HOSTILE = {
 
 @pytest.fixture
 def install(tmp_path, monkeypatch):
-    """Returns a function that installs a hostile distribution, and gives its module."""
+    """Returns a function that installs a hostile distribution, and gives its module.
+
+    In the end all are freed, so that what a failed test left running can end.
+    """
     names = []
 
     def add(kind: str) -> types.ModuleType:
@@ -151,7 +155,7 @@ def install(tmp_path, monkeypatch):
 
     yield add
     for name in names:
-        sys.modules.pop(name, None)
+        sys.modules.pop(name).freed.set()
 
 
 def make_node(economy, path: Path, **options) -> Node:
@@ -271,7 +275,7 @@ async def test_one_that_ends_the_process_in_the_background_ends_only_itself(econ
 async def test_one_that_never_starts_does_not_keep_the_node_from_starting(economy, install, tmp_path):
     module = install("hangs")
     node = make_node(economy, tmp_path / "node", start_s=0.1)
-    async with asyncio.timeout(30), node:
+    async with ends("a node whose service does not start"), node:
         host = node.services.registry.hosts["probe"]
         assert host.failures
         assert module.made[1].cancelled(), "its start was ended"
@@ -295,7 +299,7 @@ async def test_what_one_leaves_running_is_cancelled_when_it_stops(economy, insta
 async def test_one_that_refuses_to_stop_does_not_keep_the_node(economy, install, tmp_path):
     module = install("refuses")
     node = make_node(economy, tmp_path / "node")
-    async with node:
+    async with ends("a node whose service refuses to stop"), node:
         pass
     assert running_facts(node.folder.path) is None
     (stopping,) = node.services.registry.abandoned
@@ -319,7 +323,7 @@ async def test_the_process_of_such_a_node_ends(economy, install, tmp_path):
     try:
         assert json.loads(await process.stdout.readline())["ready"]
         process.terminate()
-        async with asyncio.timeout(60):
+        async with ends("a process whose service refuses to stop"):
             _, errors = await process.communicate()
     finally:
         if process.returncode is None:
@@ -334,7 +338,7 @@ async def test_one_whose_work_in_the_background_fails_is_isolated_and_comes_back
     wallet = await economy.wallet()
     gate = asyncio.Event()
     node = make_node(economy, tmp_path / "node")
-    async with node:
+    async with ends("a service that comes back"), node:
         host = node.services.registry.hosts["probe"]
         drained = host.drain
 

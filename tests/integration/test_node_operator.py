@@ -34,6 +34,7 @@ from btt.sdk.errors import (
 from btt.sdk.money import Rate, Unit
 from btt.sdk.plugin import check_keys, read_rate
 from btt.sdk.rpc import to_error
+from kit.hanging import ends
 from kit.payers import RawPayer, dial
 from kit.probe import BYTES, PRICES, ROWS, Probe, pb, rpc
 
@@ -113,8 +114,9 @@ async def until_draining(node):
     certificate, address = node.folder.certificate, node.address
     async with dial(certificate, address.node, address.port) as channel:
         watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
-        while (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING:
-            pass
+        async with ends("a node that serves as before, and should not,"):
+            while (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING:
+                pass
         watch.cancel()
 
 
@@ -383,8 +385,9 @@ async def test_a_drain_under_load_finishes_what_was_paid_and_closes_all_channels
         node.sessions.gone = paid
         draining = asyncio.create_task(node.drain())
         await until_draining(node)
-        with pytest.raises(Draining):
-            await rows(sessions[0])
+        async with ends("a call to a node that takes no new ones"):
+            with pytest.raises(Draining):
+                await rows(sessions[0])
         late = await economy.wallet()
         async with client_of(economy, node, late) as other:
             with pytest.raises(Draining):

@@ -56,6 +56,19 @@ def test_runs_are_handed_out_in_proportion_to_speed():
     assert 3.4 < share["fast"] / share["slow"] < 4.6
 
 
+def test_a_node_that_is_ready_first_leaves_the_others_their_share():
+    plan = whole(128)
+    for name in ("early", "late", "later"):
+        plan.join(name)
+    now, tasks = 0.0, [plan.take("early", 0.0)]
+    now = bring(plan, tasks[0], now, each=0.003)
+    plan.finish(tasks[0])
+    while (task := plan.take("early", now)) is not None:
+        tasks.append(task)
+    assert len(tasks) > 2, "the next call is there before one ends"
+    assert 0.8 * 126 / 3 < plan.before("early") <= 126 / 3
+
+
 def simulate(runs: int, intervals: dict[str, float], latency: float = 0.005) -> Counter[str]:
     """Nodes that deliver one call after the other at a steady rate; raises if a run comes twice."""
     plan, share, seen, cut = whole(runs), Counter(), set(), 0

@@ -38,6 +38,8 @@ _STEP_SECONDS: Final = 0.05
 _MOST_NODES: Final = 9
 _MANY_BYTES: Final = 128 << 20
 """A file that several nodes need some time for, so that one of them can be killed midway."""
+_SERVED_PIECES: Final = 4
+"""Pieces that a node has brought at least when it is killed, while the others have not brought nearly all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,16 +48,18 @@ class Seller:
 
     Attributes:
         node: Its address.
+        bought_bytes: From another node, to sell it too.
+        spent: For that, base units.
         served_bytes: To the client and to other nodes.
         earned: For that, taken on the ledger, base units.
-        spent: To buy the file from another node, base units.
         killed: It was killed midway.
     """
 
     node: str
+    bought_bytes: int
+    spent: int
     served_bytes: int
     earned: int
-    spent: int
     killed: bool
 
 
@@ -67,8 +71,9 @@ class Outcome:
         bytes: Length of the file.
         seconds: Of the fetch, from opening payment channels to the last byte on disk.
         paid: By the client, base units.
-        earned: By all nodes together, from the client, taken on the ledger, base units.
-        nodes: Each by itself; here also what they earned from each other counts.
+        spent: By all nodes together, who bought the file from each other, base units.
+        earned: By all nodes together, taken on the ledger, base units: what was paid and spent.
+        nodes: Each by itself.
         content_sha256_ok: The file that came is the file that was published, and verifies
             against the published infohash.
         supply_conserved: The ledger's accounts and channels hold exactly what was issued.
@@ -81,6 +86,7 @@ class Outcome:
     bytes: int
     seconds: float
     paid: int
+    spent: int
     earned: int
     nodes: tuple[Seller, ...]
     content_sha256_ok: bool
@@ -244,9 +250,10 @@ async def _transfer(net: Devnet, source: Path, infohash: str, spent: list[Amount
     sellers = tuple(
         Seller(
             node=net.node_addresses[node],
+            bought_bytes=transfer.torrent.total_bytes if node else 0,
+            spent=int(spent[node]),
             served_bytes=int(found["served_bytes"]),
             earned=int(found["captured"]),
-            spent=int(spent[node]),
             killed=node == victim and killing is not None,
         )
         for node, found in enumerate(books)
@@ -258,11 +265,12 @@ async def _transfer(net: Devnet, source: Path, infohash: str, spent: list[Amount
 
 
 def _is_midway(transfer: Transfer, net: Devnet, victim: int) -> bool:
-    """Says whether the node to be killed has brought something, and enough is left to do."""
+    """Says whether half is there and the node to be killed had its part in it, or it gets late."""
     name = net.node_addresses[victim]
     step = transfer.state()
-    brought = any(part.fetched_bytes and f"//{part.node}@" in name for part in transfer.parts())
-    return brought or step.done_bytes * 2 > step.total_bytes
+    brought = sum(part.fetched_bytes for part in transfer.parts() if f"//{part.node}@" in name)
+    share = 2 if brought >= _SERVED_PIECES * _PIECE else 1.25
+    return step.done_bytes * share >= step.total_bytes
 
 
 def _add_up(
@@ -278,9 +286,9 @@ def _add_up(
     assert transfer.receipt is not None
     receipts, length = client.receipts, transfer.torrent.total_bytes
     paid = sum(receipt.captured for receipt in receipts)
-    bought = sum(seller.spent for seller in sellers)
-    earned = sum(seller.earned for seller in sellers) - bought
-    resold = length * (len(sellers) - 1)
+    spent = sum(seller.spent for seller in sellers)
+    earned = sum(seller.earned for seller in sellers)
+    resold = sum(seller.bought_bytes for seller in sellers)
     # A call that ends early may forfeit one prepaid piece, on both sides' books.
     pieces = sum(seller.served_bytes for seller in sellers) - resold - length
     forfeited = paid - transfer.receipt.spent
@@ -289,6 +297,7 @@ def _add_up(
         bytes=length,
         seconds=round(seconds, 3),
         paid=paid,
+        spent=spent,
         earned=earned,
         nodes=sellers,
         content_sha256_ok=is_right,
@@ -300,7 +309,7 @@ def _add_up(
         meters_agree=all(receipt.counts_agree for receipt in receipts)
         and transfer.receipt.fetched_bytes == length
         and 0 <= pieces <= most * len(sellers)
-        and earned == paid
+        and earned == paid + spent
         and 0 <= forfeited <= rate.owed(pieces),
     )
 
@@ -333,14 +342,15 @@ def _summary(outcome: Outcome, totals: Totals, talk: _Talk) -> None:
     nodes = []
     for number, seller in enumerate(outcome.nodes, 1):
         name = "Node" if len(outcome.nodes) == 1 else f"Node {number}"
+        if seller.bought_bytes:
+            nodes.append((f"{name} bought", f"{seller.bought_bytes} bytes for {Amount(seller.spent)}"))
         nodes.append((f"{name} served", f"{seller.served_bytes} bytes{', killed midway' * seller.killed}"))
-        if seller.spent:
-            nodes.append((f"{name} spent", f"{Amount(seller.spent)} to buy the file"))
         nodes.append((f"{name} earned", str(Amount(seller.earned))))
     rows = (
         ("Fetched", f"{render.size(outcome.bytes)} in {outcome.seconds:.2f} s, {render.size(rate)}/s"),
         ("Client paid", str(Amount(outcome.paid))),
         *nodes,
+        *([("All nodes earned", str(Amount(outcome.earned)))] if outcome.spent else []),
         ("Ledger issued", str(totals.issued)),
         ("  in accounts", str(totals.accounts)),
         ("  in channels", f"{totals.channels}, {totals.open_channels} open, {totals.closed_channels} closed"),

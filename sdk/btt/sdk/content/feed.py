@@ -166,6 +166,7 @@ class Feed:
             BttError: What ended the business with this node.
         """
         tries = 0
+        self._work.plan.join(self)
         try:
             while not self._work.plan.is_over:
                 if self._work.plan.is_idle:

@@ -5,8 +5,9 @@ hands only while it has not arrived. So no run is bought twice, not even at the 
 a slow node has on its way when its last runs move elsewhere is neither accepted nor paid.
 
 A node gets calls of about two seconds of its own speed, shorter ones towards the end, so that
-nearly all calls end by themselves. A node with nothing left to do takes over the end of what the
-slowest one still has before it, and the very run that one waits for only when it is overdue.
+nearly all calls end by themselves, and never more at once than its share: one that is ready first
+leaves the others theirs. A node with nothing left to do takes over the end of what the slowest one
+still has before it, and the very run that one waits for only when it is overdue.
 """
 
 from __future__ import annotations
@@ -138,6 +139,10 @@ class Plan:
 
     # Handing out
 
+    def join(self, feed: Hashable) -> None:
+        """Reckons with a node, which may take some time before it asks."""
+        self._paces.setdefault(feed, _Pace())
+
     def take(self, feed: Hashable, now: float) -> Task | None:
         """Gives a node something to fetch; None: nothing for now.
 
@@ -145,7 +150,7 @@ class Plan:
             feed: Who asks.
             now: Seconds of a steady clock.
         """
-        self._paces.setdefault(feed, _Pace())
+        self.join(feed)
         return self._take_wish(feed, now) or self._take_free(feed, now) or self._take_over(feed, now)
 
     def _take_wish(self, feed: Hashable, now: float) -> Task | None:
@@ -164,12 +169,11 @@ class Plan:
             return None
         size = self._free_runs
         if self._shared:
-            window = self._window(feed)
-            if self.before(feed) >= window:
+            window, before = self._window(feed), self.before(feed)
+            room = self._share(feed) - before
+            if before >= window or (before and room <= 0):
                 return None
-            mine = self._speed(feed)
-            everyone = sum(self._speed(other) for other in self._paces)
-            size = max(1, min(window // 2, math.ceil(self._free_runs * mine / everyone / 2)))
+            size = max(1, min(window // 2, math.ceil(room / 2)))
         file = next(iter(self._free))
         ranges = self._free[file]
         first = ranges.pop(0)
@@ -212,6 +216,12 @@ class Plan:
     def before(self, feed: Hashable) -> int:
         """Runs that a node was asked for and has not brought."""
         return sum(task.left for task in self._tasks if task.feed is feed)
+
+    def _share(self, feed: Hashable) -> int:
+        """Runs that a node should bring of all that have not arrived, if all stay as fast as they are."""
+        wanted = self._free_runs + sum(task.left for task in self._tasks)
+        everyone = sum(self._speed(other) for other in self._paces)
+        return math.ceil(wanted * self._speed(feed) / everyone)
 
     def _window(self, feed: Hashable) -> int:
         interval = self._paces[feed].interval
