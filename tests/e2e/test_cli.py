@@ -147,10 +147,13 @@ async def test_a_wallet_of_ones_own_choice(person: Person) -> None:
     ("words", "says"),
     [
         (("wallet", "balance", "--ledger", "nowhere"), "btt-ledger"),
+        (("ledger", "status", "foo"), "btt-ledger"),
+        (("ledger", "init", "books", "--name", "x", "--min-challenge", "3600"), "--min-challenge"),
+        (("peers", "ban", "192.0.2.1", "--for", "0s"), "--for"),
         (("content", "quote", "123"), "INFOHASH"),
         (("content", "fetch", "00" * 32), "--budget"),
         (("content", "fetch", "00" * 32, "--budget", "five"), "--budget"),
-        (("content", "fetch", "00" * 32, "--budget", "5 BTT", "--node-address", "btt://x"), "--node-address"),
+        (("content", "fetch", "00" * 32, "--budget", "5 BTT", "--from", "btt://x"), "--from"),
     ],
 )
 async def test_what_cannot_be_read_is_a_usage_error(
@@ -306,7 +309,7 @@ async def test_what_is_not_there_is_told_by_the_exit_code(market: Market) -> Non
     assert unknown.json["error"]["reason"] == "CONTENT_UNKNOWN"
 
     person, place = market.person, market.net.node_address.partition("@")[0]
-    nobody = await person.btt("content", "quote", market.infohash, "--node-address", f"{place}@127.0.0.1:1")
+    nobody = await person.btt("content", "quote", market.infohash, "--from", f"{place}@127.0.0.1:1")
     assert nobody.code == 4
     ledger = market.net.ledger_address.partition("@")
     away = await person.btt("wallet", "balance", "--ledger", f"{ledger[0]}@127.0.0.1:1/{'00' * 32}", "--json")
@@ -326,7 +329,7 @@ async def test_an_empty_wallet_cannot_pay(market: Market) -> None:
 
 async def test_a_bare_endpoint_is_trusted_once_and_on_purpose(market: Market) -> None:
     bare = market.net.node_address.partition("@")[2]
-    words = ("content", "quote", market.infohash, "--node-address", bare, "--json")
+    words = ("content", "quote", market.infohash, "--from", bare, "--json")
     refused = await market.person.btt(*words)
     assert refused.code == 4
     assert "--trust-new" in refused.err

@@ -35,10 +35,10 @@ def folder(economy, tmp_path):
     )
 
 
-def earnings(folder, *words):
+def earnings(folder, *words, code=0):
     done = CliRunner().invoke(app, [*words, "--node", str(folder.path)])
-    assert done.exit_code == 0, done.output
-    return done.stdout
+    assert done.exit_code == code, done.output
+    return done.output if code else done.stdout
 
 
 async def paid_by_the_ledger(economy, account) -> int:
@@ -98,3 +98,5 @@ async def test_earnings_are_what_the_ledgers_journal_says(economy, folder, tmp_p
 def test_a_node_that_never_ran_has_earned_nothing(economy, folder):
     assert json.loads(earnings(folder, "--json"))["rows"] == []
     assert "Nobody called" in earnings(folder, "why-not")
+    assert "Nobody called" in earnings(folder, "why-not", "content")
+    assert '"content"' in earnings(folder, "why-not", "contnt", code=2)

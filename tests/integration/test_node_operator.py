@@ -459,6 +459,7 @@ def test_profiles_and_configuration(economy, tmp_path):
         "key": "payments.max_lifetime", "value": "30d", "origin": "default", "needs_restart": False,
     }  # fmt: skip
     assert by_key["services.content.rate"]["value"] == "1 BTT / GiB"
+    assert by_key["payments.payee"]["value"] == "", "one of the node's own"
     before = path.read_text()
     for key, value in (
         ("payments.grace", "soon"), ("payments.gruce", "1s"), ("limits.calls", "many"), ("apps.allow", "all"),
@@ -468,12 +469,34 @@ def test_profiles_and_configuration(economy, tmp_path):
     assert path.read_text() == before
     command(node_app, "config", "unset", "payments.grace", "--node", home)
     assert NodeFolder.open(home).config.payments.grace == 60_000
+    command(node_app, "config", "set", "payments.payee", "", "--node", home)
+    assert NodeFolder.open(home).config.payments.payee is None
     assert json.loads(command(node_app, "config", "check", "--json", "--node", home))["services"] == [
         "content"
     ]
     edit(home, {"services.content.rate": "no price"})
     with pytest.raises(ConfigError, match=r"services\.content"):
         command(node_app, "config", "check", "--node", home)
+
+
+def test_what_is_no_key_cannot_be_unset_and_a_wrong_one_that_was_written_can(economy, tmp_path):
+    command(node_app, "init", tmp_path / "node", "--ledger", economy.running.address)
+    path = tmp_path / "node" / node_folder.CONFIG
+    before = path.read_text()
+    for key, says in (
+        ("payments.grce", '"payments.grace"'),
+        ("no.such.key", "Known are"),
+        ("limits.up.x", "up"),
+    ):
+        with pytest.raises(ConfigError, match=f'There is no key "{key}"') as refused:
+            command(node_app, "config", "unset", key, "--node", path.parent)
+        assert says in refused.value.hint
+    command(node_app, "config", "unset", "payments.grace", "--node", path.parent)
+    assert path.read_text() == before, "it was the default all along"
+    path.write_text(before + "[payments]\ngrce = 1\n")
+    command(node_app, "config", "unset", "payments.grce", "--node", path.parent)
+    command(node_app, "config", "unset", "payments", "--node", path.parent)
+    assert path.read_text() == before
 
 
 def test_a_node_with_a_wrong_price_is_not_made(economy, tmp_path):

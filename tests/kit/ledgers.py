@@ -60,7 +60,7 @@ class LedgerProcess:
     def make(cls, home: Path, *, log: Path, clock: Path | None = None) -> LedgerProcess:
         btt_ledger(
             "init", str(home), "--name", "test", "--supply-to", str(BANK.address),
-            "--supply", f"{ISSUE} base units", "--min-challenge", "0.001", "--min-lifetime", "1",
+            "--supply", f"{ISSUE} base units", "--min-challenge", "1ms", "--min-lifetime", "1s",
         )  # fmt: skip
         return cls(home, log=log, clock=clock)
 

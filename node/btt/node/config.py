@@ -40,6 +40,7 @@ ENV_PREFIX: Final = "BTT_NODE__"
 
 Money = Annotated[Amount, BeforeValidator(parse_amount)]
 Milliseconds = Annotated[int, BeforeValidator(parse_duration)]
+_address = parsed(Address.parse)
 App = Annotated[str, AfterValidator(parse_app)]
 
 
@@ -75,7 +76,7 @@ class PaymentsSection(_Section):
     """Who is paid, what is lent, and which channels are accepted.
 
     Attributes:
-        payee: Account that is paid; the address of the node's payee key by default.
+        payee: Account that is paid; "" for the address of the node's payee key.
         credit_limit: Most that anyone may owe.
         strangers_per_hour: What payers without a history may owe together in an hour.
         strangers_per_network: The same for each /24 or /48.
@@ -87,7 +88,7 @@ class PaymentsSection(_Section):
         close_margin: How long before its lock time a channel is closed.
     """
 
-    payee: Annotated[Address, BeforeValidator(parsed(Address.parse))] | None = None
+    payee: Annotated[Address | None, BeforeValidator(lambda text: _address(text) if text else None)] = None
     credit_limit: Money = Amount(1_000_000)
     strangers_per_hour: Money = Amount(1_000_000)
     strangers_per_network: Money = Amount(100_000)

@@ -64,6 +64,8 @@ def ban(
     subject = _subject(peer)
     try:
         length = parse_duration(duration) if duration else None
+        if length == 0:
+            raise ValueError("a ban lasts longer than nothing")
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--for") from None
     if not reason.isprintable() or not 0 < len(reason) <= 200:

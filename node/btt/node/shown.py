@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from btt.node.folder import CONFIG
 from btt.node.reload import needs_restart
 from btt.node.values import duration_text, parse_size, parse_speed, size_text, speed_text
 from btt.sdk.clock import parse_duration
+from btt.sdk.errors import ConfigError
+from btt.sdk.plugin import did_you_mean
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,31 @@ def shown(folder: Path) -> list[Shown]:
     ]
 
 
+def check_key(folder: Path, key: str) -> None:
+    """Checks that a key is one, of the configuration or at least of what its operator wrote.
+
+    Args:
+        folder: Of the node.
+        key: Of a value or a table, such as "payments.grace".
+
+    Raises:
+        ConfigError: It is not.
+    """
+
+    def among(keys: Iterable[str]) -> bool:
+        return any(f"{one}.".startswith(f"{key}.") for one in keys)
+
+    try:
+        written = dict(_flat(tomllib.loads((folder / CONFIG).read_text("utf-8"))))
+    except ValueError:
+        return  # who writes it will say more
+    if among(written):
+        return  # it may be a wrong one that has to go
+    known = [one.key for one in shown(folder)]
+    if not among(known):
+        raise ConfigError(f'There is no key "{key}".', hint=did_you_mean(key, known))
+
+
 def _origin(key: str, written: Mapping[str, Any]) -> str:
     variable = ENV_PREFIX + key.replace(".", "__").upper()
     for name in os.environ:
@@ -74,8 +101,8 @@ def _values(section: BaseModel, before: str) -> Iterator[tuple[str, Any]]:
         elif isinstance(value, dict):
             for key, inner in value.items():
                 yield from _values(inner, f"{before}{name}.{key}.")
-        elif value is not None:
-            yield f"{before}{name}", _text(field, value)
+        else:
+            yield f"{before}{name}", "" if value is None else _text(field, value)
     if isinstance(section, ServiceSection):
         yield from _flat(section.options, before)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from string import Template
 from typing import Final
 
-from btt.sdk.errors import ConfigError
+from btt.sdk.errors import ConfigError, StorageError
 
 SERVICES: Final = "btt.services"
 """Group of the entry points by which nodes find services."""
@@ -38,6 +38,7 @@ def new(name: str, folder: Path) -> None:
 
     Raises:
         ConfigError: The name does not do, or the folder holds something.
+        StorageError: It cannot be written.
     """
     package = name.replace("-", "_")
     if not _NAME.fullmatch(name) or len(name) > 60 or keyword.iskeyword(package):
@@ -46,8 +47,19 @@ def new(name: str, folder: Path) -> None:
         raise ConfigError(f"There is a Python package {package} already.", hint="Choose another name.")
     if name in entry_points(group=SERVICES).names:
         raise ConfigError(f"A service {name} is installed already.", hint="Choose another name.")
-    if folder.exists() and any(folder.iterdir()):
-        raise ConfigError(f"{folder} is not empty.", hint="Choose another folder.")
+    try:
+        if folder.exists() and any(folder.iterdir()):
+            raise ConfigError(f"{folder} is not empty.", hint="Choose another folder.")
+        _write(name, package, folder)
+    except OSError as error:
+        raise StorageError(
+            f"{error.filename or folder} cannot be written ({error.strerror}).", hint="Choose another folder."
+        ) from error
+    if can_generate():
+        generate(folder)
+
+
+def _write(name: str, package: str, folder: Path) -> None:
     template = resources.files("btt.sdk") / "template"
     for source, target in _FILES.items():
         path = folder / Template(target).substitute(package=package)
@@ -56,8 +68,6 @@ def new(name: str, folder: Path) -> None:
         path.write_text(text, "utf-8")
     for made in (folder / "src" / package, folder / "src" / package / "v1"):
         (made / "__init__.py").touch()
-    if can_generate():
-        generate(folder)
 
 
 def can_generate() -> bool:

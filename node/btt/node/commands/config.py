@@ -69,4 +69,7 @@ def unset(
     as_json: AsJson = False,
 ) -> None:
     """Remove one key, so that its default holds."""
+    from btt.node.shown import check_key
+
+    check_key(existing(folder), key)
     change(folder, {key: None}, as_json=as_json)

@@ -85,9 +85,18 @@ def why_not(
 ) -> None:
     """Say which calls were refused, how often and why, and what to do about it."""
     from btt.node.books import reading
+    from btt.node.config import load
+    from btt.node.folder import CONFIG
     from btt.node.refusals import read_refusals
+    from btt.sdk.plugin import did_you_mean
 
-    with reading(existing(folder)) as db:
+    path = existing(folder)
+    with reading(path) as db:
+        known = {*load(path / CONFIG).services, *(one.service for one in read_refusals(db))}
+        if service and service not in known:
+            raise typer.BadParameter(
+                f"there is no service {service} here. {did_you_mean(service, known)}", param_hint="SERVICE"
+            )
         found = read_refusals(db, since_day=_since_day(since), service=service or None)
     rows, served = _summed(found)
     if as_json:

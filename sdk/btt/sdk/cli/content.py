@@ -61,7 +61,7 @@ def make_client(
     from btt.sdk.identity import NodeAddress
     from btt.sdk.ledger import LedgerAddress
 
-    parsed(NodeAddress.parse_all, nodes, "--node-address")
+    parsed(NodeAddress.parse_all, nodes, "--from")
     parsed(LedgerAddress.parse, ledger, "--ledger")
     folder = wallet_folder(wallet)
     return Client.connect(
@@ -108,7 +108,7 @@ def _show_quote(quote: Quote) -> None:
 @app.command()
 def quote(
     infohash: Content,
-    node_address: NodeOption,
+    sellers: NodeOption,
     ledger: LedgerOption,
     wallet: WalletFolder = None,
     trust_new: TrustNew = False,
@@ -119,7 +119,7 @@ def quote(
 
     async def ask() -> Quote:
         client = make_client(
-            nodes=node_address, ledger=ledger, wallet=wallet, budget=Amount(0), trust_new=trust_new
+            nodes=sellers, ledger=ledger, wallet=wallet, budget=Amount(0), trust_new=trust_new
         )
         async with client as btt:
             return await btt.content.quote(content)
@@ -138,7 +138,7 @@ def fetch(
     infohash: Annotated[
         str, typer.Argument(metavar="[INFOHASH]", help="64 hex digits, or a magnet link.", show_default=False)
     ] = "",
-    node_address: NodeOption = "",
+    sellers: NodeOption = "",
     resume: Annotated[
         str,
         typer.Option(
@@ -161,9 +161,9 @@ def fetch(
         raise typer.BadParameter("Give one of them: INFOHASH, or --resume TOKEN.")
     token = parsed(ResumeToken.parse, resume, "--resume") if resume else None
     content = token.infohash if token is not None else _check_content(infohash)
-    nodes = node_address or ",".join(map(str, token.nodes) if token is not None else ())
+    nodes = sellers or ",".join(map(str, token.nodes) if token is not None else ())
     if not nodes:
-        raise typer.BadParameter("Name a node, or set BTT_NODES.", param_hint="--node-address")
+        raise typer.BadParameter("Name a node, or set BTT_NODES.", param_hint="--from")
     granted = parsed(Amount.parse, budget, "--budget")
     client = make_client(nodes=nodes, ledger=ledger, wallet=wallet, budget=granted, trust_new=trust_new)
     begun: list[ResumeToken] = []

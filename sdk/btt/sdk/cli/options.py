@@ -30,9 +30,7 @@ LedgerOption = Annotated[
 ]
 NodeOption = Annotated[
     str,
-    typer.Option(
-        "--node-address", envvar="BTT_NODES", help="Nodes, separated by commas: btt://T…@host:port,…"
-    ),
+    typer.Option("--from", envvar="BTT_NODES", help="Nodes, separated by commas: btt://T…@host:port,…"),
 ]
 ClockFile = Annotated[
     Path | None, typer.Option("--clock", help="File of the clock that a devnet shares.", show_default=False)

@@ -10,7 +10,7 @@ import typer
 
 from btt.sdk.cli import render
 from btt.sdk.cli.content import Content, buy, make_client
-from btt.sdk.cli.options import AsJson, WalletFolder, Yes, parsed
+from btt.sdk.cli.options import AsJson, NodeOption, WalletFolder, Yes, parsed
 from btt.sdk.content.magnet import parse_infohash
 from btt.sdk.errors import ContentUnknown
 from btt.sdk.lifeline import follow_stdin
@@ -26,10 +26,7 @@ rm_app = typer.Typer()
 @add_app.command()
 def add(
     infohash: Content,
-    sellers: Annotated[
-        str,
-        typer.Option("--from", envvar="BTT_NODES", help="Nodes, separated by commas: btt://T…@host:port,…"),
-    ],
+    sellers: NodeOption,
     budget: Annotated[str, typer.Option(help='The most it may cost, such as "5 BTT".')],
     node: NodeFolder = None,
     ledger: Annotated[

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from btt.sdk.cli.options import ClockFile
+from btt.sdk.cli.options import ClockFile, parsed
 
 app = typer.Typer(help="Run a private ledger, or look at one.", no_args_is_help=True)
 
@@ -29,10 +29,10 @@ def init(
         str | None, typer.Option(help="Address that gets the issue; the operator's by default.")
     ] = None,
     supply: Annotated[str, typer.Option(help="Size of the (unbacked) issue.")] = "990000000000 BTT",
-    min_challenge: Annotated[float, typer.Option(help="Shortest challenge window, seconds.")] = 3600,
-    max_challenge: Annotated[float, typer.Option(help="Longest challenge window, seconds.")] = 7 * 86400,
-    min_lifetime: Annotated[float, typer.Option(help="Shortest life of a channel, seconds.")] = 3600,
-    max_lifetime: Annotated[float, typer.Option(help="Longest life of a channel, seconds.")] = 366 * 86400,
+    min_challenge: Annotated[str, typer.Option(help="Shortest challenge window.")] = "1h",
+    max_challenge: Annotated[str, typer.Option(help="Longest challenge window.")] = "7d",
+    min_lifetime: Annotated[str, typer.Option(help="Shortest life of a channel.")] = "1h",
+    max_lifetime: Annotated[str, typer.Option(help="Longest life of a channel.")] = "366d",
     max_locked: Annotated[str, typer.Option(help="Most that one account may lock in channels.")] = (
         "990000000000 BTT"
     ),
@@ -45,6 +45,7 @@ def init(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Make a ledger with an issue that nothing backs."""
+    from btt.sdk.clock import parse_duration
     from btt.sdk.errors import InvalidRequest
     from btt.sdk.keys import Address
     from btt.sdk.money import Amount
@@ -56,7 +57,13 @@ def init(
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--supply") from None
     windows = [
-        round(seconds * 1000) for seconds in (min_challenge, max_challenge, min_lifetime, max_lifetime)
+        parsed(parse_duration, text, option)
+        for text, option in (
+            (min_challenge, "--min-challenge"),
+            (max_challenge, "--max-challenge"),
+            (min_lifetime, "--min-lifetime"),
+            (max_lifetime, "--max-lifetime"),
+        )
     ]
     if not (0 < windows[0] <= windows[1] < 2**32 and 0 < windows[2] <= windows[3] < 2**53):
         raise typer.BadParameter("challenge and lifetime need 0 < min <= max (challenge: at most 49 days)")
@@ -166,7 +173,7 @@ def status(
 async def _status(text: str) -> dict[str, object]:
     from btt.sdk.ledger import LedgerAddress, LedgerClient
 
-    async with LedgerClient.connect(LedgerAddress.parse(text)) as ledger:
+    async with LedgerClient.connect(parsed(LedgerAddress.parse, text, "ADDRESS")) as ledger:
         info, totals = await ledger.info(), await ledger.totals()
     return {
         "name": _printable(info.name),
