@@ -89,6 +89,15 @@ HOSTILE = {
                 self.leaked = asyncio.create_task(for_ever(self), name="leaked by a call")
                 return pb.Bytes(data=b"done")
         class Hostile(Plugin):
+            def __init__(self, context):
+                super().__init__(context)
+                self.early = [asyncio.create_task(for_ever(self), name="leaked by its making")]
+            def register(self, server):
+                super().register(server)
+                self.early.append(asyncio.create_task(for_ever(self), name="leaked by register"))
+            def prices(self):
+                self.early.append(asyncio.create_task(for_ever(self), name="leaked by prices"))
+                return PRICES
             async def start(self):
                 self.leaked = asyncio.create_task(for_ever(self), name="leaked by start")
                 self.kept = self.context.tasks.create(for_ever(self), name="its own")
@@ -105,10 +114,13 @@ HOSTILE = {
                             raise
     """,
     "exits": """
+        async def work():
+            raise SystemExit(7)
         class Hostile(Plugin):
+            def __init__(self, context):
+                super().__init__(context)
+                self.early = asyncio.create_task(work(), name="from the beginning")
             async def start(self):
-                async def work():
-                    raise SystemExit(7)
                 self.work = asyncio.create_task(work(), name="by itself")
     """,
     "hangs": """
@@ -267,8 +279,9 @@ async def test_one_that_ends_the_process_in_the_background_ends_only_itself(econ
     module = install("exits")
     async with make_node(economy, tmp_path / "node") as node:
         plugin = module.made[0]
-        await asyncio.wait({plugin.work})
+        await asyncio.wait({plugin.work, plugin.early})
         assert "tried to end the process" in str(plugin.work.exception())
+        assert "tried to end the process" in str(plugin.early.exception())
         assert node.services.registry.hosts["content"].state is State.SERVING
 
 
@@ -290,7 +303,8 @@ async def test_what_one_leaves_running_is_cancelled_when_it_stops(economy, insta
             stub = rpc.ProbeServiceStub((await btt.session(100_000)).channel)
             await stub.One(pb.Ask(size=4))
         (plugin,) = module.made
-        leaked = [plugin.leaked, plugin.kept, plugin.servicer.leaked]
+        leaked = [plugin.leaked, plugin.kept, plugin.servicer.leaked, *plugin.early]
+        assert len(plugin.early) == 3
         assert not any(task.done() for task in leaked)
     assert all(task.cancelled() for task in leaked)
     assert node.services.registry.abandoned == []

@@ -10,7 +10,7 @@ import pytest
 
 from btt.node.payments.metering import Metering
 from btt.sdk.channel import Price, PriceSheet
-from btt.sdk.errors import ConfigError, InternalError, Overbilled
+from btt.sdk.errors import ConfigError, CountsDiffer, InternalError, Overbilled
 from btt.sdk.money import Rate, Unit
 from kit.economy import RUN
 from kit.patience import Rules
@@ -173,11 +173,7 @@ async def test_a_plugin_that_bills_above_the_callers_cap_gets_nothing(economy):
 
 async def test_a_node_that_sends_more_than_its_method_declares_gets_nothing(economy, monkeypatch):
     """The node ignores its own bound, and the caller's request would allow any number."""
-
-    async def let_out(self, response):
-        pass
-
-    monkeypatch.setattr(Metering, "let_out", let_out)
+    monkeypatch.setattr(Metering, "count", lambda self, message, wire=None: [])
     node = await economy.node(lambda r: rpc.add_ProbeServiceServicer_to_server(Greedy(), r), PRICES)
     async with economy.client(node, await economy.wallet()) as btt:
         session = await btt.session(1_000_000)

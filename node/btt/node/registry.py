@@ -218,20 +218,19 @@ class Registry:
                 self._register(host)
 
     def _register(self, host: ServiceHost) -> None:
-        assert host.plugin is not None
         taken = {service for service, owner in self.owners.items() if owner != host.name}
         checked = Registrar(cast("grpc.aio.Server", _Guarding(self.router, host, self._limiter)))
         checked.charges = self.registrar.charges
         gate = _Gate(checked, taken)
-        host.plugin.register(cast("grpc.aio.Server", gate))
+        host.register(cast("grpc.aio.Server", gate))
         gate.check()
-        host.serve(gate.services, self._priced(host.plugin, gate.services))
+        host.serve(gate.services, self._priced(host, gate.services))
         self.owners |= dict.fromkeys(gate.services, host.name)
         limits = self._sections[host.name].limits.named(host.name)
         self.limits |= dict.fromkeys(gate.services, limits)
 
-    def _priced(self, plugin: ServicePlugin, services: Collection[str]) -> dict[Line, Price]:
-        prices = dict(plugin.prices())
+    def _priced(self, host: ServiceHost, services: Collection[str]) -> dict[Line, Price]:
+        prices = host.priced()
         charges = [c for path, c in self.registrar.charges.items() if path.split("/")[1] in services]
         _check_prices(charges, prices, self.credit_limit)
         return prices
@@ -244,9 +243,8 @@ class Registry:
         """
         host = self.hosts[name]
         host.reload(config)
-        assert host.plugin is not None
         try:
-            prices = self._priced(host.plugin, host.services)
+            prices = self._priced(host, host.services)
         except ConfigError as error:
             host.reload(host.config)
             raise ConfigError(f"services.{name}: {error.message}", hint=error.hint) from error

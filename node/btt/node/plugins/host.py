@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import structlog
 
@@ -25,6 +25,9 @@ from btt.node.plugins.weakly import weakly
 from btt.sdk.channel import Line, Price
 from btt.sdk.errors import ConfigError, ServiceUnavailable, StorageError
 from btt.sdk.plugin import Limiter, Meter, Metrics, Quota, Reloadable, ServiceContext, ServicePlugin
+
+if TYPE_CHECKING:
+    import grpc.aio
 
 log = structlog.get_logger(__name__)
 
@@ -196,7 +199,7 @@ class ServiceHost:
                 quota=self._around.quota(self.name),
                 meter=self._around.meter,
             )
-            self.plugin = cls(context)
+            self.plugin = self._scope.call(cls, context)
             self._to(State.CONFIGURED)
 
     async def start(self) -> None:
@@ -217,6 +220,16 @@ class ServiceHost:
                 raise TimeoutError(f"it did not start within {self._around.start_s:g} s")
             starting.result()
 
+    def register(self, server: grpc.aio.Server) -> None:
+        """Lets it register its methods."""
+        assert self.plugin is not None
+        self._scope.call(self.plugin.register, server)
+
+    def priced(self) -> dict[Line, Price]:
+        """Returns what it asks now."""
+        assert self.plugin is not None
+        return dict(self._scope.call(self.plugin.prices))
+
     def serve(self, services: Iterable[str], prices: Mapping[Line, Price]) -> None:
         """Its methods are registered, and it answers from now on."""
         self.services, self.prices = tuple(services), prices
@@ -236,7 +249,7 @@ class ServiceHost:
         """
         assert isinstance(self.plugin, Reloadable), "asked before"
         try:
-            self.plugin.reload(config)
+            self._scope.call(self.plugin.reload, config)
         except ConfigError as error:
             raise ConfigError(f"services.{self.name}: {error.message}", hint=error.hint) from error
         except Exception as error:

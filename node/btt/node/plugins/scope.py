@@ -10,8 +10,11 @@ import asyncio
 import contextvars
 from collections.abc import Callable, Coroutine
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 from weakref import WeakKeyDictionary, WeakSet
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 _current: ContextVar[Scope | None] = ContextVar("btt_service", default=None)
 
@@ -25,6 +28,7 @@ class Scope:
 
     def __init__(self, failed: Callable[[BaseException], None]) -> None:
         self._failed = failed
+        self._outside = contextvars.copy_context()
         self._tasks: WeakSet[asyncio.Task[Any]] = WeakSet()
 
     def enter(self) -> None:
@@ -34,16 +38,24 @@ class Scope:
     def create(self, work: Coroutine[Any, Any, Any], *, name: str) -> asyncio.Task[Any]:
         """Begins work in the background."""
         task = self.run(work, name=name)
-        task.add_done_callback(self._ended)
+        # What the node does about it is the node's work, and must not end with the service's.
+        task.add_done_callback(self._ended, context=self._outside)
         return task
 
     def run(self, work: Coroutine[Any, Any, Any], *, name: str) -> asyncio.Task[Any]:
         """Begins work whose result somebody waits for."""
-        context = contextvars.copy_context()
-        context.run(self.enter)
-        task = asyncio.get_running_loop().create_task(work, name=name, context=context)
+        task = asyncio.get_running_loop().create_task(work, name=name, context=self._inside())
         self._tasks.add(task)
         return task
+
+    def call(self, function: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
+        """Calls something of the service; tasks that it begins are the service's."""
+        return self._inside().run(function, *args, **options)
+
+    def _inside(self) -> contextvars.Context:
+        context = contextvars.copy_context()
+        context.run(self.enter)
+        return context
 
     def _ended(self, task: asyncio.Task[Any]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None:
