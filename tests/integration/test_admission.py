@@ -16,6 +16,7 @@ from btt.sdk.keys import Address, PrivateKey
 from btt.sdk.payment.apps import MAX_GRANT_MS, open_grant, sign_grant
 from btt.sdk.payment.purse import Purse
 from btt.sdk.signing import APP_UNKNOWN
+from kit.hanging import ends
 from kit.probe import CALL_PRICES, PRICES, Calls, Probe, pb, rpc
 
 HOUR_MS = 3_600_000
@@ -23,7 +24,9 @@ HOUR_MS = 3_600_000
 
 @pytest.fixture
 async def calls(economy):
-    node = await economy.node(lambda r: rpc.add_CallsServiceServicer_to_server(Calls(), r), CALL_PRICES)
+    servicer = Calls()
+    node = await economy.node(lambda r: rpc.add_CallsServiceServicer_to_server(servicer, r), CALL_PRICES)
+    node.servicer = servicer
     node.admission._services = {}
     return node
 
@@ -216,6 +219,17 @@ def test_each_bound_on_calls_at_once_holds_by_itself():
     assert not counter._running, "nobody is remembered"
 
 
+async def test_how_often_a_payer_calls_is_bounded_over_all_services(calls, economy):
+    calls.admission.limit(Limits(calls_per_minute=2))
+    calls.admission._services = {"probe.v1.CallsService": Limits(name="calls", calls_per_minute=100)}
+    async with economy.client(calls, await economy.wallet()) as btt:
+        stub = rpc.CallsServiceStub((await btt.session(100_000)).channel)
+        for _ in range(2):
+            await stub.Put(pb.Up(data=b"1"))
+        with pytest.raises(RateLimited, match="2 paid calls a minute"):
+            await stub.Put(pb.Up(data=b"1"))
+
+
 async def test_limits_are_of_the_payer_over_all_its_channels(calls, economy):
     """Two clients of one wallet have two sessions on two channels, and one limit."""
     only_two = Limits(calls=100, calls_per_payer=2)
@@ -250,13 +264,21 @@ async def test_a_call_without_a_deadline_gets_that_of_its_service(calls, economy
         session = await btt.session(1_000_000)
         stub = rpc.CallsServiceStub(session.channel)
         hang = pb.Up(data=bytes(1000), order="hang")
-        for call in (stub.Put(hang), stub.Upload([hang])):
-            with pytest.raises(DeadlineExceeded, match=r"longer than 0\.05 seconds"):
-                await call
-        for stream in (stub.SwapMany(hang), stub.Relay([pb.Up(data=b"1", reply=1), hang])):
-            with pytest.raises(DeadlineExceeded, match=r"longer than 0\.05 seconds"):
-                async for _ in stream:
-                    pass
+        async with ends("a call without a deadline"):
+            for call in (stub.Put(hang), stub.Upload([hang])):
+                with pytest.raises(DeadlineExceeded, match=r"longer than 0\.05 seconds"):
+                    await call
+            for stream in (stub.SwapMany(hang), stub.Relay([pb.Up(data=b"1", reply=1), hang])):
+                with pytest.raises(DeadlineExceeded, match=r"longer than 0\.05 seconds"):
+                    async for _ in stream:
+                        pass
+            # A service that says nothing has what the node says.
+            calls.admission.limit(Limits(deadline_s=0.06))
+            for services in ({}, {service: Limits(name="calls")}):
+                calls.admission._services = services
+                with pytest.raises(DeadlineExceeded, match=r"longer than 0\.06 seconds"):
+                    await stub.Put(hang)
+        calls.admission._services = {service: Limits(name="calls", deadline_s=0.05)}
         await session.settle()
         [live] = calls.sessions.all()
         assert live.payee.standing.written_off == 0, "a service that is too slow is no fault of its payer"
@@ -279,12 +301,13 @@ async def test_a_reader_that_does_not_read_holds_its_call_no_longer_than_the_dea
         live.payee.standing.paid += 10**9  # an old payer: its credit does not end the flow
         live.payee.standing.limit = 10**9
         calls.admission._services = {"probe.v1.CallsService": Limits(name="calls", deadline_s=0.5)}
-        call = stub.SwapMany(pb.Up(seconds=10_000, reply=1 << 20))
+        call = stub.SwapMany(pb.Up(seconds=600, reply=1 << 20))
         reader = aiter(call)
         await anext(reader)
         assert calls.admission.running == 1
         async with asyncio.timeout(20):
             await calls.admission.idle()
+        assert calls.servicer.sent < 100, "what is not read is not made: nobody holds it in memory"
         call.cancel()
         await session.abandon()
         btt.providers[0].live = None

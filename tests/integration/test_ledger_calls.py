@@ -19,6 +19,7 @@ from btt.sdk.errors import (
     ChannelUnknown,
     Draining,
     IdentityError,
+    InsufficientFunds,
     InvalidRequest,
     RateLimited,
     SignatureInvalid,
@@ -186,6 +187,9 @@ async def test_k1_can_ask_for_nothing(ledger: LedgerClient) -> None:
     ):
         with pytest.raises(SignerMismatch):
             await call
+    with pytest.raises(InsufficientFunds):
+        await ledger.transfer(K1, BOB.public.address, 1)
+    assert (await ledger.account(K1)).locked == 0, "it reads an account of its own, which holds nothing"
 
 
 async def test_caps(ledger: LedgerClient) -> None:

@@ -17,6 +17,7 @@ from btt.sdk.errors import (
     CallRepeated,
     ConfigError,
     CountsDiffer,
+    InternalError,
     PaymentRequired,
     RateLimited,
     SessionEnded,
@@ -26,7 +27,7 @@ from btt.sdk.payment.calls import CALL_KEY, PROOF_KEY, TOKEN_KEY
 from btt.sdk.payment.options import method_charge
 from btt.sdk.rpc import to_error
 from kit.economy import RUN
-from kit.probe import BYTES, PRICES, Probe, Unchecked, pb, rpc
+from kit.probe import BYTES, CALL_PRICES, PRICES, Calls, Probe, Unchecked, pb, rpc
 
 
 @pytest.fixture
@@ -110,6 +111,29 @@ async def test_registration_refuses_handlers_that_write_past_the_meter():
     with pytest.raises(ConfigError, match="async def"):
         rpc.add_EitherServiceServicer_to_server(rpc.EitherServiceServicer(), Registrar(server))
     await server.stop(0)
+
+
+async def test_a_service_neither_writes_nor_reads_past_the_meter(economy):
+    """It yields as it must, and tries the context all the same."""
+
+    class Sly(Calls):
+        async def SwapMany(self, request, context):  # noqa: N802
+            await context.write(pb.Bytes(data=b"for nothing"))
+            yield pb.Bytes(data=b"paid")
+
+        async def Relay(self, requests, context):  # noqa: N802
+            yield pb.Bytes(data=(await context.read()).data)
+
+    node = await economy.node(lambda r: rpc.add_CallsServiceServicer_to_server(Sly(), r), CALL_PRICES)
+    async with economy.client(node, await economy.wallet()) as btt:
+        session = await btt.session(100_000)
+        stub = rpc.CallsServiceStub(session.channel)
+        for call, says in ((stub.SwapMany(pb.Up()), "yields"), (stub.Relay([pb.Up(data=b"1")]), "iterator")):
+            with pytest.raises(InternalError, match=says):
+                async for _ in call:
+                    raise AssertionError("nothing passes")
+        await session.settle()
+        assert session.payer.tally.owed == 0
 
 
 async def test_unary_and_streamed_bytes_are_paid_on_receipt(probe):

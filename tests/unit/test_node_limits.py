@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from types import SimpleNamespace
 
+import grpc
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 from btt.node.limits.bucket import BURST_S, Bucket
 from btt.node.limits.gate import Gate
 from btt.node.limits.limiter import Limiter
+from btt.node.plugins.guard import guarded
 from btt.node.values import parse_speed, speed_text
 
 MIB = 1 << 20
@@ -160,3 +163,60 @@ def test_speeds(text, rate):
 def test_what_is_no_speed(text):
     with pytest.raises(ValueError, match="MiB/s"):
         parse_speed(text)
+
+
+# Around the calls of services
+
+
+class Sized:
+    def __init__(self, size):
+        self.size = size
+
+    def ByteSize(self):  # noqa: N802 - as messages have it
+        return self.size
+
+
+class Direction:
+    def __init__(self):
+        self.taken = []
+
+    def limits(self, service):
+        return service == "probe"
+
+    async def take(self, service, flow, amount):
+        self.taken.append((service, flow, amount))
+
+
+@pytest.mark.parametrize("kind", ["unary_unary", "unary_stream", "stream_unary", "stream_stream"])
+async def test_calls_of_every_kind_pass_the_limiter_both_ways(kind):
+    incoming, outgoing = kind.split("_")
+    limiter = SimpleNamespace(up=Direction(), down=Direction())
+    host = SimpleNamespace(name="probe", begin_call=lambda: None, end_call=lambda: None)
+    context = SimpleNamespace(peer=lambda: "ipv4:192.0.2.1:5")
+
+    async def read(given):
+        return [each.size async for each in given] if incoming == "stream" else [given.size]
+
+    async def unary(given, context):
+        return Sized(sum(await read(given)))
+
+    async def stream(given, context):
+        for size in await read(given):
+            yield Sized(size * 10)
+
+    async def requests():
+        yield Sized(1)
+        yield Sized(2)
+
+    make = getattr(grpc, f"{kind}_rpc_method_handler")
+    handler = guarded(make(unary if outgoing == "unary" else stream), host, limiter)
+    asked, answered = getattr(handler, kind), []
+    given = requests() if incoming == "stream" else Sized(3)
+    if outgoing == "unary":
+        answered.append((await asked(given, context)).size)
+    else:
+        answered += [each.size async for each in asked(given, context)]
+    sizes = [1, 2] if incoming == "stream" else [3]
+    assert answered == ([size * 10 for size in sizes] if outgoing == "stream" else [3])
+    assert limiter.down.taken == [("probe", "ipv4:192.0.2.1:5", size) for size in sizes]
+    assert limiter.up.taken == [("probe", "ipv4:192.0.2.1:5", size) for size in answered]
