@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import secrets
 from collections.abc import AsyncIterator, Callable
 from typing import TypeAlias
 
 import grpc.aio
 import structlog
 
+from btt.node.payments.agreement import Nonces, check_channel, check_terms
 from btt.node.payments.bans import Failure
 from btt.node.payments.closing import Closer
 from btt.node.payments.deposits import Deposits
@@ -27,7 +27,6 @@ from btt.sdk.errors import (
     BttError,
     ChannelClosed,
     ChannelClosing,
-    ChannelExpired,
     CountsDiffer,
     Draining,
     InternalError,
@@ -38,7 +37,6 @@ from btt.sdk.errors import (
     SignatureInvalid,
     SignerMismatch,
     StorageError,
-    TermsRefused,
     UpdateInvalid,
 )
 from btt.sdk.identity import Offer
@@ -48,11 +46,9 @@ from btt.sdk.payment.wire import count_protos, counts_of, read_counts, update_pr
 from btt.sdk.rpc import abort
 from btt.sdk.signing import (
     APP_UNKNOWN,
-    EARLY_CLOSE,
     ChannelCommit,
     ChannelRefund,
     SessionOpen,
-    service_reference,
     sign,
     sign_document,
     verify,
@@ -60,8 +56,6 @@ from btt.sdk.signing import (
 
 log = structlog.get_logger(__name__)
 
-NONCE_LIFE_MS = 60_000
-MAX_NONCES = 4096
 MAX_OPEN_AHEAD_MS = 5 * 60_000
 Context: TypeAlias = "grpc.aio.ServicerContext[object, object]"
 
@@ -108,21 +102,14 @@ class PaymentServicer(payment_pb2_grpc.PaymentServiceServicer):
         self._serves = serves
         self._clock = clock
         self._deposits = Deposits(store=store, ledger=ledger, key=payee_key)
-        self._nonces: dict[bytes, int] = {}
+        self._nonces = Nonces(clock)
         self.draining = False
 
     async def Begin(  # noqa: N802
         self, request: payment_pb2.BeginRequest, context: Context
     ) -> payment_pb2.BeginResponse:
         """Returns a nonce for one Open."""
-        now = self._clock()
-        if len(self._nonces) >= MAX_NONCES:
-            self._nonces = {n: until for n, until in self._nonces.items() if until > now}
-            while len(self._nonces) >= MAX_NONCES:
-                del self._nonces[next(iter(self._nonces))]
-        nonce = secrets.token_bytes(16)
-        self._nonces[nonce] = now + NONCE_LIFE_MS
-        return payment_pb2.BeginResponse(server_nonce=nonce)
+        return payment_pb2.BeginResponse(server_nonce=self._nonces.give())
 
     async def AgreeRefund(  # noqa: N802
         self, request: payment_pb2.AgreeRefundRequest, context: Context
@@ -132,7 +119,7 @@ class PaymentServicer(payment_pb2_grpc.PaymentServiceServicer):
             if self.draining:
                 raise Draining("The node is stopping.")
             commit = ChannelCommit.decode(request.commit)
-            self._check_terms(commit)
+            check_terms(commit, self._offers()[0], now_ms=self._clock())
             # Nobody shall lock money in a channel that will be refused.
             await self._sessions.bans.check(commit.payer, network_of(context.peer()))
             refund = ChannelRefund(
@@ -141,24 +128,6 @@ class PaymentServicer(payment_pb2_grpc.PaymentServiceServicer):
             return payment_pb2.AgreeRefundResponse(signature=sign(self._payee_key, refund, self._ledger_id))
         except BttError as error:
             await abort(context, error)
-
-    def _check_terms(self, commit: ChannelCommit) -> None:
-        offer = self._offers()[0]
-        life = commit.expires_ms - self._clock()
-        problem = None
-        if commit.payee != offer.payee or commit.k2 != offer.payee_key:
-            problem = "It does not pay this node."
-        elif commit.service_ref != service_reference(offer.node):
-            problem = "It is for another node."
-        elif commit.amount < offer.terms.min_amount:
-            problem = f"It must lock at least {offer.terms.min_amount} base units."
-        elif not offer.terms.min_lifetime_ms <= life <= offer.terms.max_lifetime_ms:
-            problem = "Its lock time is outside this node's terms."
-        elif commit.flags & EARLY_CLOSE and commit.challenge_ms < offer.terms.min_challenge_ms:
-            # A window shorter than our longest absence would let a payer close on us unseen.
-            problem = f"Its challenge window must be at least {offer.terms.min_challenge_ms} ms."
-        if problem:
-            raise TermsRefused(f"The node refuses this channel. {problem}")
 
     async def Open(  # noqa: N802
         self, request: payment_pb2.OpenRequest, context: Context
@@ -188,7 +157,7 @@ class PaymentServicer(payment_pb2_grpc.PaymentServiceServicer):
             if state.phase != ledger_pb2.CHANNEL_PHASE_OPEN:
                 raise ChannelClosing("The channel is closing on the ledger.")
             commit = ChannelCommit.decode(state.commit)
-            self._check_channel(commit, offer)
+            check_channel(commit, offer, now_ms=self._clock())
             app = self._check_app(body, request, commit)
             if known is None:
                 await self._admit(commit, body, request.signature, network)
@@ -254,8 +223,7 @@ class PaymentServicer(payment_pb2_grpc.PaymentServiceServicer):
             raise SignerMismatch("The session is for another node.")
         if not now <= body.valid_until_ms <= now + MAX_OPEN_AHEAD_MS:
             raise RequestExpired("The session request is not current.")
-        if self._nonces.pop(body.server_nonce, 0) < now:
-            raise RequestExpired("The session request has no nonce of this node.", hint="Call Begin first.")
+        self._nonces.take(body.server_nonce)
         offer = next((offer for offer in current if offer.digest == body.offer_digest), None)
         if offer is None:
             raise PriceChanged("The node's offer has changed.")
@@ -276,16 +244,6 @@ class PaymentServicer(payment_pb2_grpc.PaymentServiceServicer):
                 raise AppRefused("The application's grant is of another application.")
         self._serves(grant.app)
         return grant
-
-    def _check_channel(self, commit: ChannelCommit, offer: Offer) -> None:
-        if commit.payee != offer.payee or commit.k2 != self._payee_key.public:
-            raise SignerMismatch("The channel does not pay this node.")
-        if commit.service_ref != service_reference(offer.node):
-            raise SignerMismatch("The channel is for another node.")
-        if commit.flags & EARLY_CLOSE and commit.challenge_ms < offer.terms.min_challenge_ms:
-            raise TermsRefused("The channel's challenge window is too short for this node.")
-        if commit.expires_ms - self._clock() < offer.terms.min_lifetime_ms // 2:
-            raise ChannelExpired("The channel's lock time is too near.")
 
     async def Pay(  # noqa: N802
         self, request_iterator: AsyncIterator[payment_pb2.PayRequest], context: Context
