@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import closing
@@ -254,6 +255,97 @@ async def test_what_comes_during_a_commit_shares_the_next(
     entries = await asyncio.gather(*waiting)
     assert [entry.seq for entry in entries] == [2, 3, 4, 5, 6, 7]
     assert line.batches == 2
+
+
+@pytest.fixture
+def carried_out_in(
+    books_and_line: tuple[Store, Sequencer], monkeypatch: pytest.MonkeyPatch
+) -> list[threading.Thread]:
+    """The thread of each commit, on a disk that is quick unless a test says otherwise."""
+    ledger, _ = books_and_line
+    threads: list[threading.Thread] = []
+    commit = ledger.commit
+
+    def quickly(batch: Batch) -> None:
+        threads.append(threading.current_thread())
+        commit(batch)
+        ledger.commit_s = 0.0
+
+    monkeypatch.setattr(ledger, "commit", quickly)
+    return threads
+
+
+async def test_who_is_alone_is_served_in_the_loop_while_the_disk_is_quick(
+    path: Path,
+    books_and_line: tuple[Store, Sequencer],
+    order: Order,
+    carried_out_in: list[threading.Thread],
+) -> None:
+    ledger, line = books_and_line
+    for number in range(4):
+        await line.submit(order(number))
+    ledger.commit_s = sequencer.IN_PLACE_S
+    for number in range(4, 6):
+        await line.submit(order(number))
+    here = [thread is threading.current_thread() for thread in carried_out_in]
+    # The first commit is the disk's trial; after a slow one comes another.
+    assert here == [False, True, True, True, False, True]
+    assert stored(path) == (7, 6)
+
+
+async def test_who_has_company_is_not_served_in_the_loop(
+    line: Sequencer, order: Order, carried_out_in: list[threading.Thread]
+) -> None:
+    await line.submit(order(1))
+    await all_of(line, order(2), order(3))
+    await line.submit(order(4))
+    assert threading.current_thread() not in carried_out_in
+    await line.submit(order(5))
+    assert carried_out_in[3:] == [threading.current_thread()]
+
+
+async def test_after_a_commit_that_failed_the_disk_is_not_quick(
+    path: Path, books_and_line: tuple[Store, Sequencer], order: Order
+) -> None:
+    ledger, line = books_and_line
+    assert ledger.commit_s == math.inf, "nothing is known yet"
+    await line.submit(order(1))
+    assert 0 < ledger.commit_s < math.inf
+    (page_count,) = ledger._connection.execute("PRAGMA page_count").fetchone()
+    ledger._connection.execute(f"PRAGMA max_page_count = {page_count}")
+    await all_of(line, *(order(n) for n in range(2, 102)))
+    assert stored(path) == (2, 1)
+    assert ledger.commit_s == math.inf
+
+
+async def test_the_mark_is_written_by_one_at_a_time(
+    books_and_line: tuple[Store, Sequencer],
+    order: Order,
+    carried_out_in: list[threading.Thread],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sequencer, "INTERVAL", 0.0)
+    ledger, line = books_and_line
+    assert ledger.mark is not None
+    entered, go = threading.Event(), threading.Event()
+    flush = ledger.mark.flush
+
+    def slowly() -> None:
+        entered.set()
+        assert go.wait(30)
+        flush()
+
+    ledger.mark._next = math.inf  # commits leave it to the flush
+    await line.submit(order(1))
+    monkeypatch.setattr(ledger.mark, "flush", slowly)
+    await asyncio.to_thread(entered.wait, 30)
+    waiting = asyncio.create_task(line.submit(order(2)))
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert len(carried_out_in) == 1
+    go.set()
+    await waiting
+    assert len(carried_out_in) == 2
 
 
 async def test_the_mark_follows_the_last_commit_before_a_rest(

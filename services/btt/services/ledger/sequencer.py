@@ -6,6 +6,10 @@ before it, commits them as one transaction, and only then makes the answers. So 
 everyone who waited, no operation races another, nothing unchecked comes near the books, and an answer
 always stands on the disk.
 
+A client that is alone does not wait for a thread: while the disk is quick, the second of two requests
+in a row that nobody else joined is carried out in the event loop. A sync that was slow, or failed,
+sends those after it to the thread again, where a disk may hang and reads go on.
+
 There is one writer. Signatures are half of its work, and libsecp256k1 does them without the
 interpreter's lock; but a second writer gains less by that than both lose in handing over the lock.
 """
@@ -31,6 +35,8 @@ from btt.services.ledger.verify import Operation
 
 MOST_IN_BATCH: Final = 512
 MOST_QUEUED: Final = 4096
+IN_PLACE_S: Final = 0.0005
+"""A disk whose last commit took less than this is quick."""
 
 _log = logging.getLogger(__name__)
 _Outcome = EntryRef | BttError
@@ -77,7 +83,8 @@ class Sequencer:
         self._queue: deque[_Order] = deque()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="ledger-writer")
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._writing: asyncio.Future[_Written] | None = None
+        self._writing: asyncio.Future[Any] | None = None
+        self._alone = False
         self._flushing: asyncio.TimerHandle | None = None
         self.halted: InvariantBroken | SyncFailed | None = None
         """Set for ever once the books would have become inconsistent, or the disk cannot be trusted."""
@@ -124,7 +131,8 @@ class Sequencer:
         again tells.
 
         Args:
-            check: Verifies the request by the Verifier; called in the writer's thread.
+            check: Verifies the request by the Verifier; called in the writer's thread, or in
+                the loop.
             answer: Makes the answer of its entry, once that is durable; called likewise.
 
         Returns:
@@ -157,16 +165,23 @@ class Sequencer:
         taken = [self._queue.popleft() for _ in range(min(len(self._queue), MOST_IN_BATCH))]
         # Whoever has gone cannot be told; he asks again with the same request.
         orders = [order for order in taken if not order.future.done()]
+        alone, self._alone = self._alone, len(taken) == 1
+        if alone and self._alone and self._store.commit_s < IN_PLACE_S:
+            self._settle(loop, orders, self._carry_out(orders))
+            return
         self._writing = loop.run_in_executor(self._writer, self._carry_out, orders)
-        self._writing.add_done_callback(partial(self._settle, loop, orders))
+        self._writing.add_done_callback(partial(self._written, loop, orders))
 
-    def _settle(
+    def _written(
         self, loop: asyncio.AbstractEventLoop, orders: Sequence[_Order], writing: asyncio.Future[_Written]
     ) -> None:
-        """Tells everyone what became of a batch."""
         self._writing = None
         self._dispatch(loop)
-        batch, outcomes = writing.result()
+        self._settle(loop, orders, writing.result())
+
+    def _settle(self, loop: asyncio.AbstractEventLoop, orders: Sequence[_Order], written: _Written) -> None:
+        """Tells everyone what became of a batch."""
+        batch, outcomes = written
         if batch is not None:
             self._committed(batch)
         for order, outcome in zip(orders, outcomes, strict=True):
@@ -182,10 +197,12 @@ class Sequencer:
     def _flush(self, loop: asyncio.AbstractEventLoop, mark: MarkWriter) -> None:
         """Brings the mark up to date with the last commit before a rest."""
         self._flushing = None
-        loop.run_in_executor(self._writer, _flushed, mark)
+        if self._writing is None:  # else that batch does it, or leaves it to the next flush
+            self._writing = loop.run_in_executor(self._writer, _flushed, mark)
+            self._writing.add_done_callback(partial(self._written, loop, ()))
 
     def _carry_out(self, orders: Sequence[_Order]) -> _Written:
-        """Runs in the writer's thread."""
+        """Runs in the writer's thread, or in the loop while that has nothing to do."""
         checked = [_checked(order) for order in orders]
         sound = [operation for operation in checked if not isinstance(operation, Exception)]
         batch, outcomes = self._commit(sound)
@@ -223,11 +240,12 @@ class Sequencer:
         return None if batch.empty else batch, outcomes
 
 
-def _flushed(mark: MarkWriter) -> None:
+def _flushed(mark: MarkWriter) -> _Written:
     try:
         mark.flush()
     except BttError as error:
         _log.warning("%s", error.message)
+    return None, []
 
 
 def _again(error: BttError) -> BttError:

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import fcntl
 import logging
+import math
 import os
 import secrets
 import sqlite3
+import time
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from dataclasses import astuple
@@ -138,6 +140,8 @@ class Store(Committed):
         self._writer = secrets.token_bytes(16)
         self._next_purge_ms = 0
         self._stale = True
+        self.commit_s = math.inf
+        """Seconds that the last COMMIT took with its sync; infinite if it failed, or before the first."""
         self.identity = rows.read_identity(connection)
 
     @classmethod
@@ -265,6 +269,7 @@ class Store(Committed):
         """
         connection = self._connection
         self._stale = True
+        self.commit_s = math.inf
         try:
             with storage():
                 connection.execute("BEGIN IMMEDIATE")
@@ -272,7 +277,9 @@ class Store(Committed):
                 totals = rows.add_up(connection, batch, self._totals)
                 self._purge(batch.now_ms)
                 rows.move_head(connection, batch.before, batch.head, totals, self._writer)
+                start = time.perf_counter()
                 connection.execute("COMMIT")
+                self.commit_s = time.perf_counter() - start
         except BaseException:
             with suppress(sqlite3.Error):
                 if connection.in_transaction:
