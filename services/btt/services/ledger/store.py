@@ -30,7 +30,7 @@ from btt.sdk.errors import (
 from btt.sdk.keys import Address, PrivateKey
 from btt.sdk.money import SUPPLY
 from btt.sdk.signing import KeyRotation, document_digest
-from btt.services.ledger import genesis, mark, rows, schema
+from btt.services.ledger import genesis, mark, posting, rows, schema
 from btt.services.ledger.books import Effect, Terms
 from btt.services.ledger.check import check_books
 from btt.services.ledger.committed import Committed
@@ -273,10 +273,10 @@ class Store(Committed):
         try:
             with storage():
                 connection.execute("BEGIN IMMEDIATE")
-                rows.write(connection, batch)
-                totals = rows.add_up(connection, batch, self._totals)
+                posting.write(connection, batch)
+                totals = posting.add_up(connection, batch, self._totals)
                 self._purge(batch.now_ms)
-                rows.move_head(connection, batch.before, batch.head, totals, self._writer)
+                posting.move_head(connection, batch.before, batch.head, totals, self._writer)
                 start = time.perf_counter()
                 connection.execute("COMMIT")
                 self.commit_s = time.perf_counter() - start
@@ -342,7 +342,7 @@ class Store(Committed):
     def _purge(self, now_ms: int) -> None:
         if now_ms < self._next_purge_ms:
             return
-        purged = rows.purge_requests(self._connection, now_ms, _MOST_PURGED)
+        purged = posting.purge_requests(self._connection, now_ms, _MOST_PURGED)
         if purged < _MOST_PURGED:
             self._next_purge_ms = now_ms + _PURGE_EVERY_MS
 
