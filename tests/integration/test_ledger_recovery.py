@@ -704,6 +704,26 @@ def test_no_two_recoveries_begin_the_same_number_of_epoch(ledger: Lost) -> None:
     assert epochs == sorted(set(epochs))
 
 
+def test_a_copy_that_a_recovery_went_back_behind_is_no_backup(ledger: Lost) -> None:
+    """The history went on from an older copy, as receipts of it prove; nobody equivocated."""
+    ledger.do(ledger.pay(ALICE, CAROL, 300, 2), ledger.pay(ALICE, BOB, 1, 3))
+    behind = ledger.root / "behind"
+    backup(ledger.home, behind)
+    ledger.lose()
+    report = recover(ledger.home, source=ledger.backup, finish=True)
+    assert report is not None
+    ledger.do(ledger.pay(ALICE, BOB, 5, 4))
+    lost = ledger.lose()
+    shown = ledger.file("bob", with_receipt(ledger, lost[-1], epoch=report.epoch))
+    with pytest.raises(ConfigError, match="no backup any more"):
+        recover(ledger.home, source=behind, evidence=[shown])
+    shutil.rmtree(ledger.home / "recovery")
+    report = recover(ledger.home, source=ledger.backup, evidence=[shown], finish=True)
+    assert report is not None
+    assert report.repeated == 1
+    ledger.audit()
+
+
 def test_a_lost_change_of_the_operators_key_is_made_again(ledger: Lost) -> None:
     """The copy knows the first key, customers the second; the chain they follow must not break."""
     first = folder.LedgerFolder.open(ledger.home).operator_key

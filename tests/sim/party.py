@@ -6,6 +6,7 @@ import asyncio
 import shutil
 import sqlite3
 from collections.abc import Callable, Coroutine
+from contextlib import closing
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
@@ -46,6 +47,7 @@ class Party:
         """Room time before which it does not start."""
         self._main = main
         self._copies: list[Path] = []
+        self._left_behind: set[Path] = set()
 
     def clock(self) -> int:
         return self.world.now_ms() + self.skew_ms
@@ -119,7 +121,19 @@ class Party:
 
     def backup(self, random: Random) -> Path | None:
         """Returns one of the copies that were taken, or None."""
-        return random.choice(self._copies) if self._copies else None
+        standing = [copy for copy in self._copies if copy not in self._left_behind]
+        return random.choice(standing) if standing else None
+
+    def leave_behind(self, last_seq: int) -> None:
+        """No copy of the ledger's books that goes beyond an entry is a backup any more.
+
+        A recovery went back behind it, and the history went on otherwise.
+        """
+        for copy in self._copies:
+            with closing(sqlite3.connect(copy)) as books:
+                [(head,)] = books.execute("SELECT max(seq) FROM entries")
+            if head > last_seq:
+                self._left_behind.add(copy)
 
     def put_back(self) -> Path | None:
         """Exchanges the books for an old copy; the party does not run.

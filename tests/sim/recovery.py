@@ -127,6 +127,7 @@ def _check(world: World, loss: Loss) -> None:
         f"is recovered from {len(loss.shown)} operations: {report.restored} restored, "
         f"{report.repeated} repeated, {len(report.missing)} gaps, {len(report.refused)} refused",
     )
+    world.parties["ledger"].leave_behind(report.ended_seq)
     world.books = world.witness.books = books
     world.witness.forget_windows()
     # Whoever asked, and heard, may have been heard by the lost ledger alone.
