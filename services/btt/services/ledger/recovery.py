@@ -195,7 +195,7 @@ class _Gate:
         held = self._base.execute("SELECT hash FROM entries WHERE seq = ?", (said.seq,)).fetchone()
         if held[0] != said.entry_hash and said.epoch > self._head.epoch:
             raise ConfigError(
-                f"This copy is no backup any more: epoch {said.epoch} went on from before its entry {said.seq}.",
+                f"This copy is no backup any more: epoch {said.epoch} began before its entry {said.seq}.",
                 hint="Begin with a copy that was made since then, or with an older one.",
             )
         if held[0] != said.entry_hash:
