@@ -87,6 +87,7 @@ class World:
         self.lost: Loss | None = None
         """What the ledger is being recovered from, while it is."""
         self.recoveries = 0
+        self.branched = -1  # the last entry before the last recovery's own
         self._up_s = 0.0
         self._up_since: float | None = None
         self.away_s = 0.0
