@@ -16,12 +16,12 @@ from btt.sdk.keys import PrivateKey
 from btt.sdk.ledger import LedgerClient
 from btt.sdk.payment.store import PayerStore, StoredChannel
 from btt.sdk.signing import ChannelCommit, ChannelRefund, sign
-from btt.sdk.wallet import Keystore
+from btt.sdk.wallet import Keystore, derive_channel_key
 from btt.services.ledger import folder, server
 from btt.services.ledger.books import Terms
 
 START, HOUR, WINDOW = 1_800_000_000_000, 3_600_000, 5000
-K1, K2, BOB = (PrivateKey(n.to_bytes(32, "big")) for n in (21, 22, 12))
+K2, BOB = (PrivateKey(n.to_bytes(32, "big")) for n in (22, 12))
 
 
 class World:
@@ -73,17 +73,18 @@ async def world(tmp_path: Path) -> AsyncIterator[World]:
         made = World(running, wallet)
         async with LedgerClient.connect(running.address) as ledger:
             for name, flags in ((1, 1), (2, 0)):
+                nonce = name.to_bytes(16, "big")
                 t1 = ChannelCommit(
                     payer=key.address,
                     payee=BOB.address,
-                    k1=K1.public,
+                    k1=derive_channel_key(key, nonce).public,
                     k2=K2.public,
                     amount=100,
                     expires_ms=START + HOUR,
                     challenge_ms=WINDOW,
                     flags=flags,
                     fee=0,
-                    nonce=name.to_bytes(16, "big"),
+                    nonce=nonce,
                     service_ref=bytes(32),
                 )
                 channel = t1.channel_id(ledger.ledger_id)

@@ -10,9 +10,10 @@ from btt.sdk.money import Amount, Rate
 
 if TYPE_CHECKING:
     from btt.sdk.client import Client, Wallet
+    from btt.sdk.payment.grants import Grant
     from btt.sdk.sync import SyncClient
 
-__all__ = ["Amount", "BttError", "Budget", "Client", "Rate", "SyncClient", "Wallet"]
+__all__ = ["Amount", "BttError", "Budget", "Client", "Grant", "Rate", "SyncClient", "Wallet"]
 
 
 def __getattr__(name: str) -> object:
@@ -20,6 +21,10 @@ def __getattr__(name: str) -> object:
         from btt.sdk import client
 
         return getattr(client, name)
+    if name == "Grant":
+        from btt.sdk.payment.grants import Grant
+
+        return Grant
     if name == "SyncClient":
         from btt.sdk.sync import SyncClient
 

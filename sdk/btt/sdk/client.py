@@ -28,9 +28,10 @@ from btt.sdk.identity import NodeAddress
 from btt.sdk.keys import PrivateKey
 from btt.sdk.ledger import LedgerAddress, LedgerClient
 from btt.sdk.ledger.keeping import RECEIPTS, EvidenceStore
-from btt.sdk.money import Amount
+from btt.sdk.money import SUPPLY, Amount
 from btt.sdk.payment.apps import Granter
 from btt.sdk.payment.connection import NodeConnection
+from btt.sdk.payment.grants import Grant
 from btt.sdk.payment.keeper import Keeper
 from btt.sdk.payment.purse import Purse
 from btt.sdk.payment.receipt import SessionReceipt
@@ -97,7 +98,7 @@ class Client:
         *,
         nodes: Sequence[NodeAddress],
         ledger: LedgerAddress,
-        wallet: Wallet,
+        wallet: Wallet | Grant,
         budget: Budget,
         trust_new: bool,
         keep_channels: bool,
@@ -129,11 +130,12 @@ class Client:
         cls,
         nodes: str | Sequence[str] | None = None,
         *,
-        budget: Budget,
+        budget: Budget | None = None,
         ledger: str | None = None,
         wallet: Wallet | Path | None = None,
+        grant: Grant | Path | str | None = None,
         trust_new: bool = False,
-        keep_channels: bool = False,
+        keep_channels: bool | None = None,
         clock: Callable[[], int] | None = None,
         app: Granter | None = None,
     ) -> Client:
@@ -142,18 +144,39 @@ class Client:
         Args:
             nodes: `btt://<node address>@host:port`, one or several; BTT_NODES, separated by commas,
                 if not given.
-            budget: What may be spent, by all nodes together.
+            budget: What may be spent, by all nodes together; with a grant all of it, if not given.
             ledger: `btt-ledger://...`; BTT_LEDGER if not given.
             wallet: A wallet, or its folder; the user's default if not given.
+            grant: Or a grant, or its file: it names node and ledger, and no wallet is opened. BTT_GRANT
+                if neither is given.
             trust_new: Accept a bare `host:port` that was never met before.
-            keep_channels: Leave channels open at the end, for the next client.
+            keep_channels: Leave channels open at the end, for the next client; as is done with a grant
+                if not given.
             clock: Unix milliseconds; the devnet's if BTT_CLOCK names one, or this machine's.
             app: Gets the grant of the application that this client is; see `btt.sdk.payment.apps`.
 
         Raises:
-            ConfigError: No node, ledger or wallet is configured.
+            ConfigError: No node, ledger, wallet or budget is configured, or a grant beside them.
             InvalidRequest: An address is malformed.
         """
+        if grant is None and wallet is None:
+            grant = os.environ.get("BTT_GRANT") or None
+        if grant is not None:
+            if not (nodes is None and ledger is None and wallet is None):
+                raise ConfigError("A grant names its node and ledger, and stands for a wallet.")
+            grant = grant if isinstance(grant, Grant) else Grant.open(grant)
+            return cls(
+                nodes=[grant.node],
+                ledger=grant.ledger,
+                wallet=grant,
+                budget=budget or Budget(Amount(SUPPLY), name="grant"),
+                trust_new=False,
+                keep_channels=keep_channels is not False,
+                clock=clock or configured(),
+                app=app,
+            )
+        if budget is None:
+            raise ConfigError("No budget is given.", hint='Say what may be spent: Budget("1 BTT").')
         if nodes is None:
             nodes = os.environ.get("BTT_NODES", "")
         found = NodeAddress.parse_all(nodes)
@@ -168,7 +191,7 @@ class Client:
             wallet=wallet if isinstance(wallet, Wallet) else Wallet.open(wallet),
             budget=budget,
             trust_new=trust_new,
-            keep_channels=keep_channels,
+            keep_channels=bool(keep_channels),
             clock=clock or configured(),
             app=app,
         )
@@ -177,6 +200,8 @@ class Client:
         store = PayerStore(self._wallet.folder)
         try:
             store.declare(self._budget)
+            if isinstance(self._wallet, Grant):
+                self._wallet.begin_books(store)
         except BaseException:
             store.close()
             raise
@@ -299,7 +324,7 @@ class Client:
 
     def _purse(self, ledger: LedgerClient) -> Purse:
         return Purse(
-            account=self._wallet.account,
+            owner=self._wallet if isinstance(self._wallet, Grant) else self._wallet.account,
             store=self.books,
             ledger=ledger,
             clock=self.clock,

@@ -188,7 +188,7 @@ class Provider:
                 self._client.receipts.append(receipt)
                 purse = await self._client.purse()
                 with contextlib.suppress(BttError):  # the next time brings it, too
-                    await purse.ledger.gather(purse.account)
+                    await purse.ledger.gather(purse.reader, channel_id=purse.scope)
                 return receipt
         raise AssertionError("the last try returns or raises")
 

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from btt.sdk.identity import NodeAddress
     from btt.sdk.payment.apps import Granter
     from btt.sdk.payment.estimates import Estimate
+    from btt.sdk.payment.grants import Grant
     from btt.sdk.payment.receipt import SessionReceipt
     from btt.sdk.payment.verdicts import Verdicts
     from btt.sdk.service import Service
@@ -61,11 +62,12 @@ class SyncClient:
         cls,
         nodes: str | Sequence[str] | None = None,
         *,
-        budget: Budget,
+        budget: Budget | None = None,
         ledger: str | None = None,
         wallet: Wallet | Path | None = None,
+        grant: Grant | Path | str | None = None,
         trust_new: bool = False,
-        keep_channels: bool = False,
+        keep_channels: bool | None = None,
         clock: Callable[[], int] | None = None,
         app: Granter | None = None,
     ) -> SyncClient:
@@ -76,6 +78,7 @@ class SyncClient:
                 budget=budget,
                 ledger=ledger,
                 wallet=wallet,
+                grant=grant,
                 trust_new=trust_new,
                 keep_channels=keep_channels,
                 clock=clock,

@@ -52,10 +52,16 @@ def _with_ledger(
     return asyncio.run(run())
 
 
-def _with_purse(
+def with_purse(
     ledger: str, wallet: Path | None, act: Callable[[LedgerClient, PrivateKey, Purse], Awaitable[_Found]]
 ) -> _Found:
-    """Acts on channels and on the wallet's own books of them."""
+    """Acts on channels and on the wallet's own books of them.
+
+    Args:
+        ledger: Its address, as typed.
+        wallet: The wallet's folder, if it was named.
+        act: What to do with the ledger, the account's key, and the purse of both.
+    """
     from btt.sdk.clock import configured
     from btt.sdk.payment.purse import Purse
     from btt.sdk.payment.store import PayerStore
@@ -95,6 +101,18 @@ async def _states(client: LedgerClient, key: PrivateKey) -> list[ChannelState]:
     return found
 
 
+async def _listed(client: LedgerClient, key: PrivateKey) -> list[dict[str, Any]]:
+    from btt.sdk.signing import ChannelCommit
+    from btt.sdk.wallet import derive_channel_key
+
+    found = []
+    for state in await _states(client, key):
+        terms = ChannelCommit.decode(state.commit)
+        is_ours = derive_channel_key(key, terms.nonce).public == terms.k1
+        found.append({**channel_fields(state), "granted": not is_ours})
+    return found
+
+
 async def _one(client: LedgerClient, key: PrivateKey, text: str) -> ChannelState:
     from btt.sdk.errors import ChannelUnknown
 
@@ -107,7 +125,8 @@ async def _one(client: LedgerClient, key: PrivateKey, text: str) -> ChannelState
     return await client.channel(found[0], key)
 
 
-def _as_dict(state: ChannelState) -> dict[str, Any]:
+def channel_fields(state: ChannelState) -> dict[str, Any]:
+    """Writes a channel for machines."""
     from btt.sdk.keys import Address
     from btt.sdk.signing import ChannelCommit
 
@@ -128,7 +147,8 @@ def _as_dict(state: ChannelState) -> dict[str, Any]:
     }
 
 
-def _when(ms: int) -> str:
+def moment(ms: int) -> str:
+    """Writes a time for people."""
     try:
         moment = datetime.datetime.fromtimestamp(ms / 1000, datetime.UTC)
     except (OverflowError, ValueError, OSError):
@@ -146,8 +166,7 @@ def list_channels(
     """List the channels that this wallet opened."""
     from btt.sdk.money import Amount
 
-    found = [_as_dict(state) for state in _with_ledger(ledger, wallet, _states)]
-    found = [one for one in found if closed or one["phase"] != "closed"]
+    found = [one for one in _with_ledger(ledger, wallet, _listed) if closed or one["phase"] != "closed"]
     if as_json:
         typer.echo(json.dumps(found))
         return
@@ -156,7 +175,12 @@ def list_channels(
     for one in found:
         typer.echo(
             f"{one['channel'][:16]}  {one['phase']:7}  {Amount(int(one['deposit']))} to {one['payee']}, "
-            f"until {_when(one['expires_ms'])}"
+            f"until {moment(one['expires_ms'])}"
+            + (
+                f", granted: {Amount(max(int(one['best']), int(one['captured'])))} paid"
+                if one["granted"]
+                else ""
+            )
         )
 
 
@@ -167,7 +191,7 @@ def show(
     """Show one channel."""
     from btt.sdk.money import Amount
 
-    found = _as_dict(_with_ledger(ledger, wallet, lambda client, key: _one(client, key, channel)))
+    found = channel_fields(_with_ledger(ledger, wallet, lambda client, key: _one(client, key, channel)))
     if as_json:
         typer.echo(json.dumps(found))
         return
@@ -175,7 +199,7 @@ def show(
         if name in ("deposit", "best", "captured"):
             text = str(Amount(int(value)))
         elif name.endswith("_ms") and name != "challenge_ms" and value:
-            text = _when(value)
+            text = moment(value)
         else:
             text = str(value)
         typer.echo(f"{name.removesuffix('_ms').replace('_', ' '):12} {text}")
@@ -203,9 +227,9 @@ def topup(
     async def add(client: LedgerClient, key: PrivateKey, purse: Purse) -> dict[str, Any]:
         state = await _one(client, key, channel)
         await top_up(purse, state.channel_id, int(more))
-        return _as_dict(await look(purse, state.channel_id))
+        return channel_fields(await look(purse, state.channel_id))
 
-    found = _with_purse(ledger, wallet, add)
+    found = with_purse(ledger, wallet, add)
     typer.echo(json.dumps(found) if as_json else f"The channel holds {Amount(int(found['deposit']))} now.")
 
 
@@ -219,13 +243,13 @@ def close(
     async def ask(client: LedgerClient, key: PrivateKey, purse: Purse) -> dict[str, Any]:
         state = await _one(client, key, channel)
         await client.request_close(state.channel_id, key)
-        return _as_dict(await look(purse, state.channel_id))
+        return channel_fields(await look(purse, state.channel_id))
 
-    found = _with_purse(ledger, wallet, ask)
+    found = with_purse(ledger, wallet, ask)
     if as_json:
         typer.echo(json.dumps(found))
         return
-    typer.echo(f"The node may show its last payment until {_when(found['deadline_ms'])};")
+    typer.echo(f"The node may show its last payment until {moment(found['deadline_ms'])};")
     typer.echo("after that the rest comes back by itself.")
 
 
@@ -245,6 +269,7 @@ def refund(
     A node that answers closes an unused channel at once; else the rest comes back after the challenge window.
     """
     from btt.sdk.payment.refunds import KEEP_MS, Wanted, ask_back, collect, request_close
+    from btt.sdk.signing import ChannelCommit
 
     if expired + idle + everything > 1:
         raise typer.BadParameter("choose one of --expired, --idle and --all")
@@ -257,18 +282,19 @@ def refund(
         for state in await _states(client, key):
             if purse.store.find(state.channel_id) is None:  # opened with other books than these
                 done = await collect(purse, state)
-                if done is None and wanted.idle and _PHASES.get(state.phase) == "open":
+                is_ours = purse.holds(ChannelCommit.decode(state.commit))
+                if done is None and wanted.idle and is_ours and _PHASES.get(state.phase) == "open":
                     done = await request_close(purse, state.channel_id)
                 touched += [done] if done is not None else []
-        return [_as_dict(state) for state in touched], disputes
+        return [channel_fields(state) for state in touched], disputes
 
-    found, disputes = _with_purse(ledger, wallet, take)
+    found, disputes = with_purse(ledger, wallet, take)
     if as_json:
         typer.echo(json.dumps(found))
     elif not found and not disputes:
         typer.echo("Nothing is due.")
     for one in found if not as_json else []:
-        when = f", until {_when(one['deadline_ms'])}" if one["phase"] == "closing" else ""
+        when = f", until {moment(one['deadline_ms'])}" if one["phase"] == "closing" else ""
         typer.echo(f"{one['channel'][:16]}  {one['phase']}{when}")
     if disputes:
         raise disputes[0]

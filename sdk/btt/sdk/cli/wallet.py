@@ -1,4 +1,4 @@
-"""`btt wallet`: make a wallet, show its address and what it holds."""
+"""`btt wallet`: make a wallet, show its address and what it holds, let programs spend some of it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from btt.sdk.cli import grants
 from btt.sdk.cli.commands import Commands
 from btt.sdk.cli.options import (
     PASSWORD_VARIABLE,
@@ -27,6 +28,8 @@ from btt.sdk.cli.options import (
 from btt.sdk.errors import ConfigError
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, help="Your BTT: one file, twelve words, one address.")
+app.command()(grants.grant)
+app.command()(grants.grants)
 
 
 @app.command()

@@ -23,6 +23,7 @@ BttError
  |    +-- LedgerEquivocated   the ledger signed two histories; its receipts prove it
  +-- PaymentError             a payment session cannot go on
  |    +-- BudgetExceeded      the budget does not cover it; nothing was requested
+ |    +-- AccountKeyNeeded    a grant pays from one channel; this takes the wallet
  |    +-- CaptureDisputed     a node took more than was signed or stated
  |    +-- UpdateInvalid, PaymentRequired, PriceChanged, SessionEnded,
  |        CallRepeated, CountsDiffer
@@ -80,6 +81,7 @@ from btt.sdk.errors._ledger import (
     TermsRefused,
 )
 from btt.sdk.errors._payment import (
+    AccountKeyNeeded,
     BudgetExceeded,
     CallRepeated,
     CaptureDisputed,
@@ -109,6 +111,7 @@ from btt.sdk.errors._service import (
 
 __all__ = [
     "BY_REASON",
+    "AccountKeyNeeded",
     "AccountUnknown",
     "AppRefused",
     "Banned",

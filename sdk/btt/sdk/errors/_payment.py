@@ -74,3 +74,9 @@ class CountsDiffer(PaymentError):
 
     reason = "COUNTS_DIFFER"
     hint = "Leave this node; the evidence is kept in the wallet."
+
+
+class AccountKeyNeeded(PaymentError):
+    """This program has a grant: one channel to one node. What it asked for takes the wallet's key."""
+
+    hint = "Ask the wallet's owner: `btt wallet grant` makes a new grant, `btt wallet transfer` sends money."

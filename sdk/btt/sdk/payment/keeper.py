@@ -85,8 +85,8 @@ class Keeper:
     def _watch(self) -> AsyncIterator[pb.LedgerEvents]:
         purse = self._purse
         ledger = purse.ledger
-        seen = seen_seq(purse.store, ledger.ledger_id, purse.account.address, ledger.recovered)
-        return ledger.watch(purse.account, after_seq=seen)
+        seen = seen_seq(purse.store, ledger.ledger_id, purse.reader.address, ledger.recovered)
+        return ledger.watch(purse.reader, channel_id=purse.scope, after_seq=seen)
 
     async def _handle(self, page: pb.LedgerEvents) -> None:
         for channel_id in {event.channel_id for event in page.events if event.kind in _ENDINGS}:
@@ -105,7 +105,7 @@ class Keeper:
         if page.events:
             purse = self._purse
             ledger = purse.ledger
-            saw_seq(purse.store, ledger.ledger_id, purse.account.address, ledger.recovered, page.seen_seq)
+            saw_seq(purse.store, ledger.ledger_id, purse.reader.address, ledger.recovered, page.seen_seq)
 
     def _fail(self, error: BttError, channel_id: bytes | None = None) -> None:
         for session in self._live():

@@ -9,8 +9,17 @@ import grpc.aio
 
 from btt.proto.ledger.v1.ledger_pb2 import LedgerInfo
 from btt.proto.payment.v1 import payment_pb2, payment_pb2_grpc
-from btt.sdk.errors import BudgetExceeded, ChannelClosed, ChannelClosing, ChannelExpired, LedgerError
+from btt.sdk.errors import (
+    AccountKeyNeeded,
+    BudgetExceeded,
+    ChannelClosed,
+    ChannelClosing,
+    ChannelExpired,
+    LedgerError,
+)
 from btt.sdk.identity import ChannelTerms, Offer
+from btt.sdk.keys import PublicKey
+from btt.sdk.payment.grants import Grant
 from btt.sdk.payment.purse import Purse
 from btt.sdk.payment.store import CLOSED, CLOSING, OPEN, OPENING, Claim, StoredChannel
 from btt.sdk.payment.topups import grow, resume
@@ -58,6 +67,7 @@ async def obtain_channel(
         only: Take up this channel, and open no other.
 
     Raises:
+        AccountKeyNeeded: The purse is a grant, and its channel does not do; says why.
         BudgetExceeded: The budget does not cover a channel.
         ChannelClosed: `only` cannot be taken up any more.
         LedgerError: The ledger or the node refused the channel.
@@ -72,7 +82,7 @@ async def obtain_channel(
             commit = ChannelCommit.decode(stored.commit)
             # Another may have used it before we had it.
             stored = purse.store.get(stored.channel_id)
-            if commit.payer == purse.account.public.address and commit.k2 == offer.payee_key:
+            if purse.holds(commit) and commit.k2 == offer.payee_key:
                 usable = await confirm_open(purse, stored, commit)
                 if usable is not None and only is None:
                     usable = await _take_up(purse, usable, offer, need, least)
@@ -84,7 +94,18 @@ async def obtain_channel(
         claim.release()
     if only is not None:
         raise ChannelClosed("The channel cannot be taken up again.")
+    if purse.grant is not None:
+        raise AccountKeyNeeded(_why_not(purse, purse.grant, offer))
     return await _open_new(purse, offer, stub, need, least)
+
+
+def _why_not(purse: Purse, grant: Grant, offer: Offer) -> str:
+    stored = purse.store.get(grant.channel_id)
+    if stored.node != offer.node:
+        return f"The grant pays {stored.node}, not {offer.node}."
+    if stored.state != OPEN or is_ending(stored, offer, purse.clock()):
+        return "The grant has ended: its channel is closed, or its lock time is near."
+    return "Another program uses the grant's channel at this moment."
 
 
 async def confirm_open(purse: Purse, stored: StoredChannel, commit: ChannelCommit) -> StoredChannel | None:
@@ -122,6 +143,8 @@ async def _take_up(
     try:
         return await grow(purse, stored.channel_id, used=used, need=need, least=least)
     except (BudgetExceeded, ChannelExpired):
+        if purse.grant is not None:
+            raise  # no other channel can do it
         return None
     except (ChannelClosing, ChannelClosed):
         purse.store.set_state(stored.channel_id, CLOSING)
@@ -132,22 +155,51 @@ async def _open_new(
     purse: Purse, offer: Offer, stub: payment_pb2_grpc.PaymentServiceAsyncStub, need: int, least: int
 ) -> OpenedChannel:
     terms = offer.terms
-    info = await purse.ledger.info()
     left = purse.store.left(purse.budget, purse.granted)
     deposit = max(need, terms.min_amount, 1)
     if left >= least:
         # Less than hoped for may still buy a part of the work, which resumes later.
         deposit = max(min(deposit, left), terms.min_amount, 1)
     purse.store.check(purse.budget, purse.granted, deposit)
-    life = _lifetime(terms, info)
     nonce = secrets.token_bytes(16)
+    k1 = derive_channel_key(purse.account, nonce).public
+    commit, stored = await agree(purse, offer, stub, deposit=deposit, k1=k1, nonce=nonce)
+    return await lock(purse, commit, stored)
+
+
+async def agree(
+    purse: Purse,
+    offer: Offer,
+    stub: payment_pb2_grpc.PaymentServiceAsyncStub,
+    *,
+    deposit: int,
+    k1: PublicKey,
+    nonce: bytes,
+    life_ms: int = LIFETIME_MS,
+) -> tuple[ChannelCommit, StoredChannel]:
+    """Writes T1 and gets the node's consent to it; nothing is locked yet.
+
+    Args:
+        purse: What will pay.
+        offer: The node's offer.
+        stub: The node's PaymentService.
+        deposit: Base units.
+        k1: Who will sign the updates.
+        nonce: 16 bytes, of this channel alone.
+        life_ms: How long it shall live; the terms of node and ledger bound it, milliseconds.
+
+    Raises:
+        TermsRefused: The node takes no such channel.
+        BttError: The node or the ledger refused, or did not answer.
+    """
+    terms, info = offer.terms, await purse.ledger.info()
     commit = ChannelCommit(
-        payer=purse.account.public.address,
+        payer=purse.account.address,
         payee=offer.payee,
-        k1=derive_channel_key(purse.account, nonce).public,
+        k1=k1,
         k2=offer.payee_key,
         amount=deposit,
-        expires_ms=purse.clock() + life,
+        expires_ms=purse.clock() + _lifetime(terms, info, life_ms),
         challenge_ms=max(terms.min_challenge_ms, info.min_challenge_ms),
         flags=EARLY_CLOSE,
         fee=0,
@@ -162,7 +214,7 @@ async def _open_new(
     # The refund is in our hands before any money is locked (paper: step 5).
     refund = ChannelRefund(channel=channel_id, not_before_ms=commit.expires_ms)
     verify(offer.payee_key, refund, offer.ledger_id, reply.signature)
-    stored = StoredChannel(
+    return commit, StoredChannel(
         channel_id=channel_id,
         ledger_id=offer.ledger_id,
         node=offer.node,
@@ -176,25 +228,35 @@ async def _open_new(
         cap=deposit,
         state=OPENING,
     )
-    claim = purse.store.claim(channel_id)
+
+
+async def lock(purse: Purse, commit: ChannelCommit, stored: StoredChannel) -> OpenedChannel:
+    """Opens a channel that was agreed on: in the books first, then on the ledger.
+
+    Raises:
+        BudgetExceeded: The budget does not cover it.
+        LedgerError: The ledger refused.
+        LedgerUnreachable: No answer; whoever takes the channel up next asks again.
+    """
+    claim = purse.store.claim(stored.channel_id)
     assert claim is not None, "a fresh channel id is claimed by nobody"
     try:
         purse.store.add_channel(stored, purse.granted)
         try:
-            await purse.ledger.open_channel(commit, purse.account, reply.signature)
+            await purse.ledger.open_channel(commit, purse.account, stored.refund_signature)
         except LedgerError:
-            purse.store.set_state(channel_id, CLOSED)
+            purse.store.set_state(stored.channel_id, CLOSED)
             raise
-        purse.store.set_state(channel_id, OPEN)
+        purse.store.set_state(stored.channel_id, OPEN)
     except BaseException:
         claim.release()
         raise
     return OpenedChannel(replace(stored, state=OPEN), commit, claim)
 
 
-def _lifetime(terms: ChannelTerms, info: LedgerInfo) -> int:
+def _lifetime(terms: ChannelTerms, info: LedgerInfo, wanted: int = LIFETIME_MS) -> int:
     """Returns milliseconds that suit both, also by their own clocks and when they come to judge."""
     shortest = max(terms.min_lifetime_ms, info.min_lifetime_ms)
     longest = min(terms.max_lifetime_ms, info.max_lifetime_ms)
     tolerance = min(CLOCK_TOLERANCE_MS, max(0, longest - shortest) // 2)
-    return min(max(LIFETIME_MS, shortest + tolerance), longest - tolerance)
+    return min(max(wanted, shortest + tolerance), longest - tolerance)

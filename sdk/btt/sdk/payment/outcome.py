@@ -19,6 +19,7 @@ from btt.sdk.errors import CaptureDisputed
 from btt.sdk.money import Amount
 from btt.sdk.payment.purse import Purse
 from btt.sdk.payment.store import CLOSED, CLOSING, StoredChannel
+from btt.sdk.signing import ChannelCommit
 
 
 async def look(purse: Purse, channel_id: bytes) -> ChannelState:
@@ -33,11 +34,14 @@ async def look(purse: Purse, channel_id: bytes) -> ChannelState:
         ChannelUnknown: The ledger has no such channel.
         LedgerUnreachable: The ledger does not answer.
     """
-    document, state = await purse.ledger.channel_document(channel_id, purse.account)
+    document, state = await purse.ledger.channel_document(channel_id, purse.reader)
     store = purse.store
     stored = store.find(channel_id)
     if stored is None:
         return state
+    if not purse.holds(ChannelCommit.decode(stored.commit)):
+        # Somebody else signs there: what the ledger knows is all that we know of it.
+        stored = store.learn_signed(channel_id, max(state.best, state.captured))
     store.learn_deposit(channel_id, state.deposit)
     if state.phase == ledger_pb2.CHANNEL_PHASE_CLOSING:
         store.set_state(channel_id, CLOSING)

@@ -63,6 +63,8 @@ async def ask_back(purse: Purse, wanted: Wanted) -> tuple[list[ChannelState], li
     Raises:
         LedgerUnreachable: The ledger does not answer; what was done stays done.
     """
+    if purse.grant is not None:
+        return [], []  # that is for the account to do
     await resume(purse)
     touched, disputes = [], []
     for stored in purse.store.channels(ledger_id=purse.ledger.ledger_id):
@@ -80,7 +82,7 @@ async def ask_back(purse: Purse, wanted: Wanted) -> tuple[list[ChannelState], li
 
 async def _ask_back(purse: Purse, stored: StoredChannel, wanted: Wanted) -> ChannelState | None:
     commit = ChannelCommit.decode(stored.commit)
-    if commit.payer != purse.account.public.address or not _is_wanted(purse, stored, wanted):
+    if commit.payer != purse.account.address or not _is_wanted(purse, stored, commit, wanted):
         return None
     claim = purse.store.claim(stored.channel_id)
     if claim is None:
@@ -93,7 +95,8 @@ async def _ask_back(purse: Purse, stored: StoredChannel, wanted: Wanted) -> Chan
         if state.phase == ledger_pb2.CHANNEL_PHASE_CLOSED:
             return state
         due = await collect(purse, state)
-        if due is not None or state.phase != ledger_pb2.CHANNEL_PHASE_OPEN or not wanted.idle:
+        is_open = state.phase == ledger_pb2.CHANNEL_PHASE_OPEN
+        if due is not None or not (is_open and wanted.idle and purse.holds(commit)):
             return due
     finally:
         claim.release()
@@ -110,11 +113,11 @@ async def _ask_back(purse: Purse, stored: StoredChannel, wanted: Wanted) -> Chan
         claim.release()
 
 
-def _is_wanted(purse: Purse, stored: StoredChannel, wanted: Wanted) -> bool:
+def _is_wanted(purse: Purse, stored: StoredChannel, commit: ChannelCommit, wanted: Wanted) -> bool:
     """Says whether the ledger has to be asked about a channel at all."""
     if stored.state == CLOSING or purse.ledger.now_ms() >= stored.expires_ms:
         return True
-    if not wanted.idle or stored.node in wanted.spare:
+    if not wanted.idle or stored.node in wanted.spare or not purse.holds(commit):
         return False
     return not stored.kept_ms or stored.kept_ms + wanted.keep_ms <= purse.clock()
 

@@ -315,6 +315,13 @@ class PayerStore:
                 (deposit, channel_id),
             )
 
+    def learn_signed(self, channel_id: bytes, signed: int) -> StoredChannel:
+        """Takes over what the ledger says was signed on a channel that others sign on."""
+        with self._transaction():
+            change = "deposit = max(deposit, ?1), signed = max(signed, ?1)"
+            self._db.execute(f"UPDATE channels SET {change} WHERE channel_id = ?2", (signed, channel_id))  # noqa: S608
+            return self.get(channel_id)
+
     def save_books(self, channel_id: bytes, signed: int, tally: Tally) -> None:
         """Writes what both sides agreed on when a session opened or ended."""
         # In the order of `save`: an older intent that is still queued must not overwrite this.
@@ -324,8 +331,8 @@ class PayerStore:
 
     def paid_total(self, node: Address) -> int:
         """Returns the base units signed to a node over all channels."""
-        row = self._db.execute("SELECT coalesce(sum(signed), 0) FROM channels WHERE node = ?", (node.data,))
-        return int(row.fetchone()[0])
+        query = "SELECT coalesce(sum(signed), 0) FROM channels WHERE node = ?"
+        return int(self._db.execute(query, (node.data,)).fetchone()[0])
 
     def claim(self, channel_id: bytes) -> Claim | None:
         """Takes a channel for this process; None when another has it."""

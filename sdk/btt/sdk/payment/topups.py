@@ -21,6 +21,7 @@ from btt.sdk.errors import (
     LedgerError,
     RequestExpired,
 )
+from btt.sdk.keys import PrivateKey
 from btt.sdk.money import Amount
 from btt.sdk.payment import pending
 from btt.sdk.payment.purse import Purse
@@ -28,6 +29,7 @@ from btt.sdk.payment.store import StoredChannel
 
 VALID_MS: Final = 60_000
 """How long the ledger may take a top-up: while that lasts, its outcome may be unknown."""
+GRANT_HINT: Final = "Ask the wallet's owner for another grant: `btt wallet grant`. What arrived is kept."
 _FINAL: Final = (InsufficientFunds, ChannelUnknown, ChannelExpired, ChannelClosing, ChannelClosed)
 """Refusals that no later try of the same request can turn into a success."""
 
@@ -41,15 +43,16 @@ async def top_up(purse: Purse, channel_id: bytes, amount: int) -> None:
         amount: Base units.
 
     Raises:
+        AccountKeyNeeded: Here is a grant only.
         BudgetExceeded: The budget does not cover it.
         InsufficientFunds: The account does not.
         ChannelExpired, ChannelClosing, ChannelClosed, TermsRefused: The ledger refuses.
         LedgerUnreachable: No answer; the amount stays reserved until `resume` has heard one.
     """
     try:
-        await _ask(purse, _begin(purse, channel_id, amount))
+        await _ask(purse.account, purse, _begin(purse, channel_id, amount))
     except RequestExpired:  # this machine slept, or a clock was set; the ledger's time is known now
-        await _ask(purse, _begin(purse, channel_id, amount))
+        await _ask(purse.account, purse, _begin(purse, channel_id, amount))
 
 
 def _begin(purse: Purse, channel_id: bytes, amount: int) -> pending.PendingTopUp:
@@ -64,11 +67,11 @@ def _begin(purse: Purse, channel_id: bytes, amount: int) -> pending.PendingTopUp
     )
 
 
-async def _ask(purse: Purse, request: pending.PendingTopUp) -> None:
+async def _ask(account: PrivateKey, purse: Purse, request: pending.PendingTopUp) -> None:
     try:
         await purse.ledger.top_up(
             request.channel_id,
-            purse.account,
+            account,
             request.amount,
             request.request_id,
             valid_until_ms=request.valid_until_ms,
@@ -96,7 +99,7 @@ async def resume(purse: Purse, channel_id: bytes | None = None) -> None:
     """
     for request in pending.pending(purse.store, purse.ledger.ledger_id, channel_id):
         with contextlib.suppress(LedgerError, RequestExpired):
-            await _ask(purse, request)
+            await _ask(purse.account, purse, request)
 
 
 async def grow(purse: Purse, channel_id: bytes, *, used: int, need: int, least: int) -> StoredChannel:
@@ -117,7 +120,17 @@ async def grow(purse: Purse, channel_id: bytes, *, used: int, need: int, least: 
         BttError: As `top_up`.
     """
     await resume(purse, channel_id)
-    spare = purse.store.adopt(channel_id, purse.budget, purse.granted).cap - used
+    channel = purse.store.adopt(channel_id, purse.budget, purse.granted)
+    spare = channel.cap - used
+    if purse.grant is not None and channel.cap == channel.deposit:  # it binds, and no budget
+        if spare < least:
+            raise BudgetExceeded(
+                f"{Amount(need)} are needed, and the grant of {purse.grant.amount} holds"
+                f" {Amount(max(0, spare))} more: {Amount(need - spare)} are missing.",
+                hint=GRANT_HINT,
+                missing=need - spare,
+            )
+        return channel
     while spare < need:
         left, which = purse.store.tightest(purse.budget, purse.granted)
         amount = min(need - spare, left)

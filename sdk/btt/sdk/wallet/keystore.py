@@ -10,16 +10,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import secrets
 import unicodedata
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from btt.sdk.errors import ConfigError, StorageError
 from btt.sdk.keys import Address, PrivateKey
+from btt.sdk.private_file import exists, write_new
 from btt.sdk.wallet.mnemonic import account_key, check_words, new_words
 
 VERSION: Final = 1
@@ -99,14 +98,14 @@ class Keystore:
         """
         from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-        # Looked at first because it is cheap; what decides is the link in _write_new.
+        # Looked at first because it is cheap; what decides is the link in write_new.
         if path.exists():
-            raise _exists(path)
+            raise exists(path, "The wallet")
         phrase = new_words() if words is None else check_words(words)
         header = _Header(salt=secrets.token_bytes(_SALT_SIZE), nonce=secrets.token_bytes(_NONCE_SIZE))
         sealed = AESGCM(header.key(password)).encrypt(header.nonce, phrase.encode(), header.authenticated())
         document = {**header.as_json(), "ciphertext": sealed.hex()}
-        _write_new(path, json.dumps(document, indent=2).encode() + b"\n")
+        write_new(path, json.dumps(document, indent=2).encode() + b"\n", what="The wallet")
         return cls(phrase)
 
     @classmethod
@@ -161,12 +160,6 @@ class Keystore:
         return f"Keystore(of {self.address})"
 
 
-def _exists(path: Path) -> ConfigError:
-    return ConfigError(
-        f"{path} exists already.", hint="Choose another path, or use the wallet that is there."
-    )
-
-
 def _read(path: Path) -> bytes:
     try:
         with path.open("rb") as file:
@@ -206,35 +199,3 @@ def _parse(path: Path, data: bytes) -> tuple[_Header, bytes]:
     if len(salt) != _SALT_SIZE or len(nonce) != _NONCE_SIZE:
         raise broken
     return header, sealed
-
-
-def _write_new(path: Path, data: bytes) -> None:
-    """Writes a file that must not exist: a crash leaves all of it or nothing."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        try:
-            with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            # Unlike a rename, a link never replaces what another process has just put there.
-            os.link(temporary, path)
-        finally:
-            with suppress(FileNotFoundError):
-                temporary.unlink()
-        _sync_folder(path.parent)
-    except FileExistsError:
-        raise _exists(path) from None
-    except OSError as error:
-        raise StorageError(f"The wallet {path} cannot be written: {error.strerror}.") from error
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name != "posix":
-        return  # elsewhere folders cannot be opened, nor need to be
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
