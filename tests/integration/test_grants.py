@@ -158,8 +158,9 @@ async def test_nothing_above_the_grant_is_spent_over_runs_and_budgets(economy, p
         async with client(economy, grant, budget=budget) as btt:
             await take(btt, 1)
     async with client(economy, grant, budget=Budget(UNIT - 1)) as btt:
-        with pytest.raises(BudgetExceeded):
+        with pytest.raises(BudgetExceeded) as refused:
             await btt.session(UNIT)  # a budget of its own binds as ever
+        assert refused.value.hint == BudgetExceeded.hint, "another grant would not help"
     async with client(economy, grant) as btt:
         session = await take(btt, 1)
         assert session.payer.signed == FOUR
@@ -290,9 +291,8 @@ async def test_the_wallet_sees_what_was_paid_and_its_books_add_up(economy, probe
     assert (seen.state.phase, seen.paid) == (ledger_pb2.CHANNEL_PHASE_CLOSED, OWED(3 * RUN))
     assert await granted(purse) == []
     assert purse.store.get(grant.channel_id).state == CLOSED
-    assert (
-        purse.store.reserved("granted to player") == OWED(3 * RUN) == purse.store.paid_total(grant.node.node)
-    )
+    assert purse.store.left("granted to player", 4 * UNIT) == 4 * UNIT - OWED(3 * RUN)
+    assert purse.store.paid_total(grant.node.node) == OWED(3 * RUN)
 
 
 async def test_the_account_takes_a_grant_back(economy, probe, wallet, purse, grant):
@@ -315,7 +315,7 @@ async def test_a_ledger_that_refuses_leaves_no_file(economy, probe, purse, tmp_p
     with pytest.raises(TermsRefused):
         await grant_for(purse, probe, tmp_path / "none.grant", 0)
     assert list(tmp_path.glob("*.grant")) == []
-    assert (await granted(purse), purse.store.reserved("granted to player")) == ([], 0)
+    assert (await granted(purse), purse.store.left("granted to player", 1)) == ([], 1)
 
 
 async def test_a_lost_answer_is_asked_for_again(economy, probe, wallet, purse, tmp_path, monkeypatch):

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 from btt.proto.ledger.v1.ledger_pb2 import ChannelState
 from btt.proto.payment.v1 import payment_pb2_grpc
-from btt.sdk.errors import BudgetExceeded, InvalidRequest, LedgerError
+from btt.sdk.errors import InvalidRequest, LedgerError
 from btt.sdk.keys import PrivateKey
+from btt.sdk.money import SUPPLY
 from btt.sdk.payment.connection import NodeConnection
 from btt.sdk.payment.grants import Grant, books_beside
 from btt.sdk.payment.opening import LIFETIME_MS, agree, confirm_open, lock
@@ -52,9 +53,8 @@ async def make_grant(
         raise InvalidRequest(f"A grant has a name of 1 to {LONGEST_NAME} printable characters.")
     key = PrivateKey.generate()
     _, document = await purse.granted_app(key.public, purse.ledger.ledger_id)
-    budget = _BUDGET + app
-    whole = purse.store.reserved(budget) + amount
-    purse = Purse(purse.account, purse.store, purse.ledger, purse.clock, budget, whole)
+    # The owner acts, whom no budget binds; its name says in the books whose channel it is.
+    purse = replace(purse, budget=_BUDGET + app, granted=SUPPLY)
     control = node.channel(label="payment")
     try:
         stub: payment_pb2_grpc.PaymentServiceAsyncStub = payment_pb2_grpc.PaymentServiceStub(control)
@@ -68,7 +68,7 @@ async def make_grant(
     await asyncio.to_thread(grant.write, path)
     try:
         (await lock(purse, commit, stored)).claim.release()
-    except (LedgerError, BudgetExceeded):
+    except LedgerError:
         await asyncio.to_thread(path.unlink)
         raise
     return grant
