@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import sys
+from contextlib import closing
 
 import pytest
 
@@ -20,12 +21,14 @@ from btt.sdk.errors import (
     BudgetExceeded,
     ChannelClosed,
     InsufficientFunds,
+    InvalidRequest,
     LedgerUnreachable,
     SessionEnded,
     SignerMismatch,
     TermsRefused,
 )
 from btt.sdk.keys import PrivateKey
+from btt.sdk.ledger.keeping import RECEIPTS, EvidenceStore
 from btt.sdk.money import BTT
 from btt.sdk.payment import pending, topups
 from btt.sdk.payment.apps import sign_grant
@@ -71,11 +74,11 @@ async def purse(economy, wallet):
     return Purse(wallet.account, store, economy.ledger, economy.clock)
 
 
-async def grant_for(purse: Purse, node, path, amount: int, **options) -> Grant:
+async def grant_for(purse: Purse, node, path, amount: int, app: str = "player") -> Grant:
     proven = await connect_node(
         node.address, ledger_id=purse.ledger.ledger_id, store=purse.store, clock=purse.clock
     )
-    await make_grant(purse, proven, path, app="player", amount=amount, **options)
+    await make_grant(purse, proven, path, app=app, amount=amount)
     return Grant.open(path)
 
 
@@ -108,7 +111,7 @@ async def main():
                 os.kill(os.getpid(), signal.SIGKILL)
         async with btt.content.fetch(sys.argv[1], sys.argv[2]) as transfer:
             pass
-    print(int(transfer.receipt.spent), all(receipt.counts_agree for receipt in btt.receipts))
+    print(int(transfer.receipt.spent))
 
 asyncio.run(main())
 """
@@ -138,9 +141,8 @@ async def test_a_program_with_the_file_alone_fetches_and_pays_and_goes_on_after_
     state = await economy.ledger.channel(grant.channel_id, wallet.account)
     assert state.phase == ledger_pb2.CHANNEL_PHASE_OPEN
     code, out = await program()
-    spent, agree = out.split()
-    assert (code, agree) == (0, b"True")
-    assert int(spent) < OWED(len(data)), "what the first one had was not bought again"
+    assert code == 0
+    assert int(out) < OWED(len(data)), "what the first one had was not bought again"
     assert (home / "out" / "film").read_bytes() == data
     assert sorted(one.name for one in home.iterdir()) == ["out", "player.grant", "player.grant.books"]
     # The channel stays for the next run; the last one closes it.
@@ -148,7 +150,8 @@ async def test_a_program_with_the_file_alone_fetches_and_pays_and_goes_on_after_
         await btt.session(0)
     [receipt] = btt.receipts
     assert receipt.channel_closed
-    assert OWED(len(data)) <= receipt.captured <= OWED(len(data)) + UNIT, "a crash costs one prepaid unit"
+    # A unit may have been prepaid and lost, or have come and not been written down.
+    assert abs(receipt.captured - OWED(len(data))) <= UNIT
     assert (await economy.ledger.account(wallet.account)).available == 100 * BTT - receipt.captured
     assert (await economy.ledger.account(shop.payee_key)).available == receipt.captured
 
@@ -175,6 +178,9 @@ async def test_nothing_above_the_grant_is_spent_over_runs_and_budgets(economy, p
             await btt.session(UNIT)  # another run is told the same, and opens nothing
         await btt.session(0)
     assert btt.receipts[0].captured == FOUR
+    with closing(EvidenceStore(grant.folder / RECEIPTS)) as kept:
+        kinds = [one.kind for one in kept.operations(grant.ledger.ledger_id)]
+    assert ledger_pb2.ENTRY_KIND_CLOSE_CHANNEL in kinds, "it can prove how the channel ended"
     account = await economy.ledger.account(wallet.account)
     assert (account.available, account.locked) == (100 * BTT - FOUR, 0)
 
@@ -271,6 +277,10 @@ async def test_the_wallet_signs_nowhere_that_it_granted(economy, probe, wallet, 
         # Neither its clients nor `refund --all` take it back, used or not.
         assert session.error is None
         await take(dapp, 1)
+    # What is left of it after its time the wallet can take.
+    claim = purse.store.claim(grant.channel_id)
+    assert claim is not None
+    claim.release()
     assert await ask_back(purse, Wanted(idle=True)) == ([], [])
     assert (await economy.ledger.channel(grant.channel_id, wallet.account)).phase == 1
     async with client(economy, grant, keep_channels=False) as dapp:
@@ -314,6 +324,9 @@ async def test_a_ledger_that_refuses_leaves_no_file(economy, probe, purse, tmp_p
         await grant_for(purse, probe, tmp_path / "rich.grant", 101 * BTT)
     with pytest.raises(TermsRefused):
         await grant_for(purse, probe, tmp_path / "none.grant", 0)
+    for name in ("", "x" * 65, "two\nlines"):
+        with pytest.raises(InvalidRequest):
+            await grant_for(purse, probe, tmp_path / "bad.grant", UNIT, app=name)
     assert list(tmp_path.glob("*.grant")) == []
     assert (await granted(purse), purse.store.left("granted to player", 1)) == ([], 1)
 

@@ -95,8 +95,7 @@ async def _ask_back(purse: Purse, stored: StoredChannel, wanted: Wanted) -> Chan
         if state.phase == ledger_pb2.CHANNEL_PHASE_CLOSED:
             return state
         due = await collect(purse, state)
-        is_open = state.phase == ledger_pb2.CHANNEL_PHASE_OPEN
-        if due is not None or not (is_open and wanted.idle and purse.holds(commit)):
+        if due is not None or state.phase != ledger_pb2.CHANNEL_PHASE_OPEN or not wanted.idle:
             return due
     finally:
         claim.release()
