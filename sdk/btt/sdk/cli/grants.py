@@ -12,7 +12,6 @@ from btt.sdk.cli.channel import channel_fields, moment, with_purse
 from btt.sdk.cli.options import (
     AsJson,
     LedgerOption,
-    NodeOption,
     TrustNew,
     WalletFolder,
     Yes,
@@ -31,7 +30,9 @@ if TYPE_CHECKING:
 def grant(
     app: Annotated[str, typer.Argument(help="What you call the program that gets it.")],
     amount: Annotated[str, typer.Argument(help='The most it may spend, such as "2 BTT".')],
-    node_address: NodeOption,
+    node: Annotated[
+        str, typer.Option("--node", envvar="BTT_NODES", help="Whom it may pay: btt://T…@host:port.")
+    ],
     ledger: LedgerOption,
     life: Annotated[str, typer.Option("--for", help="How long, as far as the node agrees.")] = "24h",
     out: Annotated[
@@ -49,10 +50,10 @@ def grant(
     from btt.sdk.payment.connection import connect_node
     from btt.sdk.payment.granting import make_grant
 
-    nodes = parsed(NodeAddress.parse_all, node_address, "--node-address")
+    nodes = parsed(NodeAddress.parse_all, node, "--node")
     value, life_ms = parsed(Amount.parse, amount, "AMOUNT"), parsed(parse_duration, life, "--for")
     if len(nodes) != 1:
-        raise typer.BadParameter("a grant is for one node", param_hint="--node-address")
+        raise typer.BadParameter("a grant is for one node", param_hint="--node")
     if out is None and "/" in app:
         raise typer.BadParameter("say --out, or choose a name without /", param_hint="APP")
     path = out or Path(f"{app}.grant")
