@@ -27,8 +27,10 @@ K2, BOB = (PrivateKey(n.to_bytes(32, "big")) for n in (22, 12))
 class World:
     """A ledger with a clock that the test sets, and a wallet with two channels."""
 
-    def __init__(self, running: server.RunningLedger, wallet: Path) -> None:
-        self.running, self.wallet = running, wallet
+    running: server.RunningLedger
+
+    def __init__(self, wallet: Path) -> None:
+        self.wallet = wallet
         self.now_ms = START
         self.channels: list[str] = []
 
@@ -69,8 +71,9 @@ async def world(tmp_path: Path) -> AsyncIterator[World]:
         clock=lambda: START,
     )
     config = server.LedgerConfig(folder=tmp_path / "ledger", sweep_every=3600.0)
+    made = World(wallet)
     async with server.serve(config, clock=lambda: made.now_ms) as running:
-        made = World(running, wallet)
+        made.running = running
         async with LedgerClient.connect(running.address) as ledger:
             for name, flags in ((1, 1), (2, 0)):
                 nonce = name.to_bytes(16, "big")
