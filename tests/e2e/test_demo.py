@@ -236,6 +236,7 @@ def test_the_next_one_removes_what_a_killed_one_left_and_no_other(place: Place) 
             assert demo.stdout is not None
             assert demo.stdout.readline()
             assert demo.stdout.readline().startswith("Ledger")
+            demo.send_signal(signal.SIGSTOP)  # or it may be done before the other one has begun
         lives = {path.parent for path in place.temporary.glob("*/alive")}
         children = psutil.Process(killed.pid).children(recursive=True)
         killed.kill()
@@ -247,6 +248,7 @@ def test_the_next_one_removes_what_a_killed_one_left_and_no_other(place: Place) 
         [kept] = {path.parent for path in place.temporary.glob("*/alive")}
         assert kept in lives
         first.send_signal(signal.SIGINT)
+        first.send_signal(signal.SIGCONT)
         first.communicate()
     assert place.processes() == []
     assert place.files() == [foreign]
