@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from btt.node.config import BansSection, LimitsSection, PaymentsSection
-from btt.node.payments import servicer
+from btt.node.payments import agreement
 from btt.sdk import identity, tls
 from btt.sdk.channel import credit
 from btt.sdk.content import torrent
@@ -68,7 +68,7 @@ def all_bounds() -> str:
         ("size of one message", _size(tls.MAX_MESSAGE), "-"),
         (
             "nonces kept for those who open sessions; for how long",
-            f"{servicer.MAX_NONCES:,}; {_time(servicer.NONCE_LIFE_MS)}",
+            f"{agreement.MAX_NONCES:,}; {_time(agreement.NONCE_LIFE_MS)}",
             "-",
         ),
     ]

@@ -10,8 +10,8 @@ from btt.sdk.errors import ChannelExpired, RequestExpired, SignerMismatch, Terms
 from btt.sdk.identity import Offer
 from btt.sdk.signing import EARLY_CLOSE, ChannelCommit, service_reference
 
-_LIFE_MS: Final = 60_000
-_MOST: Final = 4096
+NONCE_LIFE_MS: Final = 60_000
+MAX_NONCES: Final = 4096
 
 
 class Nonces:
@@ -28,12 +28,12 @@ class Nonces:
     def give(self) -> bytes:
         """Returns a new one, 16 bytes; when too many are out, the oldest is forgotten."""
         now = self._clock()
-        if len(self._until) >= _MOST:
+        if len(self._until) >= MAX_NONCES:
             self._until = {nonce: until for nonce, until in self._until.items() if until > now}
-            while len(self._until) >= _MOST:
+            while len(self._until) >= MAX_NONCES:
                 del self._until[next(iter(self._until))]
         nonce = secrets.token_bytes(16)
-        self._until[nonce] = now + _LIFE_MS
+        self._until[nonce] = now + NONCE_LIFE_MS
         return nonce
 
     def take(self, nonce: bytes) -> None:
