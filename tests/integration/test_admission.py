@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+from types import SimpleNamespace
 
 import grpc.aio
 import pytest
 
-from btt.node.admission import Apps, Limits
+from btt.node.admission import Admission, Apps, Limits
 from btt.node.admission.apps import parse_app
 from btt.node.admission.concurrency import Concurrency
 from btt.node.admission.rates import MAX_BUCKETS, Rates
 from btt.sdk.errors import AppRefused, DeadlineExceeded, RateLimited
 from btt.sdk.keys import Address, PrivateKey
-from btt.sdk.payment.apps import MAX_GRANT_MS, open_grant, sign_grant
+from btt.sdk.payment.apps import MAX_GRANT_MS, NO_APP, open_grant, sign_grant
 from btt.sdk.payment.purse import Purse
 from btt.sdk.signing import APP_UNKNOWN
 from kit.hanging import ends
@@ -217,6 +218,24 @@ def test_each_bound_on_calls_at_once_holds_by_itself():
         entered.__exit__(None, None, None)
     assert counter.running == 0
     assert not counter._running, "nobody is remembered"
+
+
+async def test_a_call_of_a_service_without_limits_counts_once():
+    node = Limits(calls=1, calls_per_minute=2)
+    apps = Apps(allow=("*",), deny=(), clock=lambda: 0)
+    admission = Admission(apps=apps, node=node, services={}, clock=lambda: 0)
+    session, context = (
+        SimpleNamespace(payer=payer(1), app=NO_APP),
+        SimpleNamespace(time_remaining=lambda: None),
+    )
+    for _ in range(2):
+        with admission.admit(SimpleNamespace(service="probe"), session, context):
+            assert admission.running == 1
+    with (
+        pytest.raises(RateLimited, match="2 paid calls a minute"),
+        admission.admit(SimpleNamespace(service="probe"), session, context),
+    ):
+        pass
 
 
 async def test_how_often_a_payer_calls_is_bounded_over_all_services(calls, economy):

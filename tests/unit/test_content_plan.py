@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import heapq
 from collections import Counter
+from types import SimpleNamespace
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from btt.sdk.content.feed import Feed, Source, Work
 from btt.sdk.content.plan import CALL_S, FIRST_RUNS, LEAST_GAIN_S, OVERDUE_S, PATIENCE, Plan
+from btt.sdk.money import Rate, Unit
 
 
 def whole(runs: int, *, shared: bool = True) -> Plan:
@@ -67,6 +72,32 @@ def test_a_node_that_is_ready_first_leaves_the_others_their_share():
         tasks.append(task)
     assert len(tasks) > 2, "the next call is there before one ends"
     assert 0.8 * 126 / 3 < plan.before("early") <= 126 / 3
+
+
+async def test_a_node_has_its_share_before_it_has_a_session_and_none_when_it_is_gone():
+    plan, asked = whole(128), asyncio.Event()
+
+    async def session(need):
+        asked.set()
+        await asyncio.Event().wait()
+
+    def take_all(now: float) -> int:
+        while plan.take("early", now) is not None:
+            pass
+        return plan.before("early")
+
+    work = Work(None, SimpleNamespace(missing_bytes=1), plan, None, {})
+    late = Feed(work, Source(SimpleNamespace(session=session), Rate(1, 1, Unit.BYTE)), nodes=2)
+    opening = asyncio.create_task(late.run())
+    await asked.wait()
+    first = plan.take("early", 0.0)
+    now = bring(plan, first, 0.0, each=0.003)
+    plan.finish(first)
+    assert take_all(now) <= 126 / 2 + 1
+    opening.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await opening
+    assert take_all(now) == 128 - (first.stop - first.start)
 
 
 def simulate(runs: int, intervals: dict[str, float], latency: float = 0.005) -> Counter[str]:

@@ -64,6 +64,14 @@ def test_a_bucket_lets_as_much_pass_as_its_rate():
     assert 100_000 <= passed <= 100_000 + 250 + 2 * 37
 
 
+def test_a_bucket_that_was_idle_lets_no_more_pass_at_once_than_its_burst():
+    bucket, passed = Bucket(1000, 0.0), 0
+    while not bucket.wait(100.0):
+        bucket.take(37)
+        passed += 37
+    assert 1000 * BURST_S <= passed <= 1000 * BURST_S + 37
+
+
 async def spend(gate, service, flow, amount, log, times=10**9):
     for _ in range(times):
         await gate.take(service, flow, amount)
@@ -148,7 +156,20 @@ async def test_both_directions_are_bounded_apart(time):
     given_to = limiter.of("storage")
     await given_to.send(10**9)
     await given_to.receive(10)
+    for up, down in ((5, 0), (0, 7)):
+        limiter.limit(up=up, down=down, services={})
+        assert (limiter.up.limits("any"), limiter.down.limits("any")) == (bool(up), bool(down))
     await limiter.close()
+
+
+async def test_what_a_service_sends_and_receives_is_its_own_in_that_direction(time):
+    limiter = Limiter(time)
+    limiter.up, limiter.down = Direction(), Direction()
+    given_to = limiter.of("storage")
+    await given_to.send(3, flow="peer")
+    assert (limiter.up.taken, limiter.down.taken) == ([("storage", "peer", 3)], [])
+    await given_to.receive(5, flow="peer")
+    assert (limiter.up.taken, limiter.down.taken) == ([("storage", "peer", 3)], [("storage", "peer", 5)])
 
 
 @pytest.mark.parametrize(
