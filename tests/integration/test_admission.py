@@ -11,6 +11,7 @@ import pytest
 from btt.node.admission import Admission, Apps, Limits
 from btt.node.admission.apps import parse_app
 from btt.node.admission.concurrency import Concurrency
+from btt.node.admission.deadlines import deadline
 from btt.node.admission.rates import MAX_BUCKETS, Rates
 from btt.sdk.errors import AppRefused, DeadlineExceeded, RateLimited
 from btt.sdk.keys import Address, PrivateKey
@@ -308,8 +309,33 @@ async def test_a_call_without_a_deadline_gets_that_of_its_service(calls, economy
         patient = stub.Put(hang, timeout=0.3)
         with pytest.raises(DeadlineExceeded, match="its deadline"):
             await patient
-        assert not calls.admission.running
+        async with ends("a call that its caller has given up"):  # the node hears of it a little later
+            await calls.admission.idle()
     assert btt.receipts[0].counts_agree
+
+
+async def test_a_call_that_is_cancelled_as_its_time_is_up_is_cancelled(monkeypatch):
+    timers = []
+
+    def later(delay, call):
+        timers.append((delay, call))
+        return SimpleNamespace(cancel=lambda: None)
+
+    async def run(remaining):
+        with deadline(60, SimpleNamespace(time_remaining=lambda: remaining)):
+            await asyncio.Event().wait()
+
+    monkeypatch.setattr(asyncio.get_running_loop(), "call_later", later)
+    calls = [asyncio.create_task(run(remaining)) for remaining in (None, 61, 5)]
+    await asyncio.sleep(0)
+    assert [delay for delay, _ in timers] == [60, 60], "gRPC ends what its caller gave less time"
+    for _, expire in timers:
+        expire()
+    for call in (calls[0], calls[2]):
+        call.cancel()
+    await asyncio.wait(calls)
+    assert [call.cancelled() for call in calls] == [True, False, True]
+    assert isinstance(calls[1].exception(), DeadlineExceeded)
 
 
 async def test_a_reader_that_does_not_read_holds_its_call_no_longer_than_the_deadline(calls, economy):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
+from dataclasses import replace
 
 import grpc
 import grpc.aio
 import pytest
 
 from btt.node.payments import metering
+from btt.node.payments.free import FreeLimit, bounded
 from btt.node.payments.registrar import Registrar
 from btt.sdk.channel import Line
 from btt.sdk.errors import (
@@ -216,6 +218,52 @@ async def test_free_methods_need_no_session_and_are_bounded(probe):
     probe.clock.ahead_ms += 60_000
     await stub.Free(pb.Ask(size=1))
     await channel.close()
+
+
+class _Told(Exception):
+    """What a caller is told."""
+
+
+class _Caller:
+    def __init__(self, peer):
+        self._peer = peer
+
+    def peer(self):
+        return self._peer
+
+    async def abort(self, code, details, metadata):
+        raise _Told(details)
+
+
+async def test_free_calls_of_every_kind_are_counted_by_method_and_network(monkeypatch):
+    async def unary(request, context):
+        return pb.Plain()
+
+    async def stream(request, context):
+        yield pb.Plain()
+
+    async def call(name, kind, caller):
+        charge = replace(method_charge("/probe.v1.ProbeService/Free"), path=name, free_calls_per_minute=1)
+        inner = stream if kind.endswith("stream") else unary
+        made = bounded(
+            getattr(grpc, f"{kind}_rpc_method_handler")(inner), charge, limit, lambda _: nullcontext()
+        )
+        answer = getattr(made, kind)(pb.Ask(), caller)
+        if inner is unary:
+            await answer
+        else:
+            assert [message async for message in answer] == [pb.Plain()]
+
+    limit, here, there = FreeLimit(lambda: 0), _Caller("ipv4:192.0.2.1:5"), _Caller("ipv4:198.51.100.1:5")
+    kinds = ("unary_unary", "unary_stream", "stream_unary", "stream_stream")
+    for kind in kinds:
+        await call(kind, kind, here)
+        await call(kind, kind, there)
+        with pytest.raises(_Told, match="More than 1 calls"):
+            await call(kind, kind, here)
+    monkeypatch.setattr(limit, "MAX_KEYS", 2 * len(kinds))
+    with pytest.raises(_Told, match="More than 1 calls"):
+        await call("other", kinds[0], here)
 
 
 def ticket(session, call_id):

@@ -85,3 +85,15 @@ def test_a_channel_that_is_there_pays_for_no_more_than_the_budget(store: PayerSt
 def test_a_channel_covers_no_more_than_it_holds(store: PayerStore) -> None:
     store.add_channel(channel(1, deposit=20, budget="before"), 20)
     assert store.adopt(bytes([1]) * 32, "films", GRANTED).cap == 20
+
+
+def test_what_was_spent_stays_spent_when_another_budget_takes_the_channel_over(store: PayerStore) -> None:
+    store.add_channel(channel(1, deposit=80), GRANTED)
+    store.learn_signed(bytes([1]) * 32, 40)
+    assert store.left("films", GRANTED) == 20
+    store.adopt(bytes([1]) * 32, "after", GRANTED)
+    assert store.left("films", GRANTED) == 60
+    assert store.left("after", GRANTED) == 60
+    store.learn_signed(bytes([1]) * 32, 50)
+    store.set_state(bytes([1]) * 32, "closed")
+    assert (store.left("films", GRANTED), store.left("after", GRANTED)) == (60, 90)

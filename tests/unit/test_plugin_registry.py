@@ -125,6 +125,11 @@ def test_a_service_gets_its_own_folder_and_options_and_nothing_else(tmp_path):
     }  # fmt: skip
 
 
+async def test_messages_that_grpc_would_not_take(tmp_path, monkeypatch):
+    monkeypatch.setattr(registry, "MAX_MESSAGE", MIB)
+    assert "allows messages that are larger than gRPC takes here" in await refusal(tmp_path, Plugin)
+
+
 async def test_a_method_without_a_policy(tmp_path):
     class Silent(Plugin):
         def register(self, server):
