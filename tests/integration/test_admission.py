@@ -376,3 +376,9 @@ async def test_a_free_call_of_a_service_has_a_deadline_too(economy):
         with pytest.raises(grpc.aio.AioRpcError, match=r"longer than 0\.05 seconds"):
             async for _ in stub.FreeMany(pb.Ask()):
                 pass
+        # A service that says nothing has what the node says.
+        node.admission._services = {"probe.v1.ProbeService": Limits(name="probe")}
+        node.admission.limit(Limits(deadline_s=0.06))
+        async with ends("a free call of a service that says nothing"):
+            with pytest.raises(grpc.aio.AioRpcError, match=r"longer than 0\.06 seconds"):
+                await stub.Free(pb.Ask())

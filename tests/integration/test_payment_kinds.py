@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import asynccontextmanager
+from types import SimpleNamespace
 
 import grpc
 import pytest
@@ -12,6 +13,7 @@ from btt.node.payments import metering
 from btt.proto.common.v1.document_pb2 import SignedDocument
 from btt.proto.payment.v1 import payment_pb2
 from btt.sdk.errors import BudgetExceeded, CountsDiffer, InvalidRequest, RemoteError
+from btt.sdk.payment.options import method_charge
 from kit.economy import RUN
 from kit.probe import CALL_PRICES, FEES, SECONDS, UP_BYTES, Calls, Unchecked, pb, rpc
 
@@ -220,11 +222,21 @@ async def test_fees_stand_in_the_statement(calls, economy):
 # What holds against each other
 
 
-async def test_a_request_beyond_the_bound_or_the_budget_is_never_sent(calls):
+async def test_a_node_takes_no_request_beyond_the_bound():
+    session = SimpleNamespace(begin=lambda call_id: None)
+    for charge in map(method_charge, ("/probe.v1.CallsService/Put", "/probe.v1.CallsService/Upload")):
+        begun = metering.Metering(session, bytes(16), charge, lambda count: None)
+        with pytest.raises(InvalidRequest, match="carries at most"):
+            await begun.hold(pb.Up(data=bytes(RUN + 1)))
+
+
+async def test_a_request_beyond_the_bound_or_the_budget_is_never_sent(calls, monkeypatch):
     async with calls.open(budget="5000 base units", need=5000) as (session, stub):
-        for call in (stub.Put(pb.Up(data=bytes(RUN + 1))), stub.Upload([pb.Up(data=bytes(RUN + 1))])):
-            with pytest.raises(InvalidRequest, match="carries at most"):
-                await call
+        with monkeypatch.context() as node:
+            node.setattr(metering.Metering, "_asked", lambda self, request: [])  # it would take them
+            for call in (stub.Put(pb.Up(data=bytes(RUN + 1))), stub.Upload([pb.Up(data=bytes(RUN + 1))])):
+                with pytest.raises(InvalidRequest, match="carries at most"):
+                    await call
         with pytest.raises(BudgetExceeded):
             await stub.Upload(ups(*[RUN] * 6))
         assert calls.servicer.taken <= 4  # 5000 buys four runs and a part
