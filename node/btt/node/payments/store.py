@@ -142,6 +142,7 @@ class PayeeStore:
             + LENT_SCHEMA,
             version=SCHEMA_VERSION,
             upgrades=_UPGRADES,
+            busy=True,
         )
         tell_days(self._db, clock)
         self.lent_before = load_lent(self._db)

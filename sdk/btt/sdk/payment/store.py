@@ -134,6 +134,7 @@ class PayerStore:
             schema=_SCHEMA + BUDGETS_SCHEMA + COUNTS_SCHEMA + BANS_SCHEMA + TOP_UPS_SCHEMA + HISTORY_SCHEMA,
             version=SCHEMA_VERSION,
             upgrades=_UPGRADES,
+            busy=True,
         )
         self._group = GroupCommit(self._db, self._lock, whose="The wallet's books")
 
