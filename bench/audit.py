@@ -25,7 +25,7 @@ from typing import Any, Final
 
 import coincurve
 
-from bench.harness import MIB, anonymous_bytes, workspace
+from bench.harness import MIB, private_bytes, workspace
 from bench.transfers import FUNDS, HOUR_MS, accounts
 from btt.proto.ledger.v1 import ledger_pb2 as pb
 from btt.sdk.keys import PrivateKey
@@ -218,7 +218,7 @@ def audit(path: Path) -> dict[str, Any]:
         def sample() -> None:
             nonlocal peak
             while not ended.wait(SAMPLE_S):
-                peak = max(peak, sum(anonymous_bytes(pid) for pid in _family(process.pid)))
+                peak = max(peak, sum(private_bytes(pid) for pid in _family(process.pid)))
 
         sampler = threading.Thread(target=sample)
         sampler.start()
