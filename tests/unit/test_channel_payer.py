@@ -238,11 +238,11 @@ class TestSigning:
         payer.begin(A)
         assert payer.due(credit=60, demand=0, flush=True) is None
         take(payer, A, 19)
-        assert payer.due(credit=60, demand=0, flush=False) is None
-        assert payer.due(credit=60, demand=0, flush=True) == 19
+        assert payer.due(credit=40, demand=0, flush=False) is None
+        assert payer.due(credit=40, demand=0, flush=True) == 19
         take(payer, A, 6)
-        assert payer.due(credit=60, demand=0, flush=False) == 25  # 60 less a quarter and two units
-        assert payer.due(credit=61, demand=0, flush=False) is None
+        assert payer.due(credit=40, demand=0, flush=False) == 25  # 40 less an eighth and one unit
+        assert payer.due(credit=41, demand=0, flush=False) is None
         take(payer, A, 10)
         assert payer.due(credit=1000, demand=1, flush=False) == 35  # all that is owed, once asked
         assert payer.due(credit=1000, demand=40, flush=False) == 40
@@ -256,9 +256,9 @@ class TestSigning:
         payer.begin(B)
         take(payer, A, 5)
         payer.received(B, SEGMENT, 19)
-        assert payer.due(credit=60, demand=0, flush=False) is None
+        assert payer.due(credit=40, demand=0, flush=False) is None
         payer.received(B, SEGMENT, 1)
-        assert payer.due(credit=60, demand=0, flush=False) == 5
+        assert payer.due(credit=40, demand=0, flush=False) == 5
         payer.end(B)
         payer.settle(B, {})
         assert payer.due(credit=60, demand=0, flush=False) is None

@@ -111,7 +111,7 @@ async def timers(live, monkeypatch):
 
 
 async def test_a_payer_that_pays_by_itself_is_told_nothing(live):
-    for _ in range(3):
+    for _ in range(2):
         await (await live.send(POINT))
         assert not await live.told()
         await live.pay(POINT)

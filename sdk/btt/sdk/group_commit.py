@@ -19,8 +19,8 @@ from typing import Any, Final
 
 from btt.sdk.errors import StorageError
 
-IN_PLACE_S: Final = 0.002
-"""A disk whose last sync took less than this is quick."""
+IN_PLACE_S: Final = 0.0005
+"""A disk whose last sync took less than this is quick: what two hand-overs take at least."""
 _MOST: Final = 512
 """Jobs in one transaction."""
 

@@ -33,7 +33,7 @@ def signing_point(credit: int, unit: int) -> int:
         credit: Base units that the payer may owe, as far as it knows.
         unit: Cost of the dearest verify unit, base units.
     """
-    return max(0, credit - credit // 4 - 2 * unit)
+    return max(0, credit - credit // 8 - unit)
 
 
 @dataclass(slots=True)
