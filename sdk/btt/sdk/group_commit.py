@@ -19,8 +19,8 @@ from typing import Any, Final
 
 from btt.sdk.errors import StorageError
 
-IN_PLACE_S: Final = 0.0005
-"""A disk whose last sync took less than this is quick: what two hand-overs take at least."""
+IN_PLACE_S: Final = 0.001
+"""A disk whose last sync took less than this is quick. A thread costs each group two hand-overs."""
 _MOST: Final = 512
 """Jobs in one transaction."""
 
