@@ -16,6 +16,7 @@ async def test_a_file_is_fetched_verified_paid_and_the_channel_closed(economy, t
             steps = [step async for step in transfer.progress()]
     assert (tmp_path / "out" / "film.bin").read_bytes() == data
     assert steps[-1].done_bytes == len(data)
+    assert steps[-1].rate_bytes_s > 0
     assert transfer.receipt.spent == quote.cost
     [receipt] = btt.receipts
     assert receipt.counts_agree

@@ -223,6 +223,7 @@ class Transfer:
             if not runs:
                 work.whole.put_nowait(file)
         self._samples.clear()
+        self._samples.append((time.monotonic(), work.done))  # so that a short one has a rate, too
         self._phase = "fetching"
         self.work.set_result(work)
         tasks = [asyncio.create_task(self._fetch(work)), asyncio.create_task(self._finish(work))]
