@@ -359,8 +359,8 @@ async def test_p7_a_ban_survives_kill_9_and_a_restart(economy, tmp_path):
 async def test_books_from_before_there_were_bans_are_brought_up_to_date(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(payee_store, "SCHEMA_VERSION", 1)
-        for later in ("BANS_SCHEMA", "DAYS_SCHEMA", "REFUSALS_SCHEMA", "QUOTA_SCHEMA", "LENT_SCHEMA"):
-            patch.setattr(payee_store, later, "")
+        for later in ("BANS", "DAYS", "REFUSALS", "QUOTA", "LENT", "TODAY"):
+            patch.setattr(payee_store, f"{later}_SCHEMA", "")
         patch.setattr(payee_store, "tell_days", lambda db, clock: None)
         patch.setattr(payee_store, "load_lent", lambda db: [])
         old = PayeeStore(tmp_path / "payments.db")

@@ -9,9 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from btt.node.earnings import By, Sums, date_of, read_entries, split, told_by, total_of
-from btt.node.payments.days import DAY_MS
+from btt.node.payments.days import DAY_MS, DAYS_SCHEMA
+from btt.node.payments.lent import LENT_SCHEMA
 from btt.node.payments.store import _SCHEMA, ChannelRecord, PayeeStore
-from btt.node.refusals import KEPT_DAYS, SERVED, Refusals, read_refusals
+from btt.node.quota import QUOTA_SCHEMA
+from btt.node.refusals import KEPT_DAYS, REFUSALS_SCHEMA, SERVED, Refusals, read_refusals
 from btt.sdk.channel import Line, Segment, Tally
 from btt.sdk.errors import StorageError
 from btt.sdk.keys import Address
@@ -137,6 +139,57 @@ async def test_books_of_before_begin_with_what_they_hold(tmp_path):
     books = Books(path)
     assert total_of(told_by(books.entries(), By.SERVICE)) == Sums(9, 9, 9, 0, 0, 0)
     books.store.close()
+
+
+async def test_books_that_kept_the_running_day_apart_tell_the_same(tmp_path):
+    path, channel = tmp_path / "payments.db", bytes([1]) * 32
+    with sqlite3.connect(path) as db:
+        db.executescript(
+            _SCHEMA
+            + COUNTS_SCHEMA
+            + BANS_SCHEMA
+            + DAYS_SCHEMA
+            + REFUSALS_SCHEMA
+            + QUOTA_SCHEMA
+            + LENT_SCHEMA
+            + "PRAGMA user_version = 4; CREATE TABLE log_room(times INTEGER NOT NULL);"
+            + "INSERT INTO log_room VALUES(0);"
+        )
+        db.execute(
+            "INSERT INTO channels(channel_id, payer, commit_body, deposit, expires_ms, best, written_off)"
+            " VALUES(?, zeroblob(20), x'00', 100, 1, 9, 2)",
+            (channel,),
+        )
+        db.execute("INSERT INTO counts VALUES(?, zeroblob(32), ?, 2, 1, 1, 12)", (channel, A))
+        for day, best, written_off, units in ((20_000, 3, 0, 4), (20_001, 9, 2, 12)):
+            db.execute("INSERT INTO channel_days VALUES(?, ?, ?, 0, 0, ?)", (channel, day, best, written_off))
+            db.execute("INSERT INTO count_days VALUES(?, ?, zeroblob(32), ?, 2, ?)", (channel, day, A, units))
+    books = Books(path)
+    books.now = 20_001 * DAY_MS
+    assert list(told_by(books.entries(), By.DAY).values()) == [Sums(4, 3, 0, 1), Sums(8, 6, 0, 2, 0, 2)]
+    books.tallies[channel] = Tally()
+    await books.deliver(channel, A, 20, Rate(1, 1, Unit.COUNT), offer=0)
+    books.now += DAY_MS
+    await books.sign(channel, 20)
+    days = told_by(books.entries(), By.DAY)
+    books.store.close()
+    assert list(days) == [date_of(20_000), date_of(20_001), date_of(20_002)]
+    assert list(days.values()) == [Sums(4, 3, 0, 1), Sums(16, 6, 0, 10), Sums(0, 11, 0, -11)]
+
+
+async def test_only_the_first_write_of_a_day_writes_the_day_before(books):
+    channel = await books.channel(1)
+    rows = "SELECT (SELECT count(*) FROM channel_days), (SELECT count(*) FROM count_days)"
+    for day in range(3):
+        for _ in range(4):
+            await books.deliver(channel, A, 5, Rate(1, 1, Unit.COUNT))
+            await books.sign(channel, books.tallies[channel].owed)
+        with sqlite3.connect(books.path) as db:
+            assert db.execute(rows).fetchone() == (day, day)
+        books.now += DAY_MS
+    books.now -= 10 * DAY_MS  # a clock that goes back changes no day that is over
+    await books.deliver(channel, A, 5, Rate(1, 1, Unit.COUNT))
+    assert [sums.accrued for sums in told_by(books.entries(), By.DAY).values()] == [20, 20, 25]
 
 
 # Refusals

@@ -128,36 +128,33 @@ def read_entries(db: sqlite3.Connection) -> Iterator[Entry]:
     }
     counts: dict[tuple[bytes, int], list[tuple[bytes, str, int, int]]] = defaultdict(list)
     for channel, day, *count in db.execute(
-        "SELECT channel_id, day, offer_digest, service, unit, units FROM count_days"
+        "SELECT channel_id, day, offer_digest, service, unit, units FROM counts_by_day"
     ):
         counts[channel, day].append((*count,))
-    days = db.execute(
-        "SELECT channel_id, day, payer, app, d.best, captured, d.arrears, d.written_off"
-        " FROM (SELECT channel_id, day FROM channel_days UNION SELECT channel_id, day FROM count_days)"
-        " LEFT JOIN channel_days AS d USING (channel_id, day) JOIN channels USING (channel_id)"
-        " ORDER BY channel_id, day"
-    )
-    for channel, rows in groupby(days, key=itemgetter(0)):
+    states: dict[tuple[bytes, int], tuple[int, int, int, int]] = {
+        (channel, day): (*state,)
+        for channel, day, *state in db.execute(
+            "SELECT channel_id, day, best, captured, arrears, written_off FROM channels_by_day"
+        )
+    }
+    parties = {
+        channel: (str(Address(payer)), str(Address(app)) if app else UNKNOWN_APP)
+        for channel, payer, app in db.execute("SELECT channel_id, payer, app FROM channels")
+    }
+    for channel, days in groupby(sorted(counts.keys() | states.keys()), key=itemgetter(0)):
+        peer, app = parties[channel]
         owed: dict[tuple[bytes, str, int], int] = {}
         money = (0, 0, 0, 0)
         before: dict[str, Sums] = {}
-        for _, day, payer, app, *state in rows:
+        for _, day in days:
             for digest, service, unit, units in counts.get((channel, day), ()):
                 owed[digest, service, unit] = rates[channel, digest, service, unit].owed(units)
-            if state[0] is not None:
-                money = (*state,)
+            money = states.get((channel, day), money)
             now = _state(owed, *money)
             for service in now.keys() | before.keys():
                 change = now.get(service, Sums()) - before.get(service, Sums())
                 if change != Sums():
-                    yield Entry(
-                        day=day,
-                        channel=channel,
-                        peer=str(Address(payer)),
-                        app=str(Address(app)) if app else UNKNOWN_APP,
-                        service=service,
-                        sums=change,
-                    )
+                    yield Entry(day=day, channel=channel, peer=peer, app=app, service=service, sums=change)
             before = now
 
 

@@ -1,8 +1,9 @@
 """What the books looked like at the end of each day, so that earnings can be told by day.
 
-Triggers keep it: whatever writes to a channel or its counts also writes the day's row, and nobody
-can forget to. The rows are cumulative, so that earnings of a time are differences that add up to
-the books exactly. `today()` is a function of the connection that writes.
+A row of the books says on which day it was written last. The first write of a later day puts what
+the row held until then among the days that are over; every other write costs nothing more. Triggers
+see to it, so that nobody can forget to. The rows are cumulative, so that earnings of a time are
+differences that add up to the books exactly. `today()` is a function of the connection that writes.
 """
 
 from __future__ import annotations
@@ -13,20 +14,7 @@ from typing import Final
 
 DAY_MS: Final = 86_400_000
 
-_CHANNEL_DAY: Final = """
-    INSERT INTO channel_days(channel_id, day, best, captured, arrears, written_off)
-    VALUES(new.channel_id, today(), new.best,
-           CASE new.state WHEN 'closed' THEN coalesce(new.capture, 0) ELSE 0 END,
-           new.arrears, new.written_off)
-    ON CONFLICT DO UPDATE SET best = excluded.best, captured = excluded.captured,
-                              arrears = excluded.arrears, written_off = excluded.written_off;
-"""
-_COUNT_DAY: Final = """
-    INSERT INTO count_days(channel_id, day, offer_digest, service, unit, units)
-    VALUES(new.channel_id, today(), new.offer_digest, new.service, new.unit, new.units)
-    ON CONFLICT DO UPDATE SET units = excluded.units;
-"""
-DAYS_SCHEMA: Final = f"""
+DAYS_SCHEMA: Final = """
 ALTER TABLE channels ADD COLUMN app BLOB CHECK(app IS NULL OR length(app) = 20);
 CREATE TABLE channel_days(
     channel_id BLOB NOT NULL,
@@ -46,20 +34,58 @@ CREATE TABLE count_days(
     units INTEGER NOT NULL,
     PRIMARY KEY(channel_id, day, offer_digest, service, unit)
 ) STRICT, WITHOUT ROWID;
-INSERT INTO channel_days
-    SELECT channel_id, CAST(strftime('%s', 'now') AS INTEGER) / 86400, best,
-           CASE state WHEN 'closed' THEN coalesce(capture, 0) ELSE 0 END, arrears, written_off
-    FROM channels;
-INSERT INTO count_days
-    SELECT channel_id, CAST(strftime('%s', 'now') AS INTEGER) / 86400, offer_digest, service, unit, units
-    FROM counts;
-CREATE TRIGGER channel_day_first AFTER INSERT ON channels BEGIN {_CHANNEL_DAY} END;
-CREATE TRIGGER channel_day AFTER UPDATE OF best, state, capture, arrears, written_off ON channels
-BEGIN {_CHANNEL_DAY} END;
-CREATE TRIGGER count_day_first AFTER INSERT ON counts BEGIN {_COUNT_DAY} END;
-CREATE TRIGGER count_day AFTER UPDATE OF units ON counts BEGIN {_COUNT_DAY} END;
+"""
+"""Version 3 also kept the day that was not over yet in these tables, by triggers of its own."""
+
+_CAPTURED: Final = "CASE {0}state WHEN 'closed' THEN coalesce({0}capture, 0) ELSE 0 END"
+_TODAY: Final = "CAST(strftime('%s', 'now') AS INTEGER) / 86400"
+TODAY_SCHEMA: Final = f"""
+DROP TRIGGER IF EXISTS channel_day_first;
+DROP TRIGGER IF EXISTS channel_day;
+DROP TRIGGER IF EXISTS count_day_first;
+DROP TRIGGER IF EXISTS count_day;
+ALTER TABLE channels ADD COLUMN day INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE counts ADD COLUMN day INTEGER NOT NULL DEFAULT 0;
+UPDATE channels SET day = coalesce(
+    (SELECT max(d.day) FROM channel_days AS d WHERE d.channel_id = channels.channel_id), {_TODAY});
+UPDATE counts SET day = coalesce(
+    (SELECT max(d.day) FROM count_days AS d WHERE d.channel_id = counts.channel_id
+        AND d.offer_digest = counts.offer_digest AND d.service = counts.service AND d.unit = counts.unit),
+    {_TODAY});
+DELETE FROM channel_days WHERE (channel_id, day) IN (SELECT channel_id, day FROM channels);
+DELETE FROM count_days WHERE (channel_id, day, offer_digest, service, unit) IN
+    (SELECT channel_id, day, offer_digest, service, unit FROM counts);
+CREATE TRIGGER channel_first_day AFTER INSERT ON channels
+BEGIN UPDATE channels SET day = today() WHERE channel_id = new.channel_id; END;
+CREATE TRIGGER channel_next_day AFTER UPDATE OF best, state, capture, arrears, written_off ON channels
+WHEN old.day < today()
+BEGIN
+    INSERT INTO channel_days
+        VALUES(old.channel_id, old.day, old.best, {_CAPTURED.format("old.")}, old.arrears, old.written_off);
+    UPDATE channels SET day = today() WHERE channel_id = new.channel_id;
+END;
+CREATE TRIGGER count_first_day AFTER INSERT ON counts
+BEGIN
+    UPDATE counts SET day = today() WHERE channel_id = new.channel_id
+        AND offer_digest = new.offer_digest AND service = new.service AND unit = new.unit;
+END;
+CREATE TRIGGER count_next_day AFTER UPDATE OF units ON counts WHEN old.day < today()
+BEGIN
+    INSERT INTO count_days
+        VALUES(old.channel_id, old.day, old.offer_digest, old.service, old.unit, old.units);
+    UPDATE counts SET day = today() WHERE channel_id = new.channel_id
+        AND offer_digest = new.offer_digest AND service = new.service AND unit = new.unit;
+END;
+CREATE VIEW channels_by_day AS
+    SELECT channel_id, day, best, captured, arrears, written_off FROM channel_days
+    UNION ALL
+    SELECT channel_id, day, best, {_CAPTURED.format("")}, arrears, written_off FROM channels;
+CREATE VIEW counts_by_day AS
+    SELECT channel_id, day, offer_digest, service, unit, units FROM count_days
+    UNION ALL
+    SELECT channel_id, day, offer_digest, service, unit, units FROM counts;
 """  # noqa: S608
-"""Begins with what the books hold on the day of the upgrade."""
+"""Books of before begin with what they hold on the day of the upgrade, if no day is known."""
 
 
 def tell_days(db: sqlite3.Connection, clock: Callable[[], int]) -> None:

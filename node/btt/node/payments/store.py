@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from btt.node.payments.days import DAYS_SCHEMA, tell_days
+from btt.node.payments.days import DAYS_SCHEMA, TODAY_SCHEMA, tell_days
 from btt.node.payments.lent import LENT_SCHEMA, load_lent
 from btt.node.quota import QUOTA_SCHEMA
 from btt.node.refusals import REFUSALS_SCHEMA
@@ -27,7 +27,7 @@ from btt.sdk.money import Unit
 from btt.sdk.payment.bans import BANS_SCHEMA
 from btt.sdk.payment.counts import COUNTS_SCHEMA, load_tally, save_counts
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 OPEN, CLOSING, CLOSED = "open", "closing", "closed"
 
 _SCHEMA = """
@@ -57,7 +57,12 @@ CREATE INDEX channels_payer ON channels(payer);
 CREATE TRIGGER best_never_falls BEFORE UPDATE OF best ON channels WHEN new.best < old.best
 BEGIN SELECT raise(ABORT, 'a best update never falls'); END;
 """
-_UPGRADES = {1: BANS_SCHEMA, 2: DAYS_SCHEMA + REFUSALS_SCHEMA, 3: QUOTA_SCHEMA + LENT_SCHEMA}
+_UPGRADES = {
+    1: BANS_SCHEMA,
+    2: DAYS_SCHEMA + REFUSALS_SCHEMA,
+    3: QUOTA_SCHEMA + LENT_SCHEMA,
+    4: TODAY_SCHEMA,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +144,8 @@ class PayeeStore:
             + DAYS_SCHEMA
             + REFUSALS_SCHEMA
             + QUOTA_SCHEMA
-            + LENT_SCHEMA,
+            + LENT_SCHEMA
+            + TODAY_SCHEMA,
             version=SCHEMA_VERSION,
             upgrades=_UPGRADES,
             busy=True,
