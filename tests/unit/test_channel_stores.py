@@ -40,6 +40,7 @@ class PayeeSide:
     async def save(self) -> None:
         update = SignedUpdate(self.tally.owed, bytes(65))
         await self.store.save(Checked(CHANNEL, update), self.tally, 0)
+        self.tally.saved()  # as Payee.accept does
 
     async def save_books(self) -> None:
         await self.store.save_books(CHANNEL, self.tally, 0)

@@ -127,16 +127,6 @@ def test_only_strict_signatures_are_accepted() -> None:
     assert not public.verify(digest + b"\0", signature)
 
 
-def test_high_s_is_refused_by_us_since_openssl_accepts_it() -> None:
-    digest = sha256(b"x").digest()
-    with use_backend("cryptography"):
-        signer = key(7)
-    signature = signer.sign(digest)
-    high = (ORDER - int.from_bytes(signature[32:64], "big")).to_bytes(32, "big")
-    assert signer.public._handle.verify(digest, signature[:32] + high + signature[64:])
-    assert not signer.public.verify(digest, signature[:32] + high + signature[64:])
-
-
 @pytest.mark.parametrize("digest", [b"", bytes(31), bytes(33), bytearray(32), "x" * 32])
 def test_only_digests_are_signed(digest: bytes) -> None:
     with pytest.raises(InvalidRequest):

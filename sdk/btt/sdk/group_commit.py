@@ -163,10 +163,12 @@ class GroupCommit:
 
 
 def _tell(batch: Sequence[_Waiting], found: Sequence[Any] | StorageError) -> None:
-    for index, (_, _, done) in enumerate(batch):
-        if done.done():
-            continue
-        if isinstance(found, StorageError):
-            done.set_exception(StorageError(found.message))
-        else:
-            done.set_result(found[index])
+    waiting = [done for _, _, done in batch]
+    if isinstance(found, StorageError):
+        for done in waiting:
+            if not done.done():
+                done.set_exception(StorageError(found.message))
+    else:
+        for done, result in zip(waiting, found, strict=True):
+            if not done.done():
+                done.set_result(result)

@@ -252,16 +252,13 @@ class PayeeStore:
             )
         )
 
-    async def save(self, checked: Checked, tally: Tally, written_off: int) -> Durable[Checked]:
-        """Writes an update that was checked, with the books of its channel.
+    def save(self, checked: Checked, tally: Tally, written_off: int) -> Awaitable[Durable[Checked]]:
+        """Writes an update that was checked, with the books of its channel; `Payee.accept` takes note.
 
         Raises:
             StorageError: It is not on disk, so it does not count.
         """
-        write = self._group.put(_save, (checked, tally.changes(), written_off))
-        saved = await Durable.awrite(checked, write)
-        tally.saved()
-        return saved
+        return Durable.awrite(checked, self._group.put(_save, (checked, tally.changes(), written_off)))
 
     async def save_books(self, channel_id: bytes, tally: Tally, written_off: int) -> None:
         """Writes what was delivered and written off on a channel."""
@@ -358,10 +355,7 @@ def _save(db: sqlite3.Connection, updates: list[tuple[Checked, tuple[Count, ...]
     db.executemany(
         "UPDATE channels SET best_signature = iif(best < ?1, ?2, best_signature), best = max(best, ?1),"
         " written_off = ?3 WHERE channel_id = ?4",
-        [
-            (checked.update.cumulative, checked.update.signature, written_off, checked.channel_id)
-            for checked, _, written_off in updates
-        ],
+        [(*update, written_off, channel_id) for (channel_id, update), _, written_off in updates],
     )
     save_counts(db, [(checked.channel_id, counts) for checked, counts, _ in updates])
 

@@ -107,6 +107,8 @@ class Meter:
         self._counted = 0
 
     def _recount(self) -> None:
-        counted = max(0, self.excess)
+        counted = self.tally.owed - self.paid
+        if counted < 0:
+            counted = 0
         self._standing.unpaid += counted - self._counted
         self._counted = counted

@@ -11,7 +11,7 @@ States its rules once, without sockets, clocks or databases:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from btt.sdk.channel.credit import Standing
 from btt.sdk.channel.durable import Durable
@@ -27,17 +27,13 @@ REMEMBERED_CALLS = 4096
 """Ended calls whose ids stay refused."""
 
 
-@dataclass(frozen=True, slots=True)
-class Checked:
-    """An update that `Payee.check` has verified, to be saved.
-
-    Attributes:
-        channel_id: 32 bytes.
-        update: What K1 signed.
-    """
+class Checked(NamedTuple):
+    """An update that `Payee.check` has verified, to be saved."""
 
     channel_id: bytes
+    """32 bytes."""
     update: SignedUpdate
+    """What K1 signed."""
 
 
 class Payee:
@@ -113,12 +109,13 @@ class Payee:
         return Checked(self.channel_id, update)
 
     def accept(self, saved: Durable[Checked]) -> None:
-        """Counts a saved update as paid."""
-        if not isinstance(saved, Durable) or not isinstance(saved.value, Checked):
+        """Counts a saved update as paid; the books of its channel are saved with it."""
+        if not isinstance(saved, Durable) or not isinstance(checked := saved.value, Checked):
             raise TypeError("only an update that was checked and saved counts")
-        if saved.value.channel_id != self.channel_id:
+        channel_id, update = checked
+        if channel_id != self.channel_id:
             raise TypeError("the update is of another channel")
-        update = saved.value.update
+        self.meter.tally.saved()
         if self.best is None or update.cumulative > self.best.cumulative:
             self.best = update
             self.meter.pay(update.cumulative)

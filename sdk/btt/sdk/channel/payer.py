@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from btt.sdk.channel.credit import signing_point
 from btt.sdk.channel.durable import Durable
@@ -24,32 +25,24 @@ from btt.sdk.money import MAX_UNITS
 from btt.sdk.signing import Updates
 
 
-@dataclass(frozen=True, slots=True)
-class Intent:
-    """What a payer is about to sign; saved before it is signed.
-
-    Attributes:
-        channel_id: 32 bytes.
-        cumulative: Base units over the life of the channel.
-        counts: What it accepted and settled so far, of the segments that may not be saved so.
-    """
+class Intent(NamedTuple):
+    """What a payer is about to sign; saved before it is signed."""
 
     channel_id: bytes
+    """32 bytes."""
     cumulative: int
+    """Base units over the life of the channel."""
     counts: tuple[Count, ...]
+    """What it accepted and settled so far, of the segments that may not be saved so."""
 
 
-@dataclass(frozen=True, slots=True)
-class SignedUpdate:
-    """A payment (paper: T3).
-
-    Attributes:
-        cumulative: Base units over the life of the channel.
-        signature: Of K1 over the canonical ChannelUpdate, 65 bytes.
-    """
+class SignedUpdate(NamedTuple):
+    """A payment (paper: T3)."""
 
     cumulative: int
+    """Base units over the life of the channel."""
     signature: bytes
+    """Of K1 over the canonical ChannelUpdate, 65 bytes."""
 
 
 @dataclass(slots=True)
@@ -217,17 +210,19 @@ class Payer:
         Raises:
             ValueError: The amount breaks a rule of this module: a defect of the caller.
         """
-        if not self.signed <= cumulative <= min(self.limit, max(self.signed, self.tally.owed + self._unit)):
+        is_covered = cumulative <= self.tally.owed + self._unit or cumulative == self.signed
+        if not (self.signed <= cumulative <= self.limit and is_covered):
             raise ValueError(f"{cumulative} is more than is owed, or less than was signed")
         return Intent(self.channel_id, cumulative, self.tally.changes())
 
     def sign(self, saved: Durable[Intent]) -> SignedUpdate:
         """Signs what is on disk."""
-        if not isinstance(saved, Durable) or saved.value.channel_id != self.channel_id:
+        if not isinstance(saved, Durable) or (intent := saved.value).channel_id != self.channel_id:
             raise TypeError("only a saved intent of this channel can be signed")
         self.tally.saved()
-        cumulative = saved.value.cumulative
-        self.signed = max(self.signed, cumulative)
+        cumulative = intent.cumulative
+        if cumulative > self.signed:
+            self.signed = cumulative
         return SignedUpdate(cumulative, self._updates.sign(self._key, cumulative))
 
     def last(self) -> SignedUpdate | None:

@@ -158,7 +158,8 @@ class Tally:
 
     def saved(self) -> None:
         """Takes note that the changes of one call are saved."""
-        self._writes = max(0, self._writes - 1)
+        if self._writes:
+            self._writes -= 1
         if not self._writes:
             self._unsure.clear()
 

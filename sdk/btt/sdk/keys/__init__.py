@@ -31,7 +31,6 @@ DIGEST_SIZE: Final = 32
 
 _ZERO = bytes(32)
 _ORDER_BYTES = ORDER.to_bytes(32, "big")
-_HALF_ORDER_BYTES = (ORDER // 2).to_bytes(32, "big")
 
 
 class PublicKey:
@@ -80,9 +79,6 @@ class PublicKey:
                 upper half, v other than 0 or 1. A `v` of the wrong parity is not noticed.
         """
         if len(signature) != SIGNATURE_SIZE or len(digest) != DIGEST_SIZE or signature[64] > 1:
-            return False
-        # Bytes of one length compare as the numbers they hold.
-        if not (_ZERO < signature[:32] < _ORDER_BYTES and _ZERO < signature[32:64] <= _HALF_ORDER_BYTES):
             return False
         return self._handle.verify(digest, signature)
 

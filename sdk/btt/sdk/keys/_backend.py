@@ -25,7 +25,7 @@ class PublicHandle(Protocol):
     """A parsed public key."""
 
     def verify(self, digest: bytes, signature: bytes) -> bool:
-        """Verifies r || s || v; the caller has checked lengths and ranges, and that s is low."""
+        """Verifies r || s || v, 65 bytes; refuses r and s out of range and a high s, and ignores v."""
 
     def coordinates(self) -> bytes:
         """Returns x || y, 64 bytes."""

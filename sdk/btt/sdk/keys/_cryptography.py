@@ -1,6 +1,6 @@
 """secp256k1 by `cryptography`: the fallback where coincurve has no build. Slower, same bytes.
 
-OpenSSL neither lowers s nor returns v, so both are made here.
+OpenSSL neither lowers s, nor refuses a high one, nor returns v: all three are done here.
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ class _Public:
 
     def verify(self, digest: bytes, signature: bytes) -> bool:
         r, s = int.from_bytes(signature[:32], "big"), int.from_bytes(signature[32:64], "big")
-        der = encode_dss_signature(r, s)
+        if s > ORDER // 2:
+            return False
         try:
-            self._key.verify(der, digest, _VERIFY)
+            self._key.verify(encode_dss_signature(r, s), digest, _VERIFY)
         except InvalidSignature:
             return False
         return True

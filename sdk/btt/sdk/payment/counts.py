@@ -26,12 +26,13 @@ CREATE TABLE counts(
 def save_counts(db: sqlite3.Connection, changes: Iterable[tuple[bytes, Iterable[Count]]]) -> None:
     """Writes counts of channels, inside the caller's transaction."""
     db.executemany(
-        "INSERT INTO counts(channel_id, offer_digest, service, unit, amount, per, units) VALUES(?,?,?,?,?,?,?)"
+        "INSERT INTO counts(channel_id, offer_digest, service, unit, amount, per, units)"
+        " VALUES(?,?,?,?,?,?,?)"
         " ON CONFLICT DO UPDATE SET units = excluded.units WHERE units <> excluded.units",
         [
-            (channel_id, s.offer_digest, s.line.service, int(s.line.unit), r.amount, r.per, units)
+            (channel_id, offer_digest, service, int(unit), rate.amount, rate.per, units)
             for channel_id, counts in changes
-            for s, r, units in counts
+            for (offer_digest, (service, unit)), rate, units in counts
         ],
     )
 

@@ -369,9 +369,9 @@ class PayerStore:
 def _save(db: sqlite3.Connection, intents: list[Intent]) -> None:
     db.executemany(
         "UPDATE channels SET signed = max(signed, ?) WHERE channel_id = ?",
-        [(intent.cumulative, intent.channel_id) for intent in intents],
+        [(cumulative, channel_id) for channel_id, cumulative, _ in intents],
     )
-    save_counts(db, [(intent.channel_id, intent.counts) for intent in intents])
+    save_counts(db, [(channel_id, counts) for channel_id, _, counts in intents])
 
 
 class Claim:
