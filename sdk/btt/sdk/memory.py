@@ -32,4 +32,4 @@ def keep_freed_memory() -> bool:
     if mallopt is None:
         return False
     settings = ((_TRIM_THRESHOLD, _KEPT), (_MMAP_THRESHOLD, _FROM_KERNEL), (_ARENA_MAX, 1))
-    return all([mallopt(name, value) for name, value in settings])
+    return all(mallopt(name, value) for name, value in settings)
