@@ -155,7 +155,7 @@ async def _serve(config: object, clock: Path | None, *, stdin_lifeline: bool) ->
 
 @app.command()
 def status(
-    address: Annotated[str, typer.Argument(help="btt-ledger://… address.")],
+    address: Annotated[str, typer.Argument(envvar="BTT_LEDGER", help="btt-ledger://… address.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Show what a ledger is, and the sums of its books."""
