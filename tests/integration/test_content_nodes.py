@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from types import SimpleNamespace
 
+import grpc
 import pytest
 
+from btt.sdk.content.client import ContentClient
 from btt.sdk.content.feed import LINE
 from btt.sdk.content.store import Destination
-from btt.sdk.errors import BudgetExceeded, ContentMismatch, NoProviders
-from btt.sdk.money import Amount, Rate
+from btt.sdk.errors import BudgetExceeded, ContentMismatch, InvalidRequest, NoProviders
+from btt.sdk.keys import PrivateKey
+from btt.sdk.money import SUPPLY, Amount, Rate, Unit
 from btt.sdk.selection import Cause, allow, deny, max_price
 from btt.services.content.service import ContentServicer
 from kit import economy as kit
@@ -26,6 +30,7 @@ class Odd(ContentServicer):
     """Serves content as some `way` has it; counts the runs it was made to send."""
 
     way = None
+    mute = False
     sent = 0
     held = 0
 
@@ -37,6 +42,12 @@ class Odd(ContentServicer):
             else:
                 async for message in self.way(response):
                     yield message
+
+    async def GetMetadata(self, request, context):  # noqa: N802
+        if self.mute:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "not today")
+        async for part in super().GetMetadata(request, context):
+            yield part
 
 
 @pytest.fixture
@@ -255,3 +266,55 @@ async def test_what_is_on_disk_is_neither_fetched_nor_paid_again(economy, three,
     assert (tmp_path / "film.bin").read_bytes() == DATA
     assert receipt.fetched_bytes == len(DATA) - RUNS // 2 * RUN
     assert receipt.spent < OWED(receipt.fetched_bytes) + 3
+
+
+# One that spoils it for others
+
+
+async def test_a_low_bid_that_delivers_nothing_shuts_nobody_out(economy, three):
+    cheap, honest, _ = three
+    cheap.sign({LINE: kit.Price(Rate.parse("0.000001 BTT / TiB"), RUN)})
+    cheap.servicer.mute = True
+    async with economy.client([cheap, honest], await economy.wallet()) as btt:
+        quote = await btt.content.quote(honest.infohash)
+    assert [node.node for node in quote.nodes] == [honest.identity.public.address]
+    [rejection] = quote.rejections
+    assert rejection.node == str(cheap.address)
+
+
+async def test_an_offer_that_no_book_holds_and_an_address_that_is_none_concern_nobody_else(economy, three):
+    odd, honest, _ = three
+    with pytest.raises(InvalidRequest, match="serial"):
+        odd.sign(serial=2**63)
+    lost = SimpleNamespace(address=f"btt://{PrivateKey.generate().address}@exa..mple:7800")
+    async with economy.client([odd, honest, lost], await economy.wallet()) as btt:
+        quote = await btt.content.quote(honest.infohash)
+    assert [node.node for node in quote.nodes] == [honest.identity.public.address]
+    causes = {rejection.node: rejection.cause for rejection in quote.rejections}
+    assert causes == {str(odd.address): Cause.NOT_OFFERED, lost.address: Cause.UNREACHABLE}
+
+
+async def test_what_nobody_foresaw_about_one_node_concerns_nobody_else(economy, three, monkeypatch):
+    odd, honest, _ = three
+    ask = ContentClient._ask
+
+    async def stumble(self, provider, infohash):
+        if provider.name == str(odd.address):
+            raise ZeroDivisionError
+        return await ask(self, provider, infohash)
+
+    monkeypatch.setattr(ContentClient, "_ask", stumble)
+    async with economy.client([odd, honest], await economy.wallet()) as btt:
+        quote = await btt.content.quote(honest.infohash)
+        assert [node.node for node in quote.nodes] == [honest.identity.public.address]
+        assert quote.rejections[0].cause is Cause.FAILED
+        assert "ZeroDivisionError" in quote.rejections[0].detail
+
+
+async def test_a_price_beyond_all_there_is(economy):
+    node, infohash = await economy.content_node({"film.bin": DATA})
+    node.sign({LINE: kit.Price(Rate(SUPPLY, 1, Unit.BYTE), RUN)})
+    async with economy.client(node, await economy.wallet()) as btt:
+        with pytest.raises(NoProviders) as caught:
+            await btt.content.quote(infohash["film.bin"])
+    assert caught.value.counts == {Cause.DEAR: 1}

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import grpc.aio
 
@@ -80,10 +81,10 @@ class TestNode:
     offers: list[Offer] = field(default_factory=list)
     serial: int = 0
 
-    def sign(self, prices: Mapping[Line, Price] | None = None) -> Offer:
+    def sign(self, prices: Mapping[Line, Price] | None = None, *, serial: int = 0) -> Offer:
         """Signs a new offer, which becomes the current one."""
         self.prices = prices or self.prices
-        self.serial += 1
+        self.serial = serial or self.serial + 1
         now = self.clock()
         document = sign_offer(
             self.identity,
@@ -97,9 +98,10 @@ class TestNode:
             prices=dict(self.prices),
             terms=TERMS,
         )
-        offer = Offer.open(document, ledger_id=self.ledger_id, node=None, now_ms=now)
-        self.offers = [offer, *self.offers][:2]
-        return offer
+        shown = SimpleNamespace(document=document)
+        self.offers = [shown, *self.offers][:2]  # type: ignore[list-item]  # even if nobody can open it
+        self.offers[0] = Offer.open(document, ledger_id=self.ledger_id, node=None, now_ms=now)
+        return self.offers[0]
 
     async def start(self, register: Callable[[Registrar], None]) -> None:
         self.folder.mkdir(exist_ok=True)

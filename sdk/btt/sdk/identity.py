@@ -30,6 +30,7 @@ MAX_OFFER_LIFE_MS: Final = 24 * 3600 * 1000
 """Longest life of an offer."""
 _MAX_OFFER_BYTES: Final = 65536
 _MAX_PRICES: Final = 256
+_MAX_SERIAL: Final = 2**63 - 1
 
 
 def tls_name(node: Address) -> str:
@@ -162,6 +163,8 @@ class Offer:
             raise IdentityError("The node is paid on another ledger.", hint="Use a node of your ledger.")
         if not key.verify(document_digest("Offer", ledger_id, document.payload), document.signature):
             raise IdentityError("The offer is not signed by the node's key.") from SignatureInvalid("offer")
+        if proto.serial > _MAX_SERIAL:
+            raise InvalidRequest("The offer's serial is out of range.")
         if not proto.issued_at_ms <= proto.valid_until_ms <= proto.issued_at_ms + MAX_OFFER_LIFE_MS:
             raise InvalidRequest("The offer is valid for longer than a day, or never.")
         if not proto.issued_at_ms - CLOCK_TOLERANCE_MS <= now_ms <= proto.valid_until_ms + CLOCK_TOLERANCE_MS:

@@ -13,7 +13,7 @@ from enum import StrEnum
 from btt.sdk import errors
 from btt.sdk.errors import BttError, NoProviders
 from btt.sdk.keys import Address
-from btt.sdk.money import Rate
+from btt.sdk.money import SUPPLY, Rate
 
 
 class Cause(StrEnum):
@@ -124,7 +124,7 @@ def near_cheapest(times: int = 2) -> Policy:
                 cheapest = candidate.rate
         if cheapest is None:
             return [], []
-        limit = Rate(cheapest.amount * times, cheapest.per, cheapest.unit)
+        limit = Rate(min(cheapest.amount * times, SUPPLY), cheapest.per, cheapest.unit)
         return _split(
             candidates,
             lambda c: _dearer(c.rate, limit),

@@ -101,8 +101,9 @@ async def read_certificate(host: str, port: int, *, timeout: float = 5.0) -> byt
         The certificate, PEM.
 
     Raises:
-        ConnectError: Nobody answers there, or not with TLS.
+        ConnectError: It is no address, or nobody answers there, or not with TLS.
     """
+    target(host, port)  # whatever is no host name would fail below in ways of its own
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE

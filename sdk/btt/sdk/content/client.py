@@ -19,10 +19,10 @@ from btt.sdk.content.resuming import MOST_FIRST, MOST_NODES, ResumeToken
 from btt.sdk.content.stream import ContentStream
 from btt.sdk.content.torrent import MAX_INFO, MAX_LAYERS, Torrent
 from btt.sdk.content.transfer import Transfer
-from btt.sdk.errors import BttError, ContentMismatch, InvalidRequest
+from btt.sdk.errors import BttError, ContentMismatch, InternalError, InvalidRequest
 from btt.sdk.identity import NodeAddress
 from btt.sdk.keys import Address
-from btt.sdk.money import Amount, Rate
+from btt.sdk.money import MAX_UNITS, SUPPLY, Amount, Rate
 from btt.sdk.payment.connection import NodeConnection
 from btt.sdk.rpc import to_error
 from btt.sdk.selection import (
@@ -32,6 +32,7 @@ from btt.sdk.selection import (
     Policy,
     Rejection,
     cause_of,
+    max_price,
     no_providers,
     select,
 )
@@ -119,15 +120,18 @@ class ContentClient:
         }
         errors = await _answers(asked)
         answers = {asked[task].name: task.result() for task in asked if task not in errors}
-        rejections = [
+        failed = [
             Rejection(asked[task].name, cause_of(error), error.message)
             if isinstance(error, BttError)
             else Rejection(asked[task].name, Cause.LATE, "Others had answered long before.")
             for task, error in errors.items()
         ]
-        kept, refused = select([candidate for candidate, _ in answers.values()], policies)
-        rejections += refused
-        while kept:
+        candidates = [candidate for candidate, _ in answers.values()]
+        while True:
+            # Anew after each failure: who only bids low, and does not deliver, shuts nobody out.
+            kept, refused = select(candidates, policies)
+            if not kept:
+                break
             # Whoever it comes from, it is the content's own metadata or it does not verify.
             provider = next(p for p in self._client.providers if p.name == kept[0].address)
             try:
@@ -136,12 +140,17 @@ class ContentClient:
                 provider.blame(error)
                 if len(asked) == 1:
                     raise
-                rejections.append(kept.pop(0).reject(cause_of(error), error.message))
+                failed.append(kept[0].reject(cause_of(error), error.message))
+                candidates.remove(kept[0])
             else:
-                return self._quote(torrent, kept, rejections)
+                kept, dear = max_price(_all_there_is(torrent.total_bytes))(kept)
+                refused += dear
+                if not kept:
+                    break
+                return self._quote(torrent, kept, failed + refused)
         if len(asked) == 1 and isinstance(only := next(iter(errors.values()), None), BttError):
             raise only
-        raise no_providers("No node can be used for this content", rejections)
+        raise no_providers("No node can be used for this content", failed + refused)
 
     async def _ask(self, provider: Provider, infohash: bytes) -> tuple[Candidate, content_pb2.QuoteResponse]:
         node = await provider.node()
@@ -293,6 +302,11 @@ def _file(torrent: Torrent, path: str | None) -> int:
     return found[0]
 
 
+def _all_there_is(total_bytes: int) -> Rate:
+    """Returns the rate at which content costs more BTT than exist."""
+    return Rate(SUPPLY, min(max(total_bytes, 1), MAX_UNITS), LINE.unit)
+
+
 async def _answers(asked: Mapping[asyncio.Task[T], object]) -> dict[asyncio.Task[T], BttError | None]:
     """Waits for answers, not long for late ones; returns what failed (None: late)."""
     try:
@@ -311,8 +325,9 @@ async def _answers(asked: Mapping[asyncio.Task[T], object]) -> dict[asyncio.Task
     errors: dict[asyncio.Task[T], BttError | None] = dict.fromkeys(late)
     for task in asked:
         if task not in errors and (error := task.exception()) is not None:
+            # One node must not take the others away, whatever it did to us.
             if not isinstance(error, BttError):
-                raise error
+                error = InternalError(f"Asking it failed here ({error!r}).")
             errors[task] = error
     return errors
 
