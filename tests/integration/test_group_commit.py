@@ -95,12 +95,46 @@ async def test_who_comes_during_a_commit_shares_the_next(
     made.db.close()
 
 
-async def test_a_transaction_that_fails_is_told_to_all_and_leaves_nothing(books: Books) -> None:
-    found = await asyncio.gather(*(books.group.run(put(n)) for n in (1, None, 2)), return_exceptions=True)
-    assert [type(error) for error in found] == [StorageError] * 3
-    assert len(set(map(id, found))) == 3
+async def test_one_that_is_wrong_fails_alone(books: Books) -> None:
+    jobs = [put(1), put(None), put(2), put(2**63)]  # what SQLite refuses, and what it cannot even be given
+    found = await asyncio.gather(*(books.group.run(job) for job in jobs), return_exceptions=True)
+    assert found[::2] == [1, 2]
+    assert [type(error) for error in found[1::2]] == [StorageError] * 2
+    assert books.stored() == [1, 2]
+
+
+async def test_a_full_disk_is_told_to_all_and_leaves_nothing(books: Books) -> None:
+    [(pages,)] = books.db.execute("PRAGMA page_count")
+    books.db.execute(f"PRAGMA max_page_count = {pages}")
+    jobs = [put(2**60 + n) for n in range(500)]
+    found = await asyncio.gather(*map(books.group.run, jobs), return_exceptions=True)
+    assert [type(error) for error in found] == [StorageError] * 500
+    assert len(set(map(id, found))) == 500
     assert books.stored() == []
+    books.db.execute("PRAGMA max_page_count = 1000")
     assert await books.group.run(put(3)) == 3
+
+
+async def test_everyone_hears_though_the_database_cannot_even_go_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Broken(sqlite3.Connection):
+        def execute(self, sql: str, *rest: Any) -> sqlite3.Cursor:
+            if sql == "ROLLBACK":
+                raise sqlite3.OperationalError("disk I/O error")
+            return super().execute(sql, *rest)
+
+    monkeypatch.setattr(group_commit, "IN_PLACE_S", 0.0)
+    with closing(
+        sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False, factory=Broken)
+    ) as db:
+        db.execute("CREATE TABLE numbers(n INTEGER NOT NULL)")
+        group = GroupCommit(db, threading.Lock(), whose="The test's books")
+        for _ in range(2):
+            asked = [group.run(put(n)) for n in (1, None)]
+            found = await asyncio.gather(*asked, return_exceptions=True)
+            assert [type(error) for error in found] == [StorageError] * 2
+        group.close()
 
 
 def put_all(db: sqlite3.Connection, numbers: list[int]) -> None:
@@ -121,12 +155,11 @@ async def test_values_are_written_together_and_in_order(books: Books) -> None:
     assert books.commits == 1
 
 
-async def test_a_value_that_fails_fails_all_of_its_transaction(books: Books) -> None:
-    asked = [books.group.put(put_all, n) for n in (1, 2, 2)]
-    asked.append(books.group.run(put(3)))
+async def test_a_value_that_is_wrong_fails_alone(books: Books) -> None:
+    asked = [books.group.put(put_all, n) for n in (1, 1, 2)]
     found = await asyncio.gather(*asked, return_exceptions=True)
-    assert [type(error) for error in found] == [StorageError] * 4
-    assert books.stored() == []
+    assert [type(error) for error in found] == [type(None), StorageError, type(None)]
+    assert books.stored() == [1, 2]
 
 
 async def test_a_blocking_write_comes_after_those_before_it(books: Books) -> None:

@@ -8,6 +8,7 @@ place: handing it to a thread and back would take longer, and payment waits for 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sqlite3
 import time
 from collections.abc import Callable, Sequence
@@ -129,16 +130,20 @@ class GroupCommit:
         except RuntimeError:  # the loop has ended; what is committed is committed
             self._under_way = False
 
-    def _arrived(self, batch: Sequence[_Waiting], found: Sequence[Any] | StorageError) -> None:
+    def _arrived(self, batch: Sequence[_Waiting], found: Sequence[Any]) -> None:
         self._under_way = False
         _tell(batch, found)
         self._go_on()
 
-    def _attempt(self, batch: Sequence[_Waiting]) -> Sequence[Any] | StorageError:
+    def _attempt(self, batch: Sequence[_Waiting]) -> Sequence[Any]:
+        """Returns what became of each: its result, or the StorageError that it raises."""
         try:
             return self._transact(batch) if batch else ()
         except StorageError as error:
-            return error
+            if len(batch) > 1 and not isinstance(error.__cause__, sqlite3.OperationalError):
+                # It is not the disk: one of them is wrong, and the others shall not suffer for it.
+                return [found for waiting in batch for found in self._attempt([waiting])]
+            return [StorageError(error.message) for _ in batch]
 
     def _transact(self, batch: Sequence[tuple[Any, ...]]) -> list[Any]:
         with self._lock:
@@ -155,20 +160,19 @@ class GroupCommit:
                 start = time.perf_counter()
                 self._db.execute("COMMIT")
             except Exception as error:
-                if self._db.in_transaction:
-                    self._db.execute("ROLLBACK")
+                with contextlib.suppress(sqlite3.Error):  # the next BEGIN says so too
+                    if self._db.in_transaction:
+                        self._db.execute("ROLLBACK")
                 raise StorageError(f"{self._whose} could not be written ({error}).") from error
             self._sync_s = time.perf_counter() - start
             return results
 
 
-def _tell(batch: Sequence[_Waiting], found: Sequence[Any] | StorageError) -> None:
-    waiting = [done for _, _, done in batch]
-    if isinstance(found, StorageError):
-        for done in waiting:
-            if not done.done():
-                done.set_exception(StorageError(found.message))
-    else:
-        for done, result in zip(waiting, found, strict=True):
-            if not done.done():
-                done.set_result(result)
+def _tell(batch: Sequence[_Waiting], found: Sequence[Any]) -> None:
+    for (_, _, done), result in zip(batch, found, strict=True):
+        if done.done():
+            continue
+        if isinstance(result, StorageError):
+            done.set_exception(result)
+        else:
+            done.set_result(result)
