@@ -8,18 +8,31 @@ import sqlite3
 
 import pytest
 
+from btt.node.payments.session import Session
 from btt.proto.common.v1.document_pb2 import SignedDocument
 from btt.proto.ledger.v1 import ledger_pb2
 from btt.proto.payment.v1 import payment_pb2
 from btt.sdk import provider as provider_module
-from btt.sdk.errors import BttError, CaptureDisputed, LedgerUnreachable, SessionEnded
+from btt.sdk.errors import (
+    BttError,
+    CaptureDisputed,
+    ChannelClosed,
+    CountsDiffer,
+    LedgerUnreachable,
+    NodeBanned,
+    SessionEnded,
+    StorageError,
+)
 from btt.sdk.keys import PublicKey
 from btt.sdk.ledger import LedgerClient
 from btt.sdk.money import BTT
 from btt.sdk.payment import keeper as keeper_module
+from btt.sdk.payment import session as session_module
+from btt.sdk.payment.outcome import look
 from btt.sdk.payment.purse import Purse
 from btt.sdk.payment.refunds import KEEP_MS, Wanted, ask_back
 from btt.sdk.payment.store import CLOSED, PayerStore
+from btt.sdk.payment.store import CLOSING as CLOSING_HERE
 from btt.sdk.signing import ChannelClose, open_document
 from kit.economy import RUN, content
 from kit.probe import BYTES, PRICES, Probe, pb, rpc
@@ -313,3 +326,49 @@ async def test_no_task_outlives_the_client(probe, economy):
         await btt.session(UNIT)
     left = {task for task in asyncio.all_tasks() - before if not task.done()}
     assert not [task for task in left if "channel-keeper" in task.get_name()]
+
+
+async def test_a_proof_that_could_not_be_kept_is_sought_again(probe, economy, purse):
+    dead = await dead_channel(economy, probe, probe.wallet, deposit=9 * UNIT, units=2)
+    change_books(probe.wallet, "UPDATE channels SET signed = signed - 1")
+    await take(economy, probe, dead)
+    in_its_way = probe.wallet.folder / "evidence"
+    in_its_way.write_text("")
+    with pytest.raises(StorageError, match="could not be kept"):
+        await look(purse, dead)
+    in_its_way.unlink()
+    _, disputes = await ask_back(purse, Wanted(idle=True))
+    assert [type(error) for error in disputes] == [CaptureDisputed]
+    assert (await evidence(probe.wallet))["channel"] == dead.hex()
+    assert purse.store.get(dead).state == CLOSED
+
+
+# Nodes that hold money fast
+
+
+async def test_a_node_that_calls_a_new_channel_closed_gets_no_other(probe, economy, monkeypatch):
+    async def lie(request, network):
+        raise ChannelClosed("The channel is closed.")
+
+    monkeypatch.setattr(probe.payments, "_open", lie)
+    async with economy.client(probe, probe.wallet) as btt:
+        with pytest.raises(CountsDiffer, match="just agreed"):
+            await btt.session(3 * UNIT)
+        [channel] = btt.books.channels()
+        assert (channel.deposit, channel.state) == (3 * UNIT, CLOSING_HERE)
+        with pytest.raises(NodeBanned):
+            await btt.session(3 * UNIT)
+    assert (await economy.ledger.account(probe.wallet.account)).available == 100 * BTT - 3 * UNIT
+
+
+async def test_a_node_that_settles_nothing_holds_no_client_at_its_exit(probe, economy, monkeypatch):
+    monkeypatch.setattr(session_module, "SETTLE_S", 0.2)
+    monkeypatch.setattr(Session, "settle", lambda self, call_id, accepted: None)
+    async with economy.client(probe, probe.wallet) as btt:
+        session = await btt.session(9 * UNIT)
+        await buy(session, 2)
+        with pytest.raises(SessionEnded, match="not settled"):
+            await session.settle()
+    [receipt] = btt.receipts  # a new session settles by what both have counted
+    assert receipt.counts_agree
+    assert receipt.captured == 2 * UNIT

@@ -43,11 +43,13 @@ class OpenedChannel:
         stored: As it is in the books.
         commit: T1.
         claim: Released when the session ends.
+        is_new: It was opened just now.
     """
 
     stored: StoredChannel
     commit: ChannelCommit
     claim: Claim
+    is_new: bool = False
 
 
 async def obtain_channel(
@@ -251,7 +253,7 @@ async def lock(purse: Purse, commit: ChannelCommit, stored: StoredChannel) -> Op
     except BaseException:
         claim.release()
         raise
-    return OpenedChannel(replace(stored, state=OPEN), commit, claim)
+    return OpenedChannel(replace(stored, state=OPEN), commit, claim, is_new=True)
 
 
 def _lifetime(terms: ChannelTerms, info: LedgerInfo, wanted: int = LIFETIME_MS) -> int:

@@ -15,7 +15,7 @@ from btt.proto.common.v1.document_pb2 import SignedDocument
 from btt.proto.ledger.v1 import ledger_pb2
 from btt.proto.ledger.v1.ledger_pb2 import ChannelState
 from btt.proto.payment.v1 import payment_pb2
-from btt.sdk.errors import CaptureDisputed
+from btt.sdk.errors import CaptureDisputed, StorageError
 from btt.sdk.money import Amount
 from btt.sdk.payment.purse import Purse
 from btt.sdk.payment.store import CLOSED, CLOSING, StoredChannel
@@ -33,6 +33,7 @@ async def look(purse: Purse, channel_id: bytes) -> ChannelState:
         CaptureDisputed: It was closed with more than was signed or stated; the evidence is kept.
         ChannelUnknown: The ledger has no such channel.
         LedgerUnreachable: The ledger does not answer.
+        StorageError: The books or the evidence could not be written; asking again does both.
     """
     document, state = await purse.ledger.channel_document(channel_id, purse.reader)
     store = purse.store
@@ -46,11 +47,12 @@ async def look(purse: Purse, channel_id: bytes) -> ChannelState:
     if state.phase == ledger_pb2.CHANNEL_PHASE_CLOSING:
         store.set_state(channel_id, CLOSING)
     elif state.phase == ledger_pb2.CHANNEL_PHASE_CLOSED:
-        store.set_state(channel_id, CLOSED)
         statement = store.statement(channel_id)
         most = _most(stored, statement)
-        if state.captured > most:
-            where = _keep_evidence(purse, stored, statement, document)
+        # First the proof: nobody looks at a channel again that is closed in the books.
+        where = _keep_evidence(purse, stored, statement, document) if state.captured > most else None
+        store.set_state(channel_id, CLOSED)
+        if where is not None:
             raise CaptureDisputed(
                 f"The node {stored.node} took {Amount(state.captured)} from channel"
                 f" {channel_id.hex()[:16]}, where {Amount(most)} were its due; see {where}."
@@ -70,7 +72,6 @@ def _keep_evidence(
     purse: Purse, stored: StoredChannel, statement: bytes | None, document: SignedDocument
 ) -> Path:
     folder = purse.store.folder / "evidence"
-    folder.mkdir(mode=0o700, exist_ok=True)
     path = folder / f"{stored.channel_id.hex()}.json"
     content = {
         "channel": stored.channel_id.hex(),
@@ -83,9 +84,13 @@ def _keep_evidence(
         "operator_key": purse.ledger.operator_key.data.hex(),
     }
     fresh = path.with_suffix(".new")
-    with fresh.open("w") as file:
-        json.dump(content, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    fresh.replace(path)
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        with fresh.open("w") as file:
+            json.dump(content, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        fresh.replace(path)
+    except OSError as error:
+        raise StorageError(f"Evidence against a node could not be kept in {folder} ({error}).") from error
     return path

@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable
 
 import grpc.aio
 
+from btt.proto.ledger.v1 import ledger_pb2
 from btt.proto.payment.v1 import payment_pb2, payment_pb2_grpc
 from btt.sdk.channel import Payer, SignedUpdate
 from btt.sdk.errors import (
@@ -51,6 +52,8 @@ from btt.sdk.rpc import to_error
 from btt.sdk.signing import SessionOpen, sign
 
 OPEN_VALID_MS = 60_000
+SETTLE_S = 60.0
+"""Seconds that a node may take to settle what has ended."""
 STALL_S = 0.5
 """Seconds that a node waits for payment before something is prepaid although more is under way."""
 REASON_S = 2.0
@@ -126,7 +129,8 @@ class PaymentSession:
             BudgetExceeded: The budget covers no channel.
             ChannelClosed, ChannelClosing: `only` is.
             CaptureDisputed: The node closed the channel with more than was its due.
-            CountsDiffer: The node claims what was neither accepted nor paid.
+            CountsDiffer: The node claims what was neither accepted nor paid, or that the channel
+                which was opened for it is closed.
             BttError: The node or the ledger refused, or did not answer.
         """
         while True:
@@ -155,8 +159,13 @@ class PaymentSession:
                 # The node says so; the ledger says what it took. Either way it pays no more.
                 await session._discard()
                 purse.store.set_state(stored.channel_id, CLOSING)
-                await look(purse, stored.channel_id)
-                if only is not None:
+                state = await look(purse, stored.channel_id)
+                if opened.is_new and state.phase == ledger_pb2.CHANNEL_PHASE_OPEN:
+                    # Another one would lock more of the budget, and so on to its end.
+                    raise CountsDiffer(
+                        "The node says that the channel is closed which it just agreed to."
+                    ) from None
+                if only is not None or opened.is_new:
                     raise
                 continue
             except BaseException:
@@ -239,6 +248,7 @@ class PaymentSession:
             self._reports.append(call)
             self._settling.add(call.call_id)
             self._wake.set()
+            self._changed.set()
 
     def nudge(self) -> None:
         """Wakes the signing task if something is due."""
@@ -358,11 +368,13 @@ class PaymentSession:
     # Ending
 
     async def settle(self) -> None:
-        """Waits until all that is accepted is paid and every ended call is settled.
+        """Waits until the running calls have ended, all that is accepted is paid, and the node says so.
 
         Raises:
+            SessionEnded: The node did not, long after the last call had ended.
             BttError: The session ended before.
         """
+        until = None
         while True:
             if self.error is not None:
                 raise self.error
@@ -370,8 +382,16 @@ class PaymentSession:
                 self._calls or self._settling or self._due() is not None or self._paid < self.payer.signed
             ):
                 return
+            if self._calls:
+                until = None
+            elif until is None:
+                until = asyncio.get_running_loop().time() + SETTLE_S
             self._changed.clear()
-            await self._changed.wait()
+            try:
+                async with asyncio.timeout_at(until):
+                    await self._changed.wait()
+            except TimeoutError:
+                raise SessionEnded(f"The node has not settled for {SETTLE_S:.0f} seconds.") from None
 
     async def close(self, *, close_channel: bool) -> SessionReceipt:
         """Pays what is due, takes the node's signed statement, and ends the session.
