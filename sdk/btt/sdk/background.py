@@ -57,13 +57,15 @@ class Background:
     def entered(self, manager: AbstractAsyncContextManager[T]) -> Iterator[T]:
         """Holds an asynchronous block open, in one task as it expects, while the block here runs."""
         ready: concurrent.futures.Future[T] = concurrent.futures.Future()
-        leave: asyncio.Future[None] = self._loop.create_future()
+        # What the block here raised is its result: a future takes no StopIteration as an exception.
+        leave: asyncio.Future[Exception | None] = self._loop.create_future()
 
         async def hold() -> None:
             try:
                 async with manager as value:
                     ready.set_result(value)
-                    await leave
+                    if (wrong := await leave) is not None:
+                        raise wrong
             except BaseException as error:
                 if not ready.done():
                     ready.set_exception(error)
@@ -78,7 +80,7 @@ class Background:
         try:
             yield value
         except Exception as error:  # noqa: BLE001 - it goes to the block that is held, and comes back
-            self._loop.call_soon_threadsafe(leave.set_exception, error)
+            self._loop.call_soon_threadsafe(leave.set_result, error)
             held.result()  # raises that error, or what came of it
         except BaseException:
             # A loop does not survive Ctrl-C as an error; for it, the block is cancelled.
