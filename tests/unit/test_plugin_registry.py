@@ -241,6 +241,33 @@ def test_a_service_that_is_off_is_not_imported(tmp_path):
     assert not (tmp_path / "probe").exists()
 
 
+async def test_a_service_that_is_started_again_has_the_limits_that_hold(tmp_path):
+    class Other(Plugin):
+        name = "other"
+
+    def section(calls):
+        return ServiceSection.model_validate({"enabled": True, "limits": {"calls": calls}})
+
+    async def again():
+        host = made.hosts["probe"]
+        host.fail("it broke")
+        await host.stop()
+        host.configure()
+        await made.begin(host)
+        return made.limits[SERVICE].calls
+
+    made = await register(make(tmp_path, {"probe": section(3)}, probe=Plugin, other=Other))
+    for refused in ({"probe": section(4), "prob": ON}, {"prob": ON}):
+        with pytest.raises(ConfigError, match="not installed"):
+            made.configure(refused)
+        assert await again() == 3
+    made.configure({"probe": section(5), "other": ON})
+    assert await again() == 3, "what is made may be refused yet"
+    made.limit({"probe": section(5)})
+    assert made.limits[SERVICE].calls == 5
+    assert await again() == 5
+
+
 @pytest.mark.parametrize("moment", ["import", "init", "start", "register", "prices", "exit", "slow"])
 async def test_a_service_that_fails_is_isolated_and_says_why(tmp_path, moment):
     def breaks(at):

@@ -176,7 +176,6 @@ class Registry:
             ConfigError: A service is enabled that is not installed, or is configured wrongly.
         """
         made = []
-        self._sections = dict(sections)
         for name, section in sections.items():
             if name not in self._plugins:
                 near = did_you_mean(name, list(self._plugins))
@@ -191,7 +190,15 @@ class Registry:
             host.configure()
             made.append(host)
         self.hosts |= {host.name: host for host in made}
+        self._sections |= {host.name: sections[host.name] for host in made}
         return made
+
+    def limit(self, sections: Mapping[str, ServiceSection]) -> None:
+        """Makes the limits of services hold, now and when one is started again."""
+        self._sections |= sections
+        for proto, name in self.owners.items():
+            if name in sections:
+                self.limits[proto] = sections[name].limits.named(name)
 
     def check_credit(self, limit: int) -> None:
         """Says whether so much credit is enough for each message that is sold here.

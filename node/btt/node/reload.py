@@ -234,10 +234,7 @@ class Reloader:
         node.connections.most = limits.connections
         node.admission.limit(limits.limits)
         node.admission.apps.choose(allow=config.apps.allow, deny=config.apps.deny)
-        registry = node.services.registry
-        for proto, name in registry.owners.items():
-            if name in config.services:
-                registry.limits[proto] = config.services[name].limits.named(name)
+        node.services.registry.limit(config.services)
 
     def _apply_payments(self) -> None:
         self._node.sessions.lend_by(credit_policy(self.held))
