@@ -36,7 +36,7 @@ from btt.sdk.plugin import check_keys, read_rate
 from btt.sdk.rpc import to_error
 from kit.hanging import ends
 from kit.payers import RawPayer, dial
-from kit.probe import BYTES, PRICES, ROWS, Probe, pb, rpc
+from kit.probe import BYTES, CALL_PRICES, PRICES, ROWS, Calls, Probe, pb, rpc
 
 
 class Held(Probe):
@@ -317,6 +317,88 @@ async def test_a_service_is_switched_off_and_on_while_the_node_runs(economy, nod
         assert not (await node.reload()).error
         assert node.services.registry.hosts["probe"].state is State.SERVING
         assert ProbePlugin.made is not probe
+        ProbePlugin.made.servicer.let.release()
+        async with client_of(economy, node, wallet) as btt:
+            assert await rows(await btt.session(100_000)) == [1]
+
+
+class Second:
+    """Keeps something from the moment it starts, and offers what its node can charge or not."""
+
+    name = "second"
+    made: Second
+
+    def __init__(self, context):
+        self.context = context
+        self.stopped = False
+        Second.made = self
+
+    async def start(self):
+        await self.context.quota.reserve("at the start", 10)
+        await self.during()
+
+    async def during(self):
+        """What happens while it starts or stops."""
+
+    def register(self, server):
+        rpc.add_CallsServiceServicer_to_server(Calls(), server)
+
+    def prices(self):
+        return CALL_PRICES
+
+    async def stop(self):
+        await self.during()
+        self.stopped = True
+
+
+async def test_a_service_that_does_not_do_changes_nothing_else_and_starts_when_it_does(
+    economy, tmp_path, monkeypatch
+):
+    node = make_node(
+        economy, tmp_path / "node", services={"second": {"enabled": False}, "probe": {"enabled": False}},
+        limits={"calls": 100},
+    )  # fmt: skip
+    node._plugins["second"] = lambda: Second
+    wallet = await economy.wallet()
+    async with node:
+        registry, before = node.services.registry, await node.offers.current()
+        live = []
+
+        async def during(second):
+            live.append((node.admission._node.calls, second.context.quota.limit))
+            await node.reprice()  # as when another service came back meanwhile
+
+        monkeypatch.setattr(Second, "during", during)
+        edit(
+            node.folder.path,
+            {
+                "limits.calls": 7,
+                "payments.credit_limit": "0.9 BTT",
+                "services.second": {"enabled": True, "quota": "1 KiB", "limits": {"calls": 3}},
+                "services.probe": {"enabled": True, "rate": "1 BTT / row"},
+            },
+        )
+        told = await node.reload()
+        assert "more than anyone may owe" in told.error
+        assert told.applied == ()
+        assert live == [(100, 1024)] * 2, "a service starts with its own section, the node keeps its limits"
+        assert (node.admission._node.calls, registry.credit_limit) == (100, 1_000_000)
+        assert Second.made.context.quota.limit == 0
+        assert Second.made.stopped
+        assert ProbePlugin.made.stopped
+        assert await node.offers.current() is before
+        assert {host.state for host in registry.hosts.values()} == {State.STOPPED}
+        assert node.services.supervisor._tasks == {}
+
+        edit(node.folder.path, {"services.probe.rate": "0.000003 BTT / row"})
+        told = await node.reload()
+        assert not told.error
+        assert {"limits.calls", "services.probe.enabled", "services.probe.rate"} < set(told.applied)
+        assert (node.admission._node.calls, registry.credit_limit) == (7, 900_000)
+        assert registry.limits[ROWS.service].calls == 0
+        assert registry.limits["probe.v1.CallsService"].calls == 3
+        assert {host.state for host in registry.hosts.values()} == {State.SERVING}
+        assert set(node.services.supervisor._tasks) == {"probe", "second"}
         ProbePlugin.made.servicer.let.release()
         async with client_of(economy, node, wallet) as btt:
             assert await rows(await btt.session(100_000)) == [1]

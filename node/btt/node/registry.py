@@ -220,6 +220,14 @@ class Registry:
             ConfigError: Its configuration does not do, or what it charges does not.
         """
         await host.start()
+        self.register(host)
+
+    def register(self, host: ServiceHost) -> None:
+        """Registers a service that was started, unless it has failed; if this fails, it is isolated.
+
+        Raises:
+            ConfigError: What it charges does not do.
+        """
         if host.state is State.STARTING:
             with host.blamed():
                 self._register(host)

@@ -8,7 +8,7 @@ the watch over channels are built on (`payments.grace`, `payments.min_challenge`
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -147,22 +147,18 @@ class Reloader:
         keys = list(changed_keys(held, new))
         restart = [key for key in keys if needs_restart(key)]
         # Whatever may be wrong comes first, so that a wrong configuration changes nothing.
-        credit_before = services.credit_limit
-        changed = self._changed_services(new)
-        stuck = [host for host in changed if not self._takes(host)]
-        done: list[tuple[ServiceHost, ServiceSection]] = []
+        made = services.configure(new.services)
+        begun = {host.name: new.services[host.name] for host in made}
         try:
-            services.credit_limit = new.payments.credit_limit
-            for host in changed:
-                if host not in stuck:
-                    services.reload(host.name, new.services[host.name].options)
-                    done.append((host, held.services[host.name]))
-            services.check_credit(new.payments.credit_limit)
-            made = services.configure(new.services)
+            # A service starts with what it may keep and send; of all else the old holds meanwhile.
+            self.apply_limits(held.model_copy(update={"services": held.services | begun}))
+            for host in made:
+                await host.start()
+            stuck = self._change_services(new, made)
         except BttError:
-            services.credit_limit = credit_before
-            for host, section in done:
-                services.reload(host.name, section.options)
+            for host in reversed(made):
+                await host.stop()
+            self.apply_limits(held)
             raise
         for host in stuck:
             before, after = held.services[host.name], new.services[host.name]
@@ -176,7 +172,6 @@ class Reloader:
         self.apply_limits(new)
         self._apply_payments()
         for host in made:
-            await services.begin(host)
             self._node.services.supervisor.follow(host)
         for host in services.hosts.values():
             if host.state is not State.STOPPED and not new.services.get(host.name, _OFF).enabled:
@@ -196,6 +191,38 @@ class Reloader:
         )
         applied = [key for key in keys if key not in restart]
         return Reloaded(tuple(applied), tuple(restart))
+
+    def _change_services(self, new: NodeConfig, made: Iterable[ServiceHost]) -> list[ServiceHost]:
+        """Gives services their options, and serves those that were started; all, or none.
+
+        Returns:
+            Services that take their options only when the node starts.
+
+        Raises:
+            ConfigError: One does not do.
+        """
+        services, held = self._node.services.registry, self.held
+        credit_before = services.credit_limit
+        changed = self._changed_services(new)
+        stuck = [host for host in changed if not self._takes(host)]
+        done: list[tuple[ServiceHost, ServiceSection]] = []
+        try:
+            services.credit_limit = new.payments.credit_limit
+            for host in changed:
+                if host not in stuck:
+                    services.reload(host.name, new.services[host.name].options)
+                    done.append((host, held.services[host.name]))
+            services.check_credit(new.payments.credit_limit)
+            for host in made:
+                services.register(host)
+        except BttError:
+            services.credit_limit = credit_before
+            for host, section in done:
+                services.reload(host.name, section.options)
+            for host in made:
+                host.begin_drain()
+            raise
+        return stuck
 
     def _changed_services(self, new: NodeConfig) -> list[ServiceHost]:
         """Those that run, go on running, and have other options."""
