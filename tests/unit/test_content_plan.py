@@ -225,6 +225,16 @@ def test_what_failed_is_fetched_by_whoever_asks_next():
     assert again.start == 1
 
 
+def test_many_files_are_planned_and_handed_out_in_linear_time():
+    count = 300_000  # anything quadratic takes longer than the time limit
+    plan = Plan(((file, [range(1)]) for file in range(count)), shared=False)
+    for file in range(count):
+        task = plan.take("a", 0.0)
+        assert task.file == file
+        plan.finish(task)
+    assert plan.is_over
+
+
 def test_files_come_in_the_order_that_was_asked_for():
     plan = Plan([(2, [range(1)]), (0, [range(1)]), (1, [range(1)])], shared=False)
     assert [plan.take("a", 0.0).file for _ in range(3)] == [2, 0, 1]

@@ -13,6 +13,7 @@ still has before it, and the very run that one waits for only when it is overdue
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 
@@ -105,7 +106,8 @@ class Plan:
     ) -> None:
         self._shared = shared
         self._everything = everything
-        self._free: dict[int, list[range]] = {}
+        # Not a plain dict: that one is slow to find its first key after many were taken from its front.
+        self._free: OrderedDict[int, list[range]] = OrderedDict()
         self._free_runs = 0
         self._wishes: dict[Hashable, _Wish] = {}
         self._tasks: list[Task] = []
@@ -269,8 +271,9 @@ class Plan:
         if not added or not self._everything:
             return  # a reader that still wants them asks again; nobody pays for what is not wanted
         known = self._free.pop(file, [])
-        merged = sorted([*known, *added], key=lambda runs: runs.start)
-        self._free = {file: merged, **self._free} if first else {**self._free, file: merged}
+        self._free[file] = sorted([*known, *added], key=lambda runs: runs.start)
+        if first:
+            self._free.move_to_end(file, last=False)
         self._free_runs += sum(map(len, added))
 
     # Readers
