@@ -114,6 +114,23 @@ def test_removing_leaves_the_source(tmp_path: Path, catalogue: Catalogue) -> Non
     assert source.exists()
 
 
+def test_a_folder_with_only_a_file_of_its_own_name_is_refused_before_it_is_hashed(
+    tmp_path: Path, catalogue: Catalogue
+) -> None:
+    seen: list[int] = []
+    write(tmp_path / "foo/foo", RUN)
+    (tmp_path / "foo/empty").mkdir()
+    with pytest.raises(ConfigError, match="file of its own name") as refused:
+        publish(tmp_path / "foo", catalogue, progress=lambda done, total: seen.append(done))
+    assert refused.value.hint == "Publish the file itself."
+    assert seen == []
+    assert publish(tmp_path / "foo/foo", catalogue).name == "foo"
+    write(tmp_path / "bar/bar/bar", 1)
+    assert publish(tmp_path / "bar", catalogue).name == "bar"
+    write(tmp_path / "foo/other", 1)
+    assert publish(tmp_path / "foo", catalogue).total_bytes == RUN + 1
+
+
 def test_what_cannot_be_published_is_said(tmp_path: Path, catalogue: Catalogue) -> None:
     write(tmp_path / "real", 5)
     (tmp_path / "link").symlink_to(tmp_path / "real")

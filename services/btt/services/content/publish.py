@@ -63,6 +63,12 @@ def publish(source: Path, catalogue: Catalogue, *, progress: Progress | None = N
 
     source = Path(os.path.abspath(source))  # noqa: PTH100 - resolve() would hide that the source is a link
     found = _collect(source)
+    if list(found) == [(source.name,)]:
+        # BEP 52 writes a file alone and a folder with only a file of its own name alike.
+        raise ConfigError(
+            f"{source} holds nothing but a file of its own name, which a torrent cannot tell from the file.",
+            hint="Publish the file itself.",
+        )
     total = sum(f.length for f in found.values())
     if not total:
         raise ConfigError(f"{source} is empty: there is nothing to publish.")
