@@ -321,6 +321,58 @@ async def test_a_caller_that_goes_while_the_file_is_opened_leaves_no_descriptor(
     await settled(lambda: bool(opened) and descriptors(path) == 0)
 
 
+async def test_what_all_callers_read_ahead_together_is_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two calls may read ahead here; the others get every run, too, and read ahead once there is room."""
+    path, data = tmp_path / "film.bin", data_of(16 * RUN)
+    path.write_bytes(data)
+    catalogue = Catalogue(tmp_path / "catalogue")
+    made = publish(path, catalogue)
+    assert service._AHEAD <= 64 << 20
+    monkeypatch.setattr(service, "_AHEAD", 16 * RUN)
+    servicer = ContentServicer(catalogue)
+    request = content_pb2.FetchRequest(infohash=made.infohash, first_run=1, runs=15)
+    real, read = service._read, []
+
+    def counted(source: Any, runs: range) -> Any:
+        read.extend(runs)
+        return real(source, runs)
+
+    async def reads() -> int:
+        """How many runs have been read since it was asked last, when nothing more is under way."""
+        # Threads take work in order: when all of them have come here, nothing lies before it.
+        meeting = threading.Barrier(service._THREADS)
+        await asyncio.gather(*(servicer._run(meeting.wait, 10) for _ in range(service._THREADS)))
+        count = len(read)
+        read.clear()
+        return count
+
+    monkeypatch.setattr(service, "_read", counted)
+    calls: list[Any] = [servicer.Fetch(request, None) for _ in range(5)]  # type: ignore[arg-type]
+    assert [(await anext(call)).run for call in calls] == [1] * 5
+    assert await reads() == 2 * 8 + 3
+    found = [await anext(calls[4])]
+    assert await reads() == 1
+    for call in calls[:2]:
+        await call.aclose()
+    found.append(await anext(calls[4]))
+    assert await reads() == 8
+    found += [response async for response in calls[4]]
+    assert [r.run for r in found] == list(range(2, 16))
+    assert all(r.data == data[r.run * RUN : (r.run + 1) * RUN] for r in found)
+    assert await reads() == 5
+    calls += [servicer.Fetch(request, None) for _ in range(3)]  # type: ignore[arg-type]
+    for call in calls[5:]:
+        await anext(call)
+    assert await reads() == 2 * 8 + 1, "what calls held is free again, however they ended"
+    for call in calls:
+        await call.aclose()
+    servicer.close()
+    catalogue.close()
+    assert descriptors(path) == 0
+
+
 async def test_a_stop_with_calls_under_way_leaves_no_thread_or_descriptor(tmp_path: Path) -> None:
     catalogue = Catalogue(tmp_path / "catalogue")
     servicer = ContentServicer(catalogue)

@@ -3,6 +3,7 @@
 It holds no payment code: what is charged stands in the proto and is counted by interceptors,
 which need every message to be yielded. Files and database are read in a few threads of its
 own, a little ahead of the caller, so that neither a slow disk nor a slow caller holds up others.
+What all callers together may leave lying in memory that way is bounded.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ METADATA_PART = 64 << 10
 
 _THREADS = 4
 _BATCH = 4  # runs read at a time: a thread costs more to wake than a run to read
+_AHEAD = 64 << 20  # bytes; calls that find no room in it read one run at a time, when it is wanted
 _CACHED_METADATA = 32 << 20  # bytes
 _QUOTE_CHECKS = 64  # files looked at before content is quoted
 
@@ -47,6 +49,8 @@ class ContentServicer(content_pb2_grpc.ContentServiceServicer):
     def __init__(self, catalogue: Catalogue) -> None:
         self._catalogue = catalogue
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="content")
+        # A call that reads ahead holds the batch that it sends and the next one.
+        self._room = _AHEAD // (2 * _BATCH * RUN)
         self._metadata: collections.OrderedDict[bytes, tuple[bytes, bytes]] = collections.OrderedDict()
 
     def close(self) -> None:
@@ -84,20 +88,29 @@ class ContentServicer(content_pb2_grpc.ContentServiceServicer):
         """Sends runs of one file in order."""
         source: OpenSource | None = None
         reading: asyncio.Future[list[content_pb2.FetchResponse]] | None = None
+        batch = 1
         try:
             file = await self._run(self._find, request)
             source = await self._open(file)
             run, end = request.first_run, request.first_run + request.runs
-            reading = self._run(_read, source, range(run, min(run + _BATCH, end)))
             while run < end:
+                if batch == 1 and self._room:
+                    self._room -= 1
+                    batch = _BATCH
+                if reading is None:
+                    reading = self._run(_read, source, range(run, min(run + batch, end)))
                 responses = await reading
                 run += len(responses)
-                reading = self._run(_read, source, range(run, min(run + _BATCH, end)))
+                reading = None
+                if batch > 1 and run < end:
+                    reading = self._run(_read, source, range(run, min(run + batch, end)))
                 for response in responses:
                     yield response
         except BttError as error:
             await abort(context, error)
         finally:
+            if batch > 1:
+                self._room += 1
             if reading is not None:
                 reading.cancel()
                 reading.add_done_callback(_forget)
