@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import fcntl
 import os
@@ -16,9 +17,12 @@ import libtorrent as lt
 import pytest
 
 from btt.sdk.content import files
+from btt.sdk.content.resuming import ResumeToken
 from btt.sdk.content.store import Destination
 from btt.sdk.content.torrent import RUN, Torrent
+from btt.sdk.content.transfer import Transfer
 from btt.sdk.errors import ConfigError, StorageError
+from btt.sdk.money import Rate, Unit
 
 SIZES = [0, 1, 16383, 16384, 16385, RUN - 1, RUN, RUN + 1, 2 * RUN, 5 * RUN + 7]
 
@@ -513,3 +517,76 @@ def test_closing_waits_for_writes_and_leaves_no_descriptor(
         closing.result(10)
     assert (tmp_path / "out/film.bin.btt-part").read_bytes() == data
     assert len(list(Path("/dev/fd").iterdir())) == before
+
+
+class WatchedLock:
+    """A lock that tells when somebody finds it held."""
+
+    def __init__(self, met: threading.Event) -> None:
+        self.lock, self.met = threading.Lock(), met
+
+    def __enter__(self) -> None:
+        if self.lock.locked():
+            self.met.set()
+        self.lock.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self.lock.release()
+
+
+@pytest.mark.parametrize("name", ["film.bin.btt-part", "film.bin"])
+def test_closing_ends_a_scan_and_closes_nothing_under_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    data = data_of(5 * RUN)
+    torrent = single(tmp_path, data)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_bytes(data)
+    before = len(list(Path("/dev/fd").iterdir()))
+    place = Destination(tmp_path / "out", torrent)
+    met = threading.Event()
+    monkeypatch.setattr(place, "_scanning", WatchedLock(met))
+    real, reads = os.preadv, []
+    with ThreadPoolExecutor(1) as threads, place:
+
+        def read(fd: int, buffers: Any, at: int) -> int:
+            reads.append(at)
+            if at == RUN:
+                threads.submit(place.close).add_done_callback(lambda _: met.set())
+                assert met.wait(10)
+            return real(fd, buffers, at)
+
+        monkeypatch.setattr(os, "preadv", read)
+        with pytest.raises(ValueError, match="not open"):
+            place.scan()
+    assert reads == [0, RUN]
+    assert len(list(Path("/dev/fd").iterdir())) == before
+    assert everything(tmp_path / "out") == [name]
+
+
+async def test_leaving_a_transfer_that_checks_ends_the_check(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = data_of(8 * RUN)
+    torrent = single(tmp_path, data)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/film.bin.btt-part").write_bytes(data)
+    token = ResumeToken(infohash=torrent.infohash, first=(), rate=Rate(1, 1, Unit.BYTE), nodes=())
+    transfer = Transfer(torrent, tmp_path / "out", [], token=token)
+    checking = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    real, reads = os.preadv, []
+
+    def read(fd: int, buffers: Any, at: int) -> int:
+        reads.append(at)
+        loop.call_soon_threadsafe(checking.set)
+        while not transfer.destination._closed:
+            os.sched_yield()  # the test's time limit ends it
+        return real(fd, buffers, at)
+
+    monkeypatch.setattr(os, "preadv", read)
+    with pytest.raises(RuntimeError, match="left"):
+        async with transfer:
+            await checking.wait()
+            raise RuntimeError("left")
+    assert reads == [0]

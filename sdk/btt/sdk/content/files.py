@@ -70,6 +70,32 @@ def open_folder(root: Path, parts: Sequence[str], *, create: bool = True) -> int
     return fd
 
 
+def check_room(root: Path, need: int) -> None:
+    """Checks that the disk has room.
+
+    Args:
+        root: The folder the user chose. It is created.
+        need: Bytes that are still to be written.
+
+    Raises:
+        ConfigError: If the folder cannot be entered.
+        StorageError: If the disk has less space, or fails.
+    """
+    folder = open_folder(root, ()) if need else None
+    if folder is None:
+        return
+    try:
+        about = os.fstatvfs(folder)
+    finally:
+        os.close(folder)
+    free = about.f_bavail * about.f_frsize
+    if free < need:
+        raise StorageError(
+            f"{root} has {free:,} bytes free; the fetch needs {need:,} more.",
+            hint="Free some space, or choose another folder; nothing was requested.",
+        )
+
+
 def disk_error(failed: OSError, path: Path) -> ConfigError | StorageError:
     """Says what a failed operation on the destination means for the user.
 

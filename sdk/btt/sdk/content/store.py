@@ -20,7 +20,7 @@ from types import TracebackType
 from btt.sdk.content import files, paths
 from btt.sdk.content.direct import DirectWriter
 from btt.sdk.content.torrent import RUN, Torrent
-from btt.sdk.errors import BttError, ConfigError, StorageError
+from btt.sdk.errors import BttError, ConfigError
 
 Progress = Callable[[int, int], None]
 """Called with the bytes looked at and the bytes in all; what it raises ends the work."""
@@ -60,6 +60,7 @@ class Destination:
         self._final = [False] * len(torrent.files)
         self._parts: dict[int, _Part] = {}
         self._changed = threading.Condition()
+        self._scanning = threading.Lock()
         self._finishing = threading.Lock()
         self._folder_lock = -1
         self._closed = True
@@ -84,9 +85,11 @@ class Destination:
         self.close()
 
     def close(self) -> None:
-        """Waits for writes that are under way and lets go of all files; parts stay for a later attempt."""
+        """Ends a scan, waits for writes, and lets go of all files; parts stay for a later attempt."""
         with self._changed:
             self._closed = True
+        with self._scanning:  # it stops at its next run; until then it reads from what is closed here
+            pass
         for file in list(self._parts):
             self._release(file, drop_empty=True)
         if self._folder_lock >= 0:
@@ -125,19 +128,22 @@ class Destination:
             ConfigError: If a file with other content has the final name, a name is taken by a
                 link or folder, or another fetch works on the same file.
             StorageError: If the disk fails or has too little space for what is missing.
+            ValueError: If the destination is not open, or is closed meanwhile.
         """
         total = self._torrent.total_bytes
         seen = 0
         need = 0
 
         def looked(file: int, run: int) -> None:
+            self._check_open()
             if progress is not None:
                 progress(seen + min(run * RUN, self._torrent.files[file].length), total)
 
-        for entry in self._torrent.files:
-            need += self._scan_file(entry.index, looked)
-            seen += entry.length
-        self._check_room(need)
+        with self._scanning:
+            for entry in self._torrent.files:
+                need += self._scan_file(entry.index, looked)
+                seen += entry.length
+        files.check_room(self._root, need)
 
     def missing(self, file: int) -> list[range]:
         """The runs of a file that are still to be fetched, as ranges in order; all of them before `scan`."""
@@ -213,10 +219,6 @@ class Destination:
     def _scan_file(self, file: int, looked: Callable[[int, int], None]) -> int:
         """Fills in what is there of one file; returns the bytes of disk the rest needs."""
         entry = self._torrent.files[file]
-        with self._changed:
-            closed = self._closed
-        if closed:
-            raise ValueError("the destination is not open")
         folder = files.open_folder(self._root, (*self._above, *entry.path[:-1]), create=False)
         if folder is not None:
             try:
@@ -295,21 +297,6 @@ class Destination:
             run += 1
             looked(file, run)
 
-    def _check_room(self, need: int) -> None:
-        folder = files.open_folder(self._root, ()) if need else None
-        if folder is None:
-            return
-        try:
-            about = os.fstatvfs(folder)
-        finally:
-            os.close(folder)
-        free = about.f_bavail * about.f_frsize
-        if free < need:
-            raise StorageError(
-                f"{self._root} has {free:,} bytes free; the fetch needs {need:,} more.",
-                hint="Free some space, or choose another folder; nothing was requested.",
-            )
-
     @contextlib.contextmanager
     def _folder(self, file: int) -> Iterator[tuple[int, str, str]]:
         """Opens the folder of a file; gives its descriptor, the file's name and the part's."""
@@ -337,8 +324,7 @@ class Destination:
 
     def _part(self, file: int, *, create: bool, writing: bool) -> _Part | None:
         with self._changed:
-            if self._closed:
-                raise ValueError("the destination is not open")
+            self._check_open()
             if self._final[file]:
                 return None
             part = self._parts.get(file)
@@ -375,6 +361,10 @@ class Destination:
         finally:
             os.close(folder)
         return fd
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ValueError("the destination is not open")
 
     def _release(self, file: int, *, drop_empty: bool = False) -> None:
         with self._changed:
