@@ -53,6 +53,10 @@ def folder(tmp_path: Path) -> Torrent:
     return torrent_of(root)
 
 
+def part_of(torrent: Torrent) -> str:
+    return f"film.bin.{torrent.infohash.hex()[:8]}.btt-part"
+
+
 def run_of(data: bytes, run: int) -> bytes:
     return data[run * RUN : (run + 1) * RUN]
 
@@ -81,7 +85,7 @@ def test_a_file_written_in_any_order_gets_its_name_when_whole(tmp_path: Path, si
         with ThreadPoolExecutor(4) as threads:
             list(threads.map(lambda run: place.write_run(0, run, run_of(data, run)), order))
         assert place.missing(0) == []
-        assert everything(out) == ["film.bin.btt-part"]
+        assert everything(out) == [part_of(torrent)]
         assert place.finish(0) == out / "film.bin" == place.path
         assert place.finish(0) == out / "film.bin"
         assert place.is_finished(0)
@@ -112,7 +116,7 @@ def test_a_second_attempt_keeps_what_verifies_and_nothing_else(tmp_path: Path) -
         place.scan()
         for run in (0, 2, 3, 5):
             place.write_run(0, run, run_of(data, run))
-    part = tmp_path / "out" / "film.bin.btt-part"
+    part = tmp_path / "out" / part_of(torrent)
     with part.open("r+b") as broken:  # as a crash may leave it
         broken.seek(2 * RUN + 5)
         broken.write(b"xyz")
@@ -160,7 +164,7 @@ def test_a_folder_resumes_file_by_file(tmp_path: Path) -> None:
 def test_holes_of_a_large_part_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = data_of(3 * RUN)
     torrent = single(tmp_path, data)
-    part = tmp_path / "out" / "film.bin.btt-part"
+    part = tmp_path / "out" / part_of(torrent)
     part.parent.mkdir()
     with part.open("wb") as sparse:
         sparse.truncate(4 << 30)
@@ -177,6 +181,58 @@ def test_holes_of_a_large_part_are_not_read(tmp_path: Path, monkeypatch: pytest.
         assert read == [RUN]
         fill(place, torrent, 0, data)
         assert place.finish(0).read_bytes() == data  # what lay behind the end is gone
+
+
+@pytest.mark.parametrize("name", ["film.bin", "f" * 255])
+@pytest.mark.parametrize("kind", ["single", "folder"])
+def test_other_content_of_the_same_name_leaves_a_part_alone(tmp_path: Path, name: str, kind: str) -> None:
+    """What was paid for one is still there when the other came between."""
+    out, data, torrents = tmp_path / "out", [data_of(8 * RUN), data_of(8 * RUN + 1)], []
+    for content in data:
+        source = tmp_path / "source" / ("" if kind == "single" else "album/of") / name
+        source.parent.mkdir(parents=True, exist_ok=True)
+        source.write_bytes(content)
+        torrents.append(torrent_of(source if kind == "single" else tmp_path / "source/album"))
+    one, other = torrents
+    with Destination(out, one) as place:
+        place.scan()
+        for run in range(6):
+            place.write_run(0, run, run_of(data[0], run))
+    with Destination(out, other) as place:
+        place.scan()
+        assert place.missing(0) == [range(9)]
+        place.write_run(0, 0, run_of(data[1], 0))
+    for torrent, content, missing in ((one, data[0], range(6, 8)), (other, data[1], range(1, 9))):
+        with Destination(out, torrent) as place:
+            place.scan()
+            assert place.missing(0) == [missing]
+            fill(place, torrent, 0, content)
+            final = place.finish(0)
+            assert final.name == name
+        assert final.read_bytes() == content
+        final.rename(tmp_path / "elsewhere")
+    assert not [path for path in out.rglob("*") if path.is_file()]
+
+
+def test_of_two_contents_with_the_same_name_one_is_fetched_at_a_time(tmp_path: Path) -> None:
+    """The other could not get its name at the end, after it was paid."""
+    torrent = single(tmp_path, data_of(RUN))
+    other = single(tmp_path, data_of(2 * RUN))
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "film.bin.00000000.btt-part").symlink_to("nowhere")  # nobody's
+
+    def fetch() -> None:
+        with Destination(out, other) as place:
+            place.scan()
+
+    with Destination(out, torrent) as place:
+        place.scan()
+        with pytest.raises(ConfigError, match="Another fetch"):
+            fetch()
+        assert everything(out) == sorted(["film.bin.00000000.btt-part", part_of(torrent)])
+        fill(place, torrent, 0, data_of(RUN))
+    fetch()
 
 
 def test_another_file_of_that_name_is_left_alone(tmp_path: Path) -> None:
@@ -212,7 +268,7 @@ def test_a_crash_between_naming_and_dropping_the_part_is_tidied(tmp_path: Path) 
     out = tmp_path / "out"
     out.mkdir()
     (out / "film.bin").write_bytes(data)
-    (out / "film.bin.btt-part").hardlink_to(out / "film.bin")
+    (out / part_of(torrent)).hardlink_to(out / "film.bin")
     with Destination(out, torrent) as place:
         place.scan()
         assert place.is_finished(0)
@@ -246,7 +302,7 @@ def test_a_disk_without_hard_links_will_do(tmp_path: Path, monkeypatch: pytest.M
     assert everything(tmp_path / "out") == ["film.bin"]
 
 
-@pytest.mark.parametrize("where", ["film.bin", "film.bin.btt-part"])
+@pytest.mark.parametrize("where", ["film.bin", "the part"])
 @pytest.mark.parametrize("kind", ["link", "dangling", "folder", "pipe", "hard link"])
 def test_nothing_is_written_through_what_is_no_plain_file(tmp_path: Path, where: str, kind: str) -> None:
     data = data_of(RUN)
@@ -255,7 +311,7 @@ def test_nothing_is_written_through_what_is_no_plain_file(tmp_path: Path, where:
     victim.write_bytes(b"precious")
     out = tmp_path / "out"
     out.mkdir()
-    trap = out / where
+    trap = out / (where if where == "film.bin" else part_of(torrent))
     make: dict[str, Callable[[], Any]] = {
         "link": lambda: trap.symlink_to(victim),
         "dangling": lambda: trap.symlink_to(tmp_path / "nowhere"),
@@ -331,7 +387,7 @@ def test_a_lock_on_a_part_that_was_finished_meanwhile_is_no_lock(
     torrent = single(tmp_path, data)
     out = tmp_path / "out"
     out.mkdir()
-    part = out / "film.bin.btt-part"
+    part = out / part_of(torrent)
     part.write_bytes(b"")
     real = fcntl.flock
 
@@ -424,7 +480,7 @@ def test_a_failing_sync_leaves_the_part(tmp_path: Path, monkeypatch: pytest.Monk
         with pytest.raises(StorageError):
             place.finish(0)
         assert not place.is_finished(0)
-    assert everything(tmp_path / "out") == ["film.bin.btt-part"]
+    assert everything(tmp_path / "out") == [part_of(torrent)]
 
 
 def test_data_and_folder_are_synced_around_the_naming(
@@ -482,7 +538,7 @@ def test_progress_can_end_the_scan(tmp_path: Path) -> None:
     data = data_of(2 * RUN)
     torrent = single(tmp_path, data)
     (tmp_path / "out").mkdir()
-    (tmp_path / "out/film.bin.btt-part").write_bytes(data)
+    (tmp_path / "out" / part_of(torrent)).write_bytes(data)
 
     def stop(done: int, total: int) -> None:
         raise KeyboardInterrupt
@@ -515,7 +571,7 @@ def test_closing_waits_for_writes_and_leaves_no_descriptor(
         go.set()
         writing.result(10)
         closing.result(10)
-    assert (tmp_path / "out/film.bin.btt-part").read_bytes() == data
+    assert (tmp_path / "out" / part_of(torrent)).read_bytes() == data
     assert len(list(Path("/dev/fd").iterdir())) == before
 
 
@@ -534,12 +590,13 @@ class WatchedLock:
         self.lock.release()
 
 
-@pytest.mark.parametrize("name", ["film.bin.btt-part", "film.bin"])
+@pytest.mark.parametrize("whole", [False, True])
 def test_closing_ends_a_scan_and_closes_nothing_under_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: bool
 ) -> None:
     data = data_of(5 * RUN)
     torrent = single(tmp_path, data)
+    name = "film.bin" if whole else part_of(torrent)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / name).write_bytes(data)
     before = len(list(Path("/dev/fd").iterdir()))
@@ -570,7 +627,7 @@ async def test_leaving_a_transfer_that_checks_ends_the_check(
     data = data_of(8 * RUN)
     torrent = single(tmp_path, data)
     (tmp_path / "out").mkdir()
-    (tmp_path / "out/film.bin.btt-part").write_bytes(data)
+    (tmp_path / "out" / part_of(torrent)).write_bytes(data)
     token = ResumeToken(infohash=torrent.infohash, first=(), rate=Rate(1, 1, Unit.BYTE), nodes=())
     transfer = Transfer(torrent, tmp_path / "out", [], token=token)
     checking = asyncio.Event()

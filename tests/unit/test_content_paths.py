@@ -81,10 +81,15 @@ def test_a_name_that_passes_stays_in_its_folder(name: bytes) -> None:
     except InvalidRequest:
         return
     base = "/some/folder"
-    for whole in (os.path.join(base, text), os.path.join(base, paths.part_name(text))):  # noqa: PTH118
+    part = paths.part_name(text, bytes(32))
+    for whole in (os.path.join(base, text), os.path.join(base, part)):  # noqa: PTH118
         assert os.path.dirname(os.path.normpath(whole)) == base  # noqa: PTH120
-    assert len(paths.part_name(text).encode()) <= 255
-    assert paths.part_name(text) != text
+    assert len(part.encode()) <= 255
+    assert part != text
+    with pytest.raises(InvalidRequest):
+        paths.check_name(part.encode())
+    other = paths.part_name(text, b"\1" * 32)
+    assert paths.rivals(part, [part, text, other, "x" + other, other[1:]]) == [other]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import contextlib
 import errno
 import fcntl
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from btt.sdk.errors import ConfigError, StorageError
@@ -166,6 +166,28 @@ def lock(fd: int, path: Path, *, name: str = "", folder: int = -1) -> None:
     except OSError as failed:
         raise disk_error(failed, path) from failed
     raise ConfigError(f"Another fetch is writing to {path}.", hint="Wait for it, or choose another folder.")
+
+
+def check_unlocked(names: Iterable[str], folder: int, path: Path) -> None:
+    """Checks that no other fetch holds one of some files.
+
+    Args:
+        names: The files.
+        folder: Descriptor of their folder.
+        path: What is fetched, for the error.
+
+    Raises:
+        ConfigError: If another fetch does.
+    """
+    for name in names:
+        try:
+            fd = os.open(name, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+        except OSError:  # gone meanwhile, or not ours
+            continue
+        try:
+            lock(fd, path)
+        finally:
+            os.close(fd)
 
 
 @contextlib.contextmanager

@@ -92,11 +92,28 @@ def check_path(path: Sequence[str]) -> None:
         raise InvalidRequest(f"A path in the torrent is longer than {MAX_PATH} bytes: {path[0]!r}...")
 
 
-def part_name(name: str) -> str:
-    """Names the incomplete form of a file; a name too long for the suffix is replaced by its hash."""
-    if len(name.encode()) + len(PART_SUFFIX) <= MAX_NAME:
-        return name + PART_SUFFIX
-    return hashlib.sha256(name.encode()).hexdigest() + PART_SUFFIX
+def part_name(name: str, infohash: bytes) -> str:
+    """Names the incomplete form of a file, so that other content of the same name has another one.
+
+    Args:
+        name: The file's name; one too long for what is added to it is replaced by its hash.
+        infohash: Of the torrent, 32 bytes.
+    """
+    end = f".{infohash[:4].hex()}{PART_SUFFIX}"
+    if len(name.encode()) + len(end) > MAX_NAME:
+        name = hashlib.sha256(name.encode()).hexdigest()
+    return name + end
+
+
+def rivals(part: str, names: Iterable[str]) -> list[str]:
+    """Finds the incomplete forms that other content of the same name has.
+
+    Args:
+        part: From `part_name`.
+        names: What lies in its folder.
+    """
+    end = len(".01234567") + len(PART_SUFFIX)
+    return [n for n in names if n != part and n[:-end] == part[:-end] and n.endswith(PART_SUFFIX)]
 
 
 def _refuse(name: bytes, why: str) -> InvalidRequest:

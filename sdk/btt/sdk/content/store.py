@@ -1,9 +1,10 @@
 """Where a fetch keeps its bytes: incomplete files that survive a crash, and whole ones under their names.
 
-A run is written at its place in `<file>.btt-part`, whatever the order. Nothing is recorded
-beside it: after a crash the part is hashed again, so what counts as there is what verifies,
-and holes cost nothing. A file gets its name only when it is whole and synced, and never takes
-the place of another. All functions block; call them from worker threads. POSIX only.
+A run is written at its place in `<file>.<8 digits of the infohash>.btt-part`, whatever the order:
+other content of the same name must not cost what was paid already. Nothing is recorded beside
+it: after a crash the part is hashed again, so what counts as there is what verifies, and holes
+cost nothing. A file gets its name only when it is whole and synced, and never takes the place
+of another. All functions block; call them from worker threads. POSIX only.
 """
 
 from __future__ import annotations
@@ -104,6 +105,11 @@ class Destination:
     def file_path(self, file: int) -> Path:
         """The final path of one file."""
         return self._root.joinpath(*self._above, *self._torrent.files[file].path)
+
+    def part_path(self, file: int) -> Path:
+        """Where the bytes of one file lie until it is whole."""
+        final = self.file_path(file)
+        return final.with_name(paths.part_name(final.name, self._torrent.infohash))
 
     def is_finished(self, file: int) -> bool:
         """Whether the file is whole under its final name."""
@@ -233,6 +239,11 @@ class Destination:
         part = self._part(file, create=self._torrent.is_single, writing=False)
         if part is not None:
             with files.on_disk(self.file_path(file)):
+                if self._torrent.is_single:
+                    # Only one of them can get the name: the others would pay for nothing.
+                    with self._folder(file) as (where, _, name):
+                        names = os.listdir(where)  # noqa: PTH208 - a descriptor has no path
+                        files.check_unlocked(paths.rivals(name, names), where, self.path)
                 self._hash(file, part.fd, have, looked)
                 kept = os.fstat(part.fd).st_blocks * 512
             if not self._torrent.is_single:  # the folder's lock suffices; do not keep 100,000 files open
@@ -262,7 +273,7 @@ class Destination:
                 raise ConfigError(f"{path} exists and is something else.", hint=files.OTHER_FOLDER)
             # A crash between naming a file and dropping its part leaves both names.
             with files.on_disk(path), contextlib.suppress(FileNotFoundError):
-                part = paths.part_name(name)
+                part = self.part_path(file).name
                 if os.path.samestat(os.stat(part, dir_fd=folder, follow_symlinks=False), about):
                     os.unlink(part, dir_fd=folder)
         finally:
@@ -304,7 +315,7 @@ class Destination:
         fd = files.open_folder(self._root, (*self._above, *folders))
         assert fd is not None
         try:
-            yield fd, name, paths.part_name(name)
+            yield fd, name, self.part_path(file).name
         finally:
             os.close(fd)
 
@@ -337,9 +348,8 @@ class Destination:
             return part
 
     def _open_part(self, file: int, *, create: bool) -> int | None:
-        path = self.file_path(file)
-        *folders, name = self._torrent.files[file].path
-        part = paths.part_name(name)
+        path, part = self.file_path(file), self.part_path(file).name
+        folders = self._torrent.files[file].path[:-1]
         folder = files.open_folder(self._root, (*self._above, *folders), create=create)
         if folder is None:
             return None

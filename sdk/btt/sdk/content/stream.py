@@ -11,7 +11,7 @@ import asyncio
 import os
 from typing import Any, Final
 
-from btt.sdk.content import files, paths
+from btt.sdk.content import files
 from btt.sdk.content.feed import Work
 from btt.sdk.content.plan import within
 from btt.sdk.content.store import Destination
@@ -140,12 +140,11 @@ class ContentStream:
 def _read(destination: Destination, file: int, at: int, count: int) -> bytes:
     """Reads what is stored, whatever the file is called by now. Blocks."""
     final = destination.file_path(file)
-    names = (final.with_name(paths.part_name(final.name)), final)
     with files.on_disk(final):
         try:
-            fd = os.open(names[0], _READ)
+            fd = os.open(destination.part_path(file), _READ)
         except FileNotFoundError:
-            fd = os.open(names[1], _READ)
+            fd = os.open(final, _READ)
         try:
             data = os.pread(fd, count, at)
         finally:
