@@ -192,6 +192,23 @@ class TestMeter:
             payee.meter.leave()
         assert (standing.unpaid, standing.written_off, standing.credit) == (0, 10, 0)
 
+    @pytest.mark.parametrize("late", ["handler", "report", "update"])
+    def test_a_channel_that_left_is_counted_once(self, late: str) -> None:
+        standing = Standing(unit=UNIT, limit=1000, paid=1000)
+        payee = make_payee(standing)
+        payee.begin(A)
+        payee.deliver(A, SEGMENT, 30)
+        payee.meter.leave()
+        assert (standing.unpaid, standing.written_off) == (0, 30)
+        if late == "handler":
+            payee.take_back(A, SEGMENT, 5)
+        elif late == "report":
+            payee.settle(A, {SEGMENT: 12})
+        else:
+            pay(payee, 20)
+        payee.meter.leave()
+        assert (standing.paid, standing.unpaid, standing.written_off) == (1000, 0, 30)
+
 
 class TestCalls:
     def test_an_id_is_used_once(self) -> None:

@@ -9,6 +9,7 @@ prepaid instead of waiting for ever.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from btt.sdk.channel.credit import Standing
 from btt.sdk.channel.prices import Segment, Tally
@@ -105,6 +106,8 @@ class Meter:
         self._standing.unpaid -= self._counted
         self._standing.written_off += self._counted
         self._counted = 0
+        # What its last calls still count or take back is in that already.
+        self._standing = replace(self._standing)
 
     def _recount(self) -> None:
         counted = self.tally.owed - self.paid
