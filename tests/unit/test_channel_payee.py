@@ -14,6 +14,7 @@ from btt.sdk.channel import (
     Durable,
     Line,
     Payee,
+    Payer,
     Price,
     PriceSheet,
     Segment,
@@ -35,7 +36,7 @@ UNIT = 10
 SHEET = PriceSheet(
     b"1" * 32, {LINE: Price(Rate(1, 1, Unit.BYTE), UNIT), FREE: Price(Rate(0, 1, Unit.COUNT), 1)}
 )
-SEGMENT = Segment(SHEET.digest, LINE)
+SEGMENT, NOTHING = Segment(SHEET.digest, LINE), Segment(SHEET.digest, FREE)
 A, B = b"a" * 16, b"b" * 16
 
 
@@ -323,7 +324,30 @@ class TestReconcile:
 
     def test_free_units_are_bounded_too(self) -> None:
         with pytest.raises(CountsDiffer):
-            make_payee().reconcile({Segment(SHEET.digest, FREE): MAX_UNITS + 1})
+            make_payee().reconcile({NOTHING: MAX_UNITS + 1})
+
+    def test_of_free_units_the_count_of_the_payee_stands(self) -> None:
+        payee = make_payee()
+        payee.begin(A)
+        payee.deliver(A, NOTHING, 5)
+        payer = Payer(ledger_id=LEDGER, channel_id=CHANNEL, key=KEY, deposit=9, signed=0, tally=Tally())
+        payer.pin(SHEET)
+        payer.tally.add(NOTHING, MAX_UNITS)
+        settled = payee.reconcile({segment: units for segment, _, units in payer.tally})
+        assert settled[NOTHING] == 5
+        payer.reconcile(best=None, settled=settled)
+        assert list(payer.tally) == list(payee.meter.tally), "an honest payer goes on with equal books"
+        assert payee.reconcile({NOTHING: 3})[NOTHING] == 3
+
+    def test_a_channel_that_has_counted_all_it_can_delivers_no_more(self) -> None:
+        cheap = PriceSheet(b"2" * 32, {LINE: Price(Rate(1, MAX_UNITS, Unit.BYTE), UNIT)})
+        segment = Segment(cheap.digest, LINE)
+        payee = make_payee()
+        payee.pin(cheap)
+        payee.reconcile({segment: MAX_UNITS - 4})
+        assert payee.meter.owed == 1
+        assert payee.meter.affordable([(segment, 4)])
+        assert not payee.meter.affordable([(segment, 5)])
 
     def test_claims_are_counted_before_anything_is_written_off(self) -> None:
         # The payee forgot 20 of one line; 20 of another were never accepted. 20 are paid: whichever

@@ -325,6 +325,20 @@ class TestSettling:
         payer.settle(A, {SEGMENT: 10})
         assert payer.tally.owed == 20
 
+    def test_no_more_free_units_are_forfeited_than_can_be_counted(self) -> None:
+        free = Line("test.Files", Unit.COUNT)
+        payer = make_payer(
+            sheet=PriceSheet(b"2" * 32, {**PLAIN.prices, free: Price(Rate(0, 1, Unit.COUNT), 1)})
+        )
+        segment = Segment(b"2" * 32, free)
+        payer.tally.add(segment, 1)
+        payer.begin(A)
+        pay(payer, 10)
+        payer.end(A)
+        with pytest.raises(CountsDiffer):
+            payer.settle(A, {segment: MAX_UNITS})
+        assert payer.tally.units(segment) == 1
+
     def test_a_unit_that_was_prepaid_in_part_is_forfeited_whole(self) -> None:
         sheet = PriceSheet(b"2" * 32, {LINE: Price(Rate(10, 1, Unit.BYTE), 1)})
         segment = Segment(sheet.digest, LINE)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from btt.sdk.channel import Line, Payee, Payer, Price, PriceSheet, Segment, Standing, Tally
 from btt.sdk.keys import PrivateKey
-from btt.sdk.money import Rate, Unit
+from btt.sdk.money import MAX_UNITS, Rate, Unit
 
 LEDGER, CHANNEL = b"L" * 32, b"C" * 32
 KEY = PrivateKey(b"\x01" * 32)
@@ -98,7 +98,11 @@ def test_a_segment_never_changes_its_rate() -> None:
         tally.price(segment, Rate(2, 3, Unit.BYTE))
     with pytest.raises(ValueError, match="below zero"):
         tally.add(segment, -3)
+    with pytest.raises(ValueError, match="above"):
+        tally.add(segment, MAX_UNITS - 1)
     assert (tally.units(segment), tally.owed) == (2, 1)
+    tally.add(segment, MAX_UNITS - 2)
+    assert tally.units(segment) == MAX_UNITS
 
 
 def test_a_copy_is_independent() -> None:

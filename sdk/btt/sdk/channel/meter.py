@@ -51,8 +51,8 @@ class Meter:
         return self.tally.owed - self.paid
 
     def affordable(self, units: Units) -> bool:
-        """Says whether the whole deposit would cover these units."""
-        return self.tally.owed + self._cost(units) <= self.deposit
+        """Says whether the whole deposit would cover these units, and the tally hold them."""
+        return self.tally.owed + self._cost(units) <= self.deposit and self.tally.holds(units)
 
     def fits(self, units: Units) -> bool:
         """Says whether a message of these units may leave now."""

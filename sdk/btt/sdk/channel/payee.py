@@ -211,6 +211,9 @@ class Payee:
     def reconcile(self, accepted: Mapping[Segment, int]) -> dict[Segment, int]:
         """Settles everything by the payer's cumulative counts when a session opens.
 
+        What it claims beyond our count was forgotten here, and is owed. A claim of units that cost
+        nothing is bounded by no deposit: of these our count stands.
+
         Args:
             accepted: Units per segment since the channel opened; segments of offers that
                 this payee does not know are ignored.
@@ -224,11 +227,12 @@ class Payee:
         tally = self.meter.tally
         if not all(0 <= units <= MAX_UNITS for units in accepted.values()):
             raise CountsDiffer("The payer claims what is no count of units.")
-        more = sum(
-            tally.cost(s, n - tally.units(s))
+        accepted = {
+            s: n if tally.rate(s).amount else min(n, tally.units(s))
             for s, n in accepted.items()
-            if tally.knows(s) and n > tally.units(s)
-        )
+            if tally.knows(s)
+        }
+        more = sum(tally.cost(s, n - tally.units(s)) for s, n in accepted.items() if n > tally.units(s))
         if tally.owed + more > self.meter.deposit and more:
             raise CountsDiffer("The payer claims more units than its deposit covers.")
         self._open.clear()

@@ -262,7 +262,7 @@ class Payer:
         lost = {s: known.get(s, 0) - call.accepted.get(s, 0) for s in known.keys() | call.accepted.keys()}
         if any(n < 0 for n in lost.values()):
             raise CountsDiffer("The node settled less than was accepted.")
-        if not _was_prepaid(call.books, lost, call.signed):
+        if not (_was_prepaid(call.books, lost, call.signed) and self.tally.holds(lost.items())):
             raise CountsDiffer("The node forfeits more than was prepaid.")
         del self._calls[call_id]
         for segment, units in call.received.items():
@@ -275,6 +275,8 @@ class Payer:
 
     def reconcile(self, *, best: SignedUpdate | None, settled: Mapping[Segment, int]) -> None:
         """Takes the payee's books when a session opens: no call of an older one is left.
+
+        Of units that cost nothing the payee's count stands, though it may have forgotten some.
 
         Args:
             best: The highest update the payee can prove; our own signature proves it.
@@ -297,6 +299,9 @@ class Payer:
             raise CountsDiffer("The node claims units that were neither accepted nor paid.")
         for segment, units in lost.items():
             self.tally.add(segment, units)
+        for segment, rate, units in self.tally:
+            if not rate.amount:
+                self.tally.add(segment, settled.get(segment, 0) - units)
         self._calls.clear()
         self._reserved.clear()
         self._undecided.clear()

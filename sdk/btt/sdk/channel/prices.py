@@ -8,11 +8,11 @@ new offer begins new segments; the old ones stand still and stay owed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from btt.sdk.money import Rate, Unit
+from btt.sdk.money import MAX_UNITS, Rate, Unit
 
 
 class Line(NamedTuple):
@@ -122,12 +122,22 @@ class Tally:
         rate, have, owed = self._lines[segment]
         return rate.owed(have + units) - owed
 
+    def holds(self, units: Iterable[tuple[Segment, int]]) -> bool:
+        """Says whether so many more units, of known segments, could be counted."""
+        return all(self._lines[segment][1] + count <= MAX_UNITS for segment, count in units)
+
     def add(self, segment: Segment, units: int) -> None:
-        """Adds units, or takes some away again when negative."""
+        """Adds units, or takes some away again when negative.
+
+        Raises:
+            ValueError: The count would be none that every store holds: a defect of the caller.
+        """
         rate, have, owed = self._lines[segment]
         have += units
         if have < 0:
             raise ValueError("a tally never falls below zero")
+        if have > MAX_UNITS:
+            raise ValueError(f"a tally never rises above {MAX_UNITS}")
         cost = rate.owed(have)
         self._owed += cost - owed
         self._lines[segment] = rate, have, cost

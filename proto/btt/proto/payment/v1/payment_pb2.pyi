@@ -265,7 +265,8 @@ class OpenResponse(_message.Message):
     @_builtins.property
     def settled(self) -> _containers.RepeatedCompositeFieldContainer[Global___Count]:
         """What the payee has settled, per offer and line: what the payer accepted, and
-        what it forfeited of what it had prepaid.
+        what it forfeited of what it had prepaid. Of units that cost nothing no more than
+        the payee has counted: the payer goes on with that.
         """
 
     def __init__(
