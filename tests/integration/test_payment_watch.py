@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 from btt.proto.ledger.v1 import ledger_pb2
-from btt.sdk.errors import BttError
-from btt.sdk.signing import ChannelClose
+from btt.sdk import group_commit
+from btt.sdk.channel import Segment, SignedUpdate
+from btt.sdk.errors import BttError, SessionEnded
+from btt.sdk.signing import ChannelClose, ChannelUpdate, sign
 from kit.economy import RUN
 from kit.probe import BYTES, PRICES, Probe, pb, rpc
 
@@ -72,3 +76,49 @@ async def test_a_channel_that_the_ledger_closed_without_us_counts_what_was_paid(
     earnings = await paid.store.earnings()
     assert earnings.captured == UNIT == (await economy.ledger.account(paid.payee_key)).available
     assert (earnings.open_channels, earnings.closed_channels) == (0, 1)
+
+
+@pytest.mark.parametrize("closed_by", ["the node", "the ledger"])
+async def test_what_a_busy_channel_was_saving_when_it_closed_is_paid_and_no_arrears(
+    economy, monkeypatch, closed_by
+):
+    node = await economy.node(
+        lambda r: rpc.add_ProbeServiceServicer_to_server(Probe(), r), {BYTES: PRICES[BYTES]}
+    )
+    async with economy.client(node, await economy.wallet(), keep_channels=True) as btt:
+        session = await btt.session(100 * UNIT)
+        channel_id = session.payer.channel_id
+        live = node.sessions.live(channel_id)
+        call = bytes(16)
+        live.begin(call)
+        await live.charge(call, [(Segment(session.offer.digest, BYTES), RUN)])
+
+        async def pay(cumulative: int) -> None:
+            update = ChannelUpdate(channel=channel_id, cumulative=cumulative)
+            signature = sign(session.payer._key, update, economy.ledger.ledger_id)
+            await live.pay(SignedUpdate(cumulative, signature), node.store)
+
+        async def read_and_pay(channel_id: bytes, read=node.store.channel):
+            reading = asyncio.ensure_future(read(channel_id))
+            await asyncio.sleep(0)
+            with pytest.raises(SessionEnded):
+                await pay(UNIT - 1)
+            return await reading
+
+        if closed_by == "the ledger":
+            await economy.ledger.close_channel(
+                ChannelClose(channel=channel_id, capture=0), node.payee_key, 0, b""
+            )
+        monkeypatch.setattr(group_commit, "IN_PLACE_S", 0)  # as on a slow disk
+        with monkeypatch.context() as patch:
+            patch.setattr(node.store, "channel", read_and_pay)
+            saving = asyncio.create_task(pay(UNIT - 2))
+            await asyncio.sleep(0)
+            await (node.closer.watch() if closed_by == "the ledger" else node.closer.close(channel_id))
+        await saving
+        record, tally = await node.store.channel(channel_id)
+        assert (record.best.cumulative, tally.owed) == (UNIT - 2, UNIT)
+        assert record.capture == (0 if closed_by == "the ledger" else UNIT - 2)
+        assert record.arrears == live.payee.standing.written_off == 2
+        btt.providers[0].live = None
+        await session.abandon()

@@ -83,18 +83,14 @@ class Closer:
             closing.exception()  # taken note of, even if whoever asked has gone
 
     async def _close(self, channel_id: bytes) -> tuple[bytes, bytes]:
-        found = await self._store.channel(channel_id)
+        found = await self._last(channel_id, "The channel is being closed.")
         if found is None:
             raise ChannelUnknown("This node has no such channel.")
-        record, tally = found
-        session = self._sessions.live(channel_id)
-        if session is not None:
-            tally = session.payee.meter.tally
-            self._sessions.end(session, SessionEnded("The channel is being closed."))
+        record, owed = found
         best = record.best.cumulative if record.best else 0
         # What was prepaid and not used goes back to the payer with the rest.
-        arrears = max(0, tally.owed - best) if record.state == OPEN else 0
-        capture = await self._store.begin_close(channel_id, min(best, tally.owed), arrears)
+        arrears = max(0, owed - best) if record.state == OPEN else 0
+        capture = await self._store.begin_close(channel_id, min(best, owed), arrears)
         await self._sessions.forget(record.payer, channel_id, arrears)
         receipt = await self._ledger.close_channel(
             ChannelClose(channel=channel_id, capture=capture),
@@ -106,6 +102,20 @@ class Closer:
         await self._store.end_close(channel_id, body, receipt.signature)
         log.info("channel.closed", channel=channel_id.hex(), captured=capture)
         return body, receipt.signature
+
+    async def _last(self, channel_id: bytes, why: str) -> tuple[ChannelRecord, int] | None:
+        """Ends a channel's session, and returns how its books end: no later update counts.
+
+        They are read behind whatever the session was saving, or its payer would owe what it has paid.
+        """
+        session = self._sessions.live(channel_id)
+        if session is not None:
+            self._sessions.end(session, SessionEnded(why))
+        found = await self._store.channel(channel_id)
+        if found is None:
+            return None
+        record, tally = found
+        return record, (tally if session is None else session.payee.meter).owed
 
     async def sweep(self) -> int:
         """Closes what must be closed now: begun closes, and channels near their lock time.
@@ -168,16 +178,12 @@ class Closer:
     async def _closed_elsewhere(self, record: ChannelRecord) -> None:
         """The ledger closed a channel while this node was away: its books say what was paid."""
         state = await self._ledger.channel(record.channel_id, self._key)
-        found = await self._store.channel(record.channel_id)
+        found = await self._last(record.channel_id, "The channel was closed on the ledger.")
         if found is None or found[0].state == CLOSED:
             return
-        record, tally = found
-        session = self._sessions.live(record.channel_id)
-        if session is not None:
-            tally = session.payee.meter.tally
-            self._sessions.end(session, SessionEnded("The channel was closed on the ledger."))
+        record, owed = found
         best = record.best.cumulative if record.best else 0
-        arrears = max(0, tally.owed - best) if record.state == OPEN else 0
+        arrears = max(0, owed - best) if record.state == OPEN else 0
         await self._store.closed_elsewhere(record.channel_id, state.captured, arrears)
         await self._sessions.forget(record.payer, record.channel_id, arrears)
         log.warning("channel.closed_elsewhere", channel=record.channel_id.hex(), captured=state.captured)

@@ -270,9 +270,11 @@ class Session:
         """Checks an update, saves it, and only then counts it.
 
         Raises:
+            SessionEnded: The session has ended, and its channel may be closing.
             UpdateInvalid: It is not valid for this channel.
             StorageError: It could not be saved, and does not count.
         """
+        self._alive()
         checked = self.payee.check(update)
         if checked is None:
             return
