@@ -31,8 +31,10 @@ from btt.sdk.identity import NodeAddress
 from btt.sdk.keys import PrivateKey
 from btt.sdk.payment import bans as table
 from btt.sdk.payment.bans import all_conduct, load_conduct, save_conduct
+from btt.sdk.payment.calls import CALL_KEY
 from btt.sdk.payment.connection import connect_node
 from btt.sdk.payment.store import PayerStore
+from btt.sdk.payment.wire import counts_of
 from btt.sdk.rpc import to_error
 from kit.payers import UNIT, RawPayer, Relay, dial, probe_node
 from kit.probe import PRICES, Probe, pb, rpc
@@ -179,6 +181,30 @@ async def test_p7_what_no_honest_program_sends_is_a_strike(shop, lie, error):
     assert isinstance(await end_of_stream(stream), Banned)
     with pytest.raises(Banned):
         await payer.open()
+
+
+async def test_p7_what_an_older_session_still_says_is_no_strike(shop):
+    """An honest payer came back, and the node reads the rest of its old stream only now."""
+    payer = await shop.payer()
+    await payer.open()
+    old, stream = shop.node.sessions.live(payer.id), await payer.attach()
+    ticket = payer.ticket()
+    call_id = dict(ticket)[CALL_KEY]
+    ask = pb.Ask(messages=1, size=UNIT, max_rows=UNIT)
+    async for _ in rpc.ProbeServiceStub(shop.channel).Query(ask, metadata=ticket):
+        pass
+    accepted = counts_of(old.payee.delivered(call_id))
+    assert accepted
+    await payer.open()
+
+    async def rest():
+        yield payment_pb2.PayRequest(report=payment_pb2.Report(call_id=call_id, accepted=accepted))
+        yield payer.update(UNIT)
+
+    await shop.node.payments._hear(old, rest())
+    assert (await shop.conduct(payer)).strikes == 0
+    assert shop.node.sessions.live(payer.id).payee.meter.paid == 0
+    stream.cancel()
 
 
 async def _open_as(shop, payer, thief):

@@ -306,6 +306,8 @@ class PaymentServicer(payment_pb2_grpc.PaymentServiceServicer):
         update = None
         try:
             async for request in requests:
+                if session.error is not None:
+                    return  # what an Open settled meanwhile counts neither for nor against anybody
                 if request.HasField("update"):
                     update = _update(request.update)
                     await session.pay(update, self._store)
