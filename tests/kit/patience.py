@@ -135,7 +135,7 @@ class ChaosPayer:
         for live in self.node.sessions.all():
             m = live.payee.meter
             standing = live.payee.standing
-            lines.append(f"node: calls {len(live.payee.open_calls)} owed {m.owed} paid {m.paid}"
+            lines.append(f"node: calls {live.payee.open_calls} owed {m.owed} paid {m.paid}"
                          f" waiting {len(live._waiting)} demand {live.demand} {standing}")  # fmt: skip
         return "\n".join(lines)
 

@@ -24,7 +24,7 @@ from btt.sdk.channel import (
     Tally,
 )
 from btt.sdk.channel.payee import REMEMBERED_CALLS
-from btt.sdk.errors import CallRepeated, CountsDiffer, SessionEnded, UpdateInvalid
+from btt.sdk.errors import CallRepeated, CountsDiffer, RateLimited, SessionEnded, UpdateInvalid
 from btt.sdk.keys import PrivateKey
 from btt.sdk.money import MAX_UNITS, Rate, Unit
 from btt.sdk.signing import ChannelUpdate, sign
@@ -235,6 +235,15 @@ class TestCalls:
         with pytest.raises(CallRepeated):
             payee.begin((1).to_bytes(16, "big"))
 
+    def test_so_is_that_of_calls_that_are_not_reported_on(self) -> None:
+        payee = make_payee()
+        for number in range(REMEMBERED_CALLS):
+            payee.begin(number.to_bytes(16, "big"))
+        with pytest.raises(RateLimited):
+            payee.begin(A)
+        payee.settle(bytes(16), {})
+        payee.begin(A)
+
     def test_nothing_leaves_in_an_ended_call(self) -> None:
         payee = make_payee()
         payee.begin(A)
@@ -245,7 +254,7 @@ class TestCalls:
             with pytest.raises(SessionEnded):
                 payee.deliver(call_id, SEGMENT, 1)
         assert payee.meter.owed == 0
-        assert payee.open_calls == frozenset()
+        assert payee.open_calls == 0
 
     def test_a_voided_call_owes_nothing_and_is_no_write_off(self) -> None:
         payee = make_payee()
@@ -390,7 +399,7 @@ class Thief:
         payee = self.channels[index]
         if kind == "get":
             call_id, units = bytes([args[0]]) * 16, args[1]
-            if call_id not in payee.open_calls:
+            if not payee.is_open(call_id):
                 payee._ended.pop(call_id, None)  # under a fresh name
                 payee.begin(call_id)
             with suppress(SessionEnded):

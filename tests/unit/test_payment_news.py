@@ -21,7 +21,8 @@ from btt.sdk.channel import (
     Tally,
     signing_point,
 )
-from btt.sdk.errors import SessionEnded
+from btt.sdk.channel.payee import REMEMBERED_CALLS
+from btt.sdk.errors import InvalidRequest, SessionEnded
 from btt.sdk.keys import Address, PrivateKey
 from btt.sdk.money import Rate, Unit
 from btt.sdk.signing import ChannelUpdate, sign
@@ -194,3 +195,12 @@ async def test_a_payer_that_has_paid_what_it_was_asked_for_hears_no_more(live):
     await live.pay(1)
     await waiting
     assert not await live.told()
+
+
+async def test_what_a_payer_does_not_read_is_bounded(live):
+    for number in range(REMEMBERED_CALLS):
+        live.session.settle(number.to_bytes(16, "big"), {})
+    with pytest.raises(InvalidRequest):
+        live.session.settle(OTHER, {})
+    assert len((await live.session.news()).settlements) == REMEMBERED_CALLS
+    live.session.settle(OTHER, {})

@@ -65,7 +65,7 @@ def begin(session: Session, call_id: bytes, charge: MethodCharge, context: Meter
     """Begins the count of one call, and shows it to the service that runs from here on.
 
     Raises:
-        CallRepeated, SessionEnded: As `Metering`.
+        CallRepeated, RateLimited, SessionEnded: As `Metering`.
     """
     metering = Metering(session, call_id, charge, context.tell)
     _current.set(Charged(session, call_id, metering))

@@ -32,6 +32,7 @@ class Metering:
 
     Raises:
         CallRepeated: The id was used before.
+        RateLimited: Too many calls were not reported on.
         SessionEnded: The session has ended.
     """
 

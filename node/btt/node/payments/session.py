@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 
 from btt.node.payments.store import PayeeStore
 from btt.sdk.channel import Payee, Segment, SignedUpdate, Standing, Units, signing_point
-from btt.sdk.errors import BttError, ChannelExhausted, PaymentRequired, SessionEnded
+from btt.sdk.channel.payee import REMEMBERED_CALLS
+from btt.sdk.errors import BttError, ChannelExhausted, InvalidRequest, PaymentRequired, SessionEnded
 from btt.sdk.identity import Offer
 from btt.sdk.keys import Address
 from btt.sdk.payment.apps import AppGrant
@@ -141,6 +142,7 @@ class Session:
         Raises:
             SessionEnded: The session has ended.
             CallRepeated: The id was used before.
+            RateLimited: Too many calls were not reported on.
         """
         self._alive()
         self.payee.begin(call_id)
@@ -260,7 +262,7 @@ class Session:
 
     def void(self, call_id: bytes) -> None:
         """Takes a call back whole: it failed by a fault of this node."""
-        if call_id in self.payee.open_calls:
+        if self.payee.is_open(call_id):
             self.payee.void(call_id)
             self.advance()
 
@@ -288,8 +290,11 @@ class Session:
 
         Raises:
             CountsDiffer: The report names more than was sent.
+            InvalidRequest: The payer reports, and does not read what it is told: that would pile up.
         """
-        if call_id in self.payee.open_calls:
+        if len(self._settlements) >= REMEMBERED_CALLS:
+            raise InvalidRequest("The payment stream is not read.")
+        if self.payee.is_open(call_id):
             self._heard += 1
         self._settlements.append((call_id, self.payee.settle(call_id, accepted)))
         self._acknowledged.pop(call_id, None)  # the payer asks no more

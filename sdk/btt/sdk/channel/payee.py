@@ -18,13 +18,20 @@ from btt.sdk.channel.durable import Durable
 from btt.sdk.channel.meter import Meter
 from btt.sdk.channel.payer import SignedUpdate
 from btt.sdk.channel.prices import PriceSheet, Segment, Tally
-from btt.sdk.errors import CallRepeated, CountsDiffer, InvalidRequest, SessionEnded, UpdateInvalid
+from btt.sdk.errors import (
+    CallRepeated,
+    CountsDiffer,
+    InvalidRequest,
+    RateLimited,
+    SessionEnded,
+    UpdateInvalid,
+)
 from btt.sdk.keys import PublicKey
 from btt.sdk.money import MAX_UNITS
 from btt.sdk.signing import Updates
 
 REMEMBERED_CALLS = 4096
-"""Ended calls whose ids stay refused."""
+"""Ended calls whose ids stay refused, and the most that may be open: a call costs its payer nothing yet."""
 
 
 class Checked(NamedTuple):
@@ -127,9 +134,12 @@ class Payee:
 
         Raises:
             CallRepeated: The id is that of an open call, or of one that was reported on.
+            RateLimited: The payer does not report on its calls.
         """
         if call_id in self._open or call_id in self._voided or call_id in self._ended:
             raise CallRepeated("This call id was used before.")
+        if len(self._open) >= REMEMBERED_CALLS:
+            raise RateLimited(f"{REMEMBERED_CALLS} calls of this channel were not reported on yet.")
         self._open[call_id] = {}
 
     def deliver(self, call_id: bytes, segment: Segment, units: int) -> None:
@@ -204,9 +214,13 @@ class Payee:
             del self._ended[next(iter(self._ended))]
 
     @property
-    def open_calls(self) -> frozenset[bytes]:
-        """Calls that are not settled yet."""
-        return frozenset(self._open)
+    def open_calls(self) -> int:
+        """How many calls are not settled yet."""
+        return len(self._open)
+
+    def is_open(self, call_id: bytes) -> bool:
+        """Says whether a call is not settled yet."""
+        return call_id in self._open
 
     def reconcile(self, accepted: Mapping[Segment, int]) -> dict[Segment, int]:
         """Settles everything by the payer's cumulative counts when a session opens.
