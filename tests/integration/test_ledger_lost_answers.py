@@ -12,14 +12,17 @@ from typing import Any
 import grpc
 import pytest
 
+from btt.sdk.errors import InvalidRequest, OutcomeUnknown, RateLimited
 from btt.sdk.keys import PrivateKey
-from btt.sdk.ledger import LedgerClient
+from btt.sdk.ledger import LedgerClient, SignedReceipt
 from btt.sdk.ledger import connection as connection_module
+from btt.sdk.rpc import abort
 from btt.services.ledger import folder, server
 from btt.services.ledger.books import Terms
+from btt.services.ledger.journal import Kind
 from btt.services.ledger.reading import Reader
 from btt.services.ledger.service import LedgerService
-from kit.ledgers import BANK, ISSUE, PRICE, SHOP, errands, insist, same
+from kit.ledgers import BANK, HOUR, ISSUE, PRICE, SHOP, errands, insist, same
 
 PEOPLE = [PrivateKey(n.to_bytes(32, "big")) for n in (51, 52)]
 ROUNDS = 4
@@ -88,3 +91,44 @@ async def test_lost_answers_change_nothing(
     assert rough == calm
     assert kinds(tmp_path / "rough") == kinds(tmp_path / "calm")
     assert rough["accounts"][1] == PRICE * ROUNDS * len(PEOPLE)
+
+
+@pytest.mark.parametrize("kind", [Kind.TRANSFER, Kind.TOP_UP])
+async def test_what_got_no_answer_is_asked_again_by_the_name_in_the_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Kind
+) -> None:
+    """Nothing says to try again what would then be another payment."""
+    monkeypatch.setattr(connection_module, "_PAUSES", (0.0, 0.0))
+    home = tmp_path / "ledger"
+    async with served(home) as ledger:
+        person, answer = PEOPLE[0], LedgerService._answer
+        lost: list[bytes] = []
+        opening = errands(ledger, person, 0)[1]
+        channel = (await opening.ask(ledger)).receipt.request_digest
+
+        async def ask(**name: Any) -> SignedReceipt:
+            if kind is Kind.TRANSFER:
+                return await ledger.transfer(person, SHOP.address, 100, **name)
+            return await ledger.top_up(channel, person, 100, **name)
+
+        async def no_answer(self: LedgerService, context: Any, work: Any) -> Any:
+            done = await answer(self, context, work)
+            if hasattr(done, "body"):
+                if done.body in lost:  # to be told to wait says nothing about the first time
+                    await abort(context, RateLimited("Not so fast."))
+                lost.append(done.body)
+                await context.abort(grpc.StatusCode.UNAVAILABLE, "the line went")
+            return done
+
+        with monkeypatch.context() as patch:
+            patch.setattr(LedgerService, "_answer", no_answer)
+            with pytest.raises(OutcomeUnknown) as unknown:
+                await ask()
+            with pytest.raises(OutcomeUnknown):
+                await ask(valid_until_ms=ledger.now_ms() + HOUR)
+        assert not unknown.value.retryable
+        known = {"request_id": unknown.value.request_id, "valid_until_ms": unknown.value.valid_until_ms}
+        assert same(await ask(**known), await ask(**known))
+        with pytest.raises(InvalidRequest, match="together"):
+            await ask(request_id=known["request_id"])
+    assert kinds(home).count(kind) == {Kind.TRANSFER: len(PEOPLE), Kind.TOP_UP: 0}[kind] + 2

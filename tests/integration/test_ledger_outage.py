@@ -11,7 +11,14 @@ from pathlib import Path
 import pytest
 
 from btt.sdk.clock import SharedClock
-from btt.sdk.errors import ChannelClosed, ChannelClosing, ChannelLocked, EvidenceInvalid, StorageError
+from btt.sdk.errors import (
+    ChannelClosed,
+    ChannelClosing,
+    ChannelLocked,
+    EvidenceInvalid,
+    OutcomeUnknown,
+    StorageError,
+)
 from btt.sdk.keys import PrivateKey
 from btt.sdk.ledger import LedgerClient, evidence
 from btt.sdk.ledger.keeping import RECEIPTS, EvidenceStore
@@ -150,10 +157,10 @@ async def test_a_disk_that_takes_nothing_is_an_outage_too(home, monkeypatch):
                 raise StorageError("The disk is full.")
 
             patch.setattr(Store, "commit", full)
-            with pytest.raises(StorageError):
+            with pytest.raises(OutcomeUnknown, match="The disk is full"):
                 await ledger.transfer(BANK, SHOP.public.address, 1)
             home.now_ms += 3 * HOUR
-            with pytest.raises(StorageError):
+            with pytest.raises(OutcomeUnknown, match="The disk is full"):
                 await ledger.transfer(BANK, SHOP.public.address, 1)
         await running.sweeper.sweep()
         assert await close(ledger, channel) == BEST

@@ -30,6 +30,7 @@ from btt.sdk.errors import (
     InvalidRequest,
     InvariantBroken,
     LedgerUnreachable,
+    OutcomeUnknown,
     RequestConflict,
     RequestExpired,
     SignatureInvalid,
@@ -301,7 +302,7 @@ async def test_a_failed_disk_is_tried_again_with_the_same_request(
     assert tries == [receipt.receipt.request_digest] * 2
     tries.clear()
     monkeypatch.setattr(client_module, "TRIES", 1)
-    with pytest.raises(StorageError):
+    with pytest.raises(OutcomeUnknown, match="The disk failed"):
         await ledger.transfer(ALICE, BOB.address, 5)
 
 

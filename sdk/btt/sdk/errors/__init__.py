@@ -37,6 +37,7 @@ BttError
  |        +-- NodeBanned      the wallet leaves the only node alone for a while
  +-- StorageError             a disk or database failed; nothing was lost
  +-- LedgerUnreachable        the node cannot see the ledger and gives no credit
+ |    +-- OutcomeUnknown      no answer to a request that moves money: it may have happened
  +-- InternalError            a defect
       +-- Overbilled         the service billed more than its caller allows
 
@@ -55,6 +56,7 @@ from btt.sdk.errors._base import (
     InternalError,
     InvalidRequest,
     LedgerUnreachable,
+    OutcomeUnknown,
     RemoteError,
     RequestConflict,
     RequestExpired,
@@ -146,6 +148,7 @@ __all__ = [
     "LedgerUnreachable",
     "NoProviders",
     "NodeBanned",
+    "OutcomeUnknown",
     "Overbilled",
     "PaymentError",
     "PaymentRequired",

@@ -134,6 +134,30 @@ class LedgerUnreachable(BttError):
     hint = "Check the ledger's address and that it is running, then try again."
 
 
+class OutcomeUnknown(LedgerUnreachable):
+    """A request that moves money got no answer: it may have happened, and it may not.
+
+    Args:
+        message: What happened, for a person.
+        hint: What to do next.
+        request_id: 16 bytes that name the request; with `valid_until_ms` it asks again.
+        valid_until_ms: Ledger time after which it cannot happen any more.
+    """
+
+    reason = ""
+    retryable = False
+    hint = (
+        "Ask again with the same request_id and valid_until_ms, which never pays twice; a new request would."
+    )
+
+    def __init__(
+        self, message: str, *, hint: str | None = None, request_id: bytes = b"", valid_until_ms: int = 0
+    ) -> None:
+        super().__init__(message, hint=hint)
+        self.request_id = request_id
+        self.valid_until_ms = valid_until_ms
+
+
 class InternalError(BttError):
     """A defect of the other side; the call was not charged."""
 

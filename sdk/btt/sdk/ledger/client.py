@@ -1,6 +1,7 @@
 """Talks to a ledger and believes only what its operator signed; see `connection` for how.
 
-Every call may be repeated: a request that the ledger has seen gets the receipt it got before.
+Every request may be repeated: one that the ledger has seen gets the receipt it got before. A transfer
+or a top-up is the same request only with the same `request_id` and `valid_until_ms`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from btt.sdk.errors import (
     LedgerUnreachable,
 )
 from btt.sdk.keys import Address, PrivateKey
-from btt.sdk.ledger.connection import explain
+from btt.sdk.ledger.connection import REQUEST_MS, explain
 from btt.sdk.ledger.gathering import Gathering
 from btt.sdk.ledger.receipt import SignedReceipt
 from btt.sdk.signing import (
@@ -32,7 +33,6 @@ from btt.sdk.signing import (
     Transfer,
 )
 
-_TRANSFER_MS: Final = 3_600_000
 _WATCH_MS: Final = 1_800_000
 
 
@@ -98,24 +98,29 @@ class LedgerClient(Gathering):
     ) -> SignedReceipt:
         """Moves money to another account.
 
+        Without `request_id` each call is a payment of its own. To be able to ask again whatever comes
+        between, a crash as well, make and keep `request_id` and `valid_until_ms` first: with both, the
+        same call pays once however often it is made.
+
         Args:
             key: Of the account it comes from.
             to: Account it goes to; it begins with its first credit.
             amount: Base units, at least 1.
-            request_id: 16 bytes that name the intent; keep them, with `valid_until_ms`, to ask again
-                after a crash without paying twice. Random by default.
-            valid_until_ms: Ledger time after which it must not happen, at most 24 hours ahead; one
-                hour by default.
+            request_id: 16 random bytes that name the request, together with `valid_until_ms`; new ones
+                by default.
+            valid_until_ms: Ledger time (`now_ms`) after which it must not happen, at most 24 hours ahead;
+                one hour by default.
             memo: 32 bytes for the recipient.
 
         Raises:
             InsufficientFunds, AccountUnknown: The account does not have it.
             RequestConflict: The request id was used for something else.
-            LedgerUnreachable: No answer; the same call again tells what happened.
+            InvalidRequest: A request id without `valid_until_ms`.
+            OutcomeUnknown: No answer to a call without `request_id`; the error has what asks again.
+            LedgerUnreachable: No answer to a call with both; the same call again tells what happened.
         """
-        name = secrets.token_bytes(16) if request_id is None else request_id
 
-        async def move(until_ms: int) -> SignedReceipt:
+        async def move(name: bytes, until_ms: int) -> SignedReceipt:
             message = Transfer(
                 sender=key.address,
                 recipient=to,
@@ -128,10 +133,7 @@ class LedgerClient(Gathering):
             response = await self._call(self._stub.Transfer, pb.TransferRequest(transfer=signed))
             return await self._acknowledged(pb.ENTRY_KIND_TRANSFER, message, _proof(signed), response.receipt)
 
-        if valid_until_ms is not None:
-            return await move(valid_until_ms)
-        # Signing anew after RequestExpired is safe: the ledger looks for the entry before the time.
-        return await self._timely(lambda now_ms: move(now_ms + _TRANSFER_MS))
+        return await self._once(move, request_id, valid_until_ms)
 
     async def open_channel(
         self, commit: ChannelCommit, payer_key: PrivateKey, refund_signature: bytes
@@ -196,25 +198,23 @@ class LedgerClient(Gathering):
             channel_id: 32 bytes.
             payer_key: The payer's account key.
             amount: Base units, at least 1.
-            request_id: 16 bytes that name the intent, as for `transfer`.
+            request_id: 16 bytes that name the request, as for `transfer`.
             valid_until_ms: As for `transfer`.
 
         Raises:
             InsufficientFunds: The account does not have it.
             ChannelExpired, ChannelClosing, ChannelClosed: The channel takes no more.
             TermsRefused: The account would have more locked than the ledger allows.
+            OutcomeUnknown, LedgerUnreachable: No answer; as for `transfer`.
         """
-        name = secrets.token_bytes(16) if request_id is None else request_id
 
-        async def add(until_ms: int) -> SignedReceipt:
+        async def add(name: bytes, until_ms: int) -> SignedReceipt:
             message = TopUp(channel=channel_id, amount=amount, request_id=name, valid_until_ms=until_ms)
             signed = self._signed(payer_key, message)
             response = await self._call(self._stub.TopUpChannel, pb.TopUpChannelRequest(top_up=signed))
             return await self._acknowledged(pb.ENTRY_KIND_TOP_UP, message, _proof(signed), response.receipt)
 
-        if valid_until_ms is not None:
-            return await add(valid_until_ms)
-        return await self._timely(lambda now_ms: add(now_ms + _TRANSFER_MS))
+        return await self._once(add, request_id, valid_until_ms)
 
     async def submit_update(self, update: ChannelUpdate, update_signature: bytes) -> SignedReceipt:
         """Shows an update: the ledger keeps it, and pays it out if nobody closes with a higher one.
@@ -265,7 +265,7 @@ class LedgerClient(Gathering):
 
         if valid_until_ms is not None:
             return await ask(valid_until_ms)
-        return await self._timely(lambda now_ms: ask(now_ms + _TRANSFER_MS))
+        return await self._timely(lambda now_ms: ask(now_ms + REQUEST_MS))
 
     async def finalize_channel(self, channel_id: bytes) -> SignedReceipt:
         """Pays out a channel whose window has ended; anybody may.

@@ -31,6 +31,7 @@ from btt.sdk.errors import (
     LedgerEquivocated,
     LedgerForgot,
     LedgerUnreachable,
+    OutcomeUnknown,
     RateLimited,
     RequestExpired,
     SignatureInvalid,
@@ -57,6 +58,8 @@ if TYPE_CHECKING:
 
 TRIES: Final = 3
 """How often a call is made when the ledger does not answer; every call may be repeated."""
+REQUEST_MS: Final = 3_600_000
+"""For how long a request is valid whose caller did not say."""
 _PAUSES: Final = (0.1, 0.5)
 _QUERY_MS: Final = 60_000
 
@@ -230,17 +233,21 @@ class Connection:
     async def _call(self, method: _Method[_Request, _Answer], request: _Request) -> _Answer:
         if self._lost_sight and not isinstance(request, pb.GetInfoRequest):
             await self.info()  # what answers there now may have forgotten what we hold
+        failed: BttError | None = None
         for attempt in range(TRIES):
             try:
                 return await method(request, timeout=self._timeout, wait_for_ready=attempt > 0)
             except grpc.aio.AioRpcError as failure:
                 error = explain(failure)
+            if not isinstance(error, RateLimited):
+                failed = error
             self._lost_sight |= isinstance(error, LedgerUnreachable | TransportError)
             if not error.retryable or attempt == TRIES - 1:
                 break
             wait = error.retry_after if isinstance(error, RateLimited) else 0.0
             await asyncio.sleep(max(_PAUSES[attempt], wait))
-        raise error
+        # To be told to wait says nothing about a try before that.
+        raise failed or error
 
     async def _timely(self, attempt: Callable[[int], Awaitable[_Answer]]) -> _Answer:
         try:
@@ -248,6 +255,38 @@ class Connection:
         except RequestExpired:
             await self.info()  # this machine slept, or a clock was set
             return await attempt(self.now_ms())
+
+    async def _once(
+        self,
+        ask: Callable[[bytes, int], Awaitable[SignedReceipt]],
+        request_id: bytes | None,
+        valid_until_ms: int | None,
+    ) -> SignedReceipt:
+        """Makes a request that moves money, under the name its caller gave it or under a new one."""
+        if request_id is not None:
+            if valid_until_ms is None:  # the ledger forgets an id some time after its validity
+                raise InvalidRequest("A request_id names a request only together with valid_until_ms.")
+            return await ask(request_id, valid_until_ms)
+        name = secrets.token_bytes(16)
+
+        async def attempt(until_ms: int) -> SignedReceipt:
+            try:
+                return await ask(name, until_ms)
+            except BttError as error:
+                if not error.retryable or isinstance(error, RateLimited):
+                    raise
+                # Also after a StorageError: what a sync failed on may be on the disk. Its caller
+                # could only make another request, and pay twice.
+                raise OutcomeUnknown(
+                    f"It is not known whether it happened. {error.message}",
+                    request_id=name,
+                    valid_until_ms=until_ms,
+                ) from error
+
+        if valid_until_ms is not None:
+            return await attempt(valid_until_ms)
+        # Signing anew after RequestExpired is safe: the ledger looks for the entry before the time.
+        return await self._timely(lambda now_ms: attempt(now_ms + REQUEST_MS))
 
     def _signed(self, key: PrivateKey, message: Message) -> pb.SignedBody:
         return pb.SignedBody(
