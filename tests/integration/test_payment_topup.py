@@ -369,7 +369,7 @@ async def test_two_processes_share_one_wallet_and_one_budget(probe, economy, sha
     assert (await economy.ledger.account(wallet.account)).available == 100 * BTT
 
 
-@pytest.mark.parametrize("version", [1, 2, 3])
+@pytest.mark.parametrize("version", [1, 2, 3, 4])
 def test_books_of_older_versions_are_brought_up_to_date(tmp_path, version):
     store = PayerStore(tmp_path)
     node = PrivateKey.generate().address
@@ -377,7 +377,8 @@ def test_books_of_older_versions_are_brought_up_to_date(tmp_path, version):
     store.close()
     old = sqlite3.connect(tmp_path / "payer.db")
     old.executescript(
-        "ALTER TABLE budgets DROP COLUMN within;"
+        "DROP TABLE transfers;"
+        + ("ALTER TABLE budgets DROP COLUMN within;" if version < 4 else "")
         + (
             "ALTER TABLE budgets DROP COLUMN spent; ALTER TABLE channels DROP COLUMN kept_ms;"
             "DROP TABLE top_ups; DROP TABLE watched; DROP TABLE places;"
@@ -394,6 +395,8 @@ def test_books_of_older_versions_are_brought_up_to_date(tmp_path, version):
         assert store.channels() == []
         assert known_endpoint(store, "127.0.0.1:1") == node
         assert store.conduct(node).strikes == 0
+        with store.books() as db:
+            assert db.execute("SELECT * FROM transfers").fetchall() == []
         store.close()
     newer = sqlite3.connect(tmp_path / "payer.db")
     newer.execute("PRAGMA user_version=9")

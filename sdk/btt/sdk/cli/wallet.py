@@ -6,7 +6,8 @@ import asyncio
 import json
 import os
 import sys
-from typing import Annotated
+from contextlib import closing
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -26,6 +27,11 @@ from btt.sdk.cli.options import (
     wallet_folder,
 )
 from btt.sdk.errors import ConfigError
+
+if TYPE_CHECKING:
+    from btt.sdk.ledger import SignedReceipt
+    from btt.sdk.payment.store import PayerStore
+    from btt.sdk.payment.transfers import Earlier
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, help="Your BTT: one file, twelve words, one address.")
 app.command()(grants.grant)
@@ -126,9 +132,15 @@ def transfer(
     yes: Yes = False,
     as_json: AsJson = False,
 ) -> None:
-    """Send BTT to another account of the ledger."""
+    """Send BTT to another account of the ledger.
+
+    If no answer comes, the same command again asks what became of it, and cannot pay twice. A command for
+    another transfer settles the one before it first.
+    """
     from btt.sdk.keys import Address
     from btt.sdk.money import Amount
+    from btt.sdk.payment import transfers
+    from btt.sdk.payment.store import PayerStore
 
     folder = wallet_folder(wallet)
     receiver = parsed(Address.parse, to, "TO")
@@ -140,18 +152,44 @@ def transfer(
     if not yes and not confirmed(f"Send {value} to {receiver}?"):
         raise typer.Exit(1)
 
-    async def move() -> tuple[int, str]:
-        async with keeping_ledger(ledger, folder) as client:
-            receipt = await client.transfer(opened.key(), receiver, int(value), memo=note.ljust(32, b"\0"))
-        return receipt.seq, receipt.receipt.request_digest.hex()
+    key = opened.key()
 
-    seq, digest = asyncio.run(move())
+    async def move(store: PayerStore) -> tuple[SignedReceipt, Earlier | None]:
+        async with keeping_ledger(ledger, folder) as client:
+            earlier = await transfers.settle(store, client, key)
+            if earlier is not None:
+                typer.echo(_what_became_of(earlier), err=True)
+                before = earlier.request
+                if earlier.receipt is not None and (before.recipient, before.amount) == (receiver, value):
+                    typer.echo("That is what was asked for now; nothing more was sent.", err=True)
+                    return earlier.receipt, earlier
+            padded = note.ljust(32, b"\0")
+            return await transfers.send(store, client, key, receiver, int(value), padded), earlier
+
+    with closing(PayerStore(folder)) as store, transfers.alone(store):
+        receipt, earlier = asyncio.run(move(store))
     if as_json:
-        typer.echo(
-            json.dumps({"entry": seq, "request": digest, "amount": str(int(value)), "to": str(receiver)})
-        )
+        sent = {
+            "entry": receipt.seq, "request": receipt.receipt.request_digest.hex(),
+            "amount": str(int(value)), "to": str(receiver), "earlier": None,
+        }  # fmt: skip
+        if earlier is not None:
+            sent["earlier"] = {
+                "entry": earlier.receipt.seq if earlier.receipt else None,
+                "amount": str(int(earlier.request.amount)), "to": str(earlier.request.recipient),
+            }  # fmt: skip
+        typer.echo(json.dumps(sent))
         return
-    typer.echo(f"Sent {value} to {receiver}: entry {seq} of the ledger.")
+    typer.echo(f"Sent {value} to {receiver}: entry {receipt.seq} of the ledger.")
+
+
+def _what_became_of(earlier: Earlier) -> str:
+    from btt.sdk.money import Amount
+
+    what = f"A transfer of {Amount(earlier.request.amount)} to {earlier.request.recipient}, asked for before,"
+    if earlier.receipt is None:
+        return f"{what} did not happen, and never will."
+    return f"{what} went through: entry {earlier.receipt.seq} of the ledger."
 
 
 @app.command()

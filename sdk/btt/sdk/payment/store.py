@@ -30,11 +30,12 @@ from btt.sdk.payment.budgets import BUDGETS_SCHEMA
 from btt.sdk.payment.counts import COUNTS_SCHEMA, load_tally, save_counts
 from btt.sdk.payment.history import HISTORY_SCHEMA
 from btt.sdk.payment.pending import TOP_UPS_SCHEMA
+from btt.sdk.payment.transfers import TRANSFERS_SCHEMA
 
 if TYPE_CHECKING:
     from btt.sdk.budget import Budget
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 OPENING, OPEN, CLOSING, CLOSED = "opening", "open", "closing", "closed"
 
 _SCHEMA = """
@@ -69,6 +70,7 @@ _UPGRADES = {
     2: "ALTER TABLE budgets ADD COLUMN spent INTEGER NOT NULL DEFAULT 0;\n"
     "ALTER TABLE channels ADD COLUMN kept_ms INTEGER NOT NULL DEFAULT 0;\n" + TOP_UPS_SCHEMA + HISTORY_SCHEMA,
     3: "ALTER TABLE budgets ADD COLUMN within TEXT;",
+    4: TRANSFERS_SCHEMA,
 }
 
 
@@ -131,7 +133,13 @@ class PayerStore:
         self._lock = threading.RLock()
         self._db = open_books(
             folder / "payer.db",
-            schema=_SCHEMA + BUDGETS_SCHEMA + COUNTS_SCHEMA + BANS_SCHEMA + TOP_UPS_SCHEMA + HISTORY_SCHEMA,
+            schema=_SCHEMA
+            + BUDGETS_SCHEMA
+            + COUNTS_SCHEMA
+            + BANS_SCHEMA
+            + TOP_UPS_SCHEMA
+            + HISTORY_SCHEMA
+            + TRANSFERS_SCHEMA,
             version=SCHEMA_VERSION,
             upgrades=_UPGRADES,
             busy=True,
