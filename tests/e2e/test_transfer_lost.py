@@ -1,4 +1,4 @@
-"""`btt wallet transfer` whose answers get lost: the same command again pays once."""
+"""`btt wallet transfer` and `btt channel topup` whose answers get lost: the same command again pays once."""
 
 from __future__ import annotations
 
@@ -20,15 +20,16 @@ from btt.sdk.cli import main
 from btt.sdk.errors import AccountUnknown, InsufficientFunds, InvalidRequest, OutcomeUnknown, StorageError
 from btt.sdk.keys import PrivateKey
 from btt.sdk.ledger import LedgerAddress, LedgerClient, connection
-from btt.sdk.payment import transfers
+from btt.sdk.payment import pending, transfers
 from btt.sdk.payment.store import PayerStore
-from btt.sdk.wallet import Keystore
+from btt.sdk.signing import ChannelCommit, ChannelRefund, sign
+from btt.sdk.wallet import Keystore, derive_channel_key
 from btt.services.ledger import folder, server
 from btt.services.ledger.books import Terms
 from btt.services.ledger.service import LedgerService
 
 START, HOUR, ISSUE = 1_800_000_000_000, 3_600_000, 10_000
-BOB, CAROL = (PrivateKey(n.to_bytes(32, "big")) for n in (12, 13))
+K2, BOB, CAROL = (PrivateKey(n.to_bytes(32, "big")) for n in (22, 12, 13))
 NOT_KNOWN = "It is not known whether 0.0001 BTT went to"
 
 
@@ -224,3 +225,33 @@ async def test_what_is_refused_is_over(world: World, monkeypatch: pytest.MonkeyP
             assert world.under_way() == 1, "the ledger refused nothing"
             assert await transfers.settle(store, ledger, poor) is None, "another account's"
     assert await world.holds(BOB, CAROL) == [1, 0]
+
+
+async def test_a_top_up_by_hand_happens_once(world: World) -> None:
+    async with LedgerClient.connect(world.ledger) as ledger:
+        t1 = ChannelCommit(
+            payer=world.key.address, payee=BOB.address, k1=derive_channel_key(world.key, bytes(16)).public,
+            k2=K2.public, amount=100, expires_ms=START + HOUR, challenge_ms=1000, flags=1, fee=0,
+            nonce=bytes(16), service_ref=bytes(32),
+        )  # fmt: skip
+        channel = t1.channel_id(ledger.ledger_id)
+        t2 = ChannelRefund(channel=channel, not_before_ms=t1.expires_ms)
+        await ledger.open_channel(t1, world.key, sign(K2, t2, ledger.ledger_id))
+    words = ("channel", "topup", channel.hex(), "30 base units")
+    world.line.loses = "answers"
+    await world.run(*words, code=4)
+    await world.run(*words, code=4)
+    world.line.loses = ""
+    found, note = await world.run(*words)
+    assert (found["deposit"], "nothing more was locked" in note) == ("130", True)
+    found, note = await world.run(*words)  # on purpose
+    assert (found["deposit"], note) == ("160", "")
+    # Neither what a program began nor another amount is what is asked for now.
+    for budget, more, deposit in (("films", 30, 220), ("", 31, 281)):
+        with closing(PayerStore(world.wallet)) as store:
+            pending.begin(
+                store, channel, ledger_id=world.ledger.ledger_id, amount=30, valid_until_ms=START + HOUR,
+                budget=budget, granted=1000,
+            )  # fmt: skip
+        found, note = await world.run(*words[:3], f"{more} base units")
+        assert (found["deposit"], note) == (str(deposit), "")

@@ -214,7 +214,10 @@ def topup(
     yes: Yes = False,
     as_json: AsJson = False,
 ) -> None:
-    """Lock more money in a channel."""
+    """Lock more money in a channel.
+
+    If no answer comes, the same command again asks what became of it, and cannot lock it twice.
+    """
     from btt.sdk.money import Amount
 
     more = parsed(Amount.parse, amount, "AMOUNT")
@@ -222,11 +225,17 @@ def topup(
         raise typer.Exit(1)
 
     from btt.sdk.payment.outcome import look
-    from btt.sdk.payment.topups import top_up
+    from btt.sdk.payment.topups import resume, top_up
 
     async def add(client: LedgerClient, key: PrivateKey, purse: Purse) -> dict[str, Any]:
         state = await _one(client, key, channel)
-        await top_up(purse, state.channel_id, int(more))
+        earlier = await resume(purse, state.channel_id)
+        if any(done.amount == more and not done.budget for done in earlier):
+            typer.echo(
+                "An earlier command asked for that, and it happened; nothing more was locked.", err=True
+            )
+        else:
+            await top_up(purse, state.channel_id, int(more))
         return channel_fields(await look(purse, state.channel_id))
 
     found = with_purse(ledger, wallet, add)

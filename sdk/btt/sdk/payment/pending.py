@@ -36,12 +36,14 @@ class PendingTopUp:
         channel_id: 32 bytes.
         amount: Base units.
         valid_until_ms: Ledger time after which it cannot happen.
+        budget: Whose money it is; none when the user adds to a channel by hand.
     """
 
     request_id: bytes
     channel_id: bytes
     amount: int
     valid_until_ms: int
+    budget: str = ""
 
 
 def begin(
@@ -68,7 +70,7 @@ def begin(
     Raises:
         BudgetExceeded: The budget does not cover it.
     """
-    request = PendingTopUp(secrets.token_bytes(16), channel_id, amount, valid_until_ms)
+    request = PendingTopUp(secrets.token_bytes(16), channel_id, amount, valid_until_ms, budget)
     with store.books() as db:
         if budget:
             store.check(budget, granted, amount)
@@ -86,7 +88,7 @@ def pending(store: PayerStore, ledger_id: bytes, channel_id: bytes | None = None
     """Returns the top-ups under way, of one channel or of all."""
     with store.books() as db:
         rows = db.execute(
-            "SELECT request_id, channel_id, amount, valid_until_ms FROM top_ups"
+            "SELECT request_id, channel_id, amount, valid_until_ms, budget FROM top_ups"
             " WHERE ledger_id = ?1 AND (?2 IS NULL OR channel_id = ?2)",
             (ledger_id, channel_id),
         ).fetchall()

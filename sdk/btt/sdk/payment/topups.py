@@ -87,19 +87,25 @@ async def _ask(account: PrivateKey, purse: Purse, request: pending.PendingTopUp)
     pending.settle(purse.store, request, happened=True)
 
 
-async def resume(purse: Purse, channel_id: bytes | None = None) -> None:
+async def resume(purse: Purse, channel_id: bytes | None = None) -> list[pending.PendingTopUp]:
     """Hears the outcome of top-ups that somebody began and did not finish.
 
     Args:
         purse: Whose.
         channel_id: Those of this channel; all of this ledger if not given.
 
+    Returns:
+        Those that happened.
+
     Raises:
         LedgerUnreachable: The ledger does not answer.
     """
+    happened = []
     for request in pending.pending(purse.store, purse.ledger.ledger_id, channel_id):
         with contextlib.suppress(LedgerError, RequestExpired):
             await _ask(purse.account, purse, request)
+            happened.append(request)
+    return happened
 
 
 async def grow(purse: Purse, channel_id: bytes, *, used: int, need: int, least: int) -> StoredChannel:
