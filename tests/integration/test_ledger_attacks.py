@@ -296,8 +296,8 @@ async def test_a_flood_of_one_key_is_cut_off_at_its_rate(home: Path) -> None:
         server.serve(config, clock=Clock()) as running,
         LedgerClient.connect(running.address) as ledger,
     ):
-        channel = await opened(ledger, t1())
-        updates = [ChannelUpdate(channel=channel, cumulative=n) for n in range(5, 105, 5)] * 5
+        channel = await opened(ledger, t1(amount=500))
+        updates = [ChannelUpdate(channel=channel, cumulative=n) for n in range(5, 505, 5)]
         calls = (
             ask(
                 ledger._stub.SubmitUpdate,

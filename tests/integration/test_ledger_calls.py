@@ -20,6 +20,7 @@ from btt.sdk.errors import (
     ChannelUnknown,
     Draining,
     IdentityError,
+    InsufficientFunds,
     InvalidRequest,
     RateLimited,
     SignatureInvalid,
@@ -233,6 +234,63 @@ class TestRates:
                 with pytest.raises(InvalidRequest):
                     await ledger._call(ledger._stub.Transfer, pb.TransferRequest(transfer=forged))
             await ledger.transfer(ALICE, BOB.address, 10)
+
+    async def test_copies_of_what_a_key_signed_leave_it_its_share(
+        self, home: Path, clock: Clock, monkeypatch: Any
+    ) -> None:
+        """A payer has the closes of its node, and updates that the ledger refuses; it sends them all day."""
+        monkeypatch.setattr(connection_module, "TRIES", 1)
+        async with (
+            server.serve(config(home, rate=0.001, burst=3), clock=clock) as running,
+            LedgerClient.connect(running.address) as ledger,
+        ):
+            first, second, third = [await opened(ledger, name=name) for name in range(3)]
+            with pytest.raises(RateLimited):  # her three of what is new
+                await ledger.top_up(first, ALICE, 1)
+            (small, by_k1), (update, signed) = t3(ledger, second, 1), t3(ledger, second, 40)
+            done = await ledger.close_channel(ChannelClose(channel=first, capture=0), K2)
+            for _ in range(3):
+                again = await ledger.close_channel(ChannelClose(channel=first, capture=0), K2)
+                assert again.seq == done.seq
+                with pytest.raises(UpdateInvalid):
+                    await ledger.submit_update(small, by_k1)
+            with pytest.raises(RateLimited):
+                await ledger.close_channel(ChannelClose(channel=first, capture=0), K2)
+            with pytest.raises(RateLimited):
+                await ledger.submit_update(small, by_k1)
+            await ledger.submit_update(update, signed)
+            await ledger.close_channel(ChannelClose(channel=third, capture=0), K2)
+            await ledger.close_channel(ChannelClose(channel=second, capture=0), K2)
+
+    async def test_a_refusal_that_is_remembered_counts_for_who_signed_it(
+        self, home: Path, clock: Clock, monkeypatch: Any
+    ) -> None:
+        monkeypatch.setattr(connection_module, "TRIES", 1)
+        async with (
+            server.serve(config(home, rate=0.001, burst=3), clock=clock) as running,
+            LedgerClient.connect(running.address) as ledger,
+        ):
+            for _ in range(3):
+                with pytest.raises(InsufficientFunds):
+                    await ledger.transfer(ALICE, BOB.address, 10**6)
+            with pytest.raises(RateLimited):
+                await ledger.transfer(ALICE, BOB.address, 10**6)
+
+    async def test_nobody_keeps_the_ledger_from_paying_out(
+        self, home: Path, clock: Clock, monkeypatch: Any
+    ) -> None:
+        """Nobody signs a finalize: who asks for it too early, and often, delays it for nobody."""
+        monkeypatch.setattr(connection_module, "TRIES", 1)
+        async with (
+            server.serve(config(home, rate=0.001, burst=1), clock=clock) as running,
+            LedgerClient.connect(running.address) as ledger,
+        ):
+            channel = await opened(ledger)
+            for expected in (ChannelLocked, RateLimited):
+                with pytest.raises(expected):
+                    await ledger.finalize_channel(channel)
+            clock.now_ms += 2 * HOUR
+            assert await running.sweeper.sweep() == 1
 
 
 class TestWatch:

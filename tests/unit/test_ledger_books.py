@@ -25,7 +25,15 @@ from btt.sdk.errors import (
     UpdateInvalid,
 )
 from btt.sdk.keys import PrivateKey
-from btt.sdk.signing import ChannelClose, ChannelCommit, ChannelRefund, ChannelUpdate, Transfer, sign
+from btt.sdk.signing import (
+    ChannelClose,
+    ChannelCommit,
+    ChannelFinalize,
+    ChannelRefund,
+    ChannelUpdate,
+    Transfer,
+    sign,
+)
 from btt.services.ledger import books, genesis, journal
 from btt.services.ledger.books import Account, Request, Terms
 from btt.services.ledger.journal import NO_HASH, Entry, EntryRef, Head, Kind, Posting, Side
@@ -448,6 +456,28 @@ class TestClose:
         ):
             with pytest.raises(InvalidRequest):
                 attempt(cumulative, signature)
+
+
+def test_what_an_operation_counts_for(ledger: Memory) -> None:
+    channel = commit().channel_id(LEDGER)
+    too_much, stranger = transfer(amount=10**6, name=2), transfer(source=CAROL)
+    finalize = VERIFIER.finalize(ChannelFinalize(channel=channel).encode())
+    counted: list[bytes] = []
+    batch = Batch(ledger, clock_ms=NOW, terms=TERMS)
+    for operation in (opening(commit()), too_much, stranger, finalize):
+        for _ in range(2):
+            batch.run(operation, counted.append)
+    alice = ALICE.public.data
+    assert counted == [
+        *(alice, channel),
+        *(alice, too_much.digest),
+        *(stranger.digest, stranger.digest),
+        *(finalize.digest, finalize.digest),
+    ]
+    ledger._keep(batch)
+    due = Batch(ledger, clock_ms=NOW + 2 * DAY, terms=TERMS)
+    assert isinstance(due.run(finalize, counted.append), EntryRef)
+    assert len(counted) == 8  # due, and nobody's
 
 
 def test_ledger_time_never_runs_backwards(ledger: Memory) -> None:

@@ -1,6 +1,8 @@
 """How often one key may ask: a token bucket per key, in bounded memory.
 
-A key is charged after its signature was checked, else a stranger could use up another's share.
+A key is charged after its signature was checked and for what is new alone, else a stranger could use
+up another's share: signed bodies are copied, and who sends a copy is anybody. Copies have a share of
+their own, that of the body.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ class RateLimiter:
         self._buckets: OrderedDict[bytes, tuple[float, float]] = OrderedDict()
 
     def charge(self, key: bytes) -> None:
-        """Takes one token of a key.
+        """Takes one token of a key, or of a body by its digest.
 
         Raises:
             RateLimited: There is none; the error says when there will be.
@@ -54,4 +56,4 @@ class RateLimiter:
                 self._buckets.popitem(last=False)
         if not allowed:
             wait = (1 - left) / self._rate
-            raise RateLimited(f"This key asks too often; again in {wait:.3f} s.", retry_after=wait)
+            raise RateLimited(f"This is asked too often; again in {wait:.3f} s.", retry_after=wait)

@@ -7,12 +7,13 @@ the store has committed the batch.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Protocol
 
 from btt.sdk.errors import BttError, InternalError
 from btt.services.ledger import books, journal, rules
-from btt.services.ledger.books import Account, Effect, Refusal, Repeat, Request, Terms, View
+from btt.services.ledger.books import Account, Decision, Effect, Refusal, Repeat, Request, Terms, View
 from btt.services.ledger.journal import Entry, EntryRef, Head
 from btt.services.ledger.machine import Channel, Phase
 from btt.services.ledger.verify import Operation
@@ -97,11 +98,16 @@ class Batch:
         """True when there is nothing to commit."""
         return not self.entries and not self.requests
 
-    def run(self, operation: Operation) -> EntryRef | BttError:
+    def run(
+        self, operation: Operation, charge: Callable[[bytes], object] = lambda key: None
+    ) -> EntryRef | BttError:
         """Applies one operation; it succeeds or fails alone.
 
         Args:
             operation: Verified.
+            charge: Called with whom it counts for, before it takes effect; may refuse it. What is new
+                counts for its signer. What is known, or refused without a trace, counts for its digest
+                alone: others may hold a copy, and send it as often as they like.
 
         Returns:
             The entry for its receipt, or why it was refused. Neither may be told before the batch
@@ -109,10 +115,11 @@ class Batch:
         """
         if not isinstance(operation, Operation):
             return InternalError("The ledger applies verified operations only.")
+        decision = self._decide(operation)
+        new = isinstance(decision, Effect) or (isinstance(decision, Refusal) and decision.request)
         try:
-            decision = rules.decide(
-                self, operation, now_ms=self.now_ms, seq=self.head.seq + 1, terms=self._terms
-            )
+            if counts_for := operation.signer if new else operation.digest:  # nobody signs a finalize
+                charge(counts_for)
         except BttError as error:
             return error
         if isinstance(decision, Repeat):
@@ -124,6 +131,12 @@ class Batch:
         return self.absorb(
             decision, digest=operation.digest, body=operation.body, signatures=operation.signatures
         )
+
+    def _decide(self, operation: Operation) -> Decision:
+        try:
+            return rules.decide(self, operation, now_ms=self.now_ms, seq=self.head.seq + 1, terms=self._terms)
+        except BttError as error:
+            return Refusal(error, None)
 
     def absorb(self, effect: Effect, *, digest: bytes, body: bytes, signatures: bytes) -> EntryRef:
         """Writes an accepted effect into the batch.

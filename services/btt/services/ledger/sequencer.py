@@ -65,6 +65,7 @@ class Sequencer:
         committed: Called in the event loop with each batch that is durable.
         returned: Called with the time, in a writer's thread, before the first batch after one that the
             disk did not take.
+        charge: Bounds what one key may have carried out; see `Batch.run`.
     """
 
     def __init__(
@@ -74,10 +75,12 @@ class Sequencer:
         clock: Callable[[], int],
         committed: Callable[[Batch], None] = lambda batch: None,
         returned: Callable[[int], object] = lambda clock_ms: None,
+        charge: Callable[[bytes], object] = lambda key: None,
     ) -> None:
         self._store = store
         self._clock = clock
         self._returned = returned
+        self._charge = charge
         self._away = False
         self._committed = committed
         self._queue: deque[_Order] = deque()
@@ -223,7 +226,7 @@ class Sequencer:
                 self._returned(now_ms)
                 self._away = False
             batch = self._store.begin(now_ms, operations)
-            outcomes = [batch.run(operation) for operation in operations]
+            outcomes = [batch.run(operation, self._charge) for operation in operations]
             if not batch.empty:
                 self._store.commit(batch)
         except BttError as error:

@@ -118,8 +118,9 @@ async def serve(config: LedgerConfig, *, clock: Callable[[], int] = SYSTEM) -> A
         except BaseException:
             store.close()
             raise
+        limiter = RateLimiter(rate=config.rate, burst=config.burst)
         sequencer = await stack.enter_async_context(
-            Sequencer(store, clock=clock, committed=hub.publish, returned=returned)
+            Sequencer(store, clock=clock, committed=hub.publish, returned=returned, charge=limiter.charge)
         )
         service = LedgerService(
             sequencer=sequencer,
@@ -129,7 +130,7 @@ async def serve(config: LedgerConfig, *, clock: Callable[[], int] = SYSTEM) -> A
             certificates=[certificate_sha256(folder.certificate)],
             clock=clock,
             hub=hub,
-            limiter=RateLimiter(rate=config.rate, burst=config.burst),
+            limiter=limiter,
             auditors=config.auditors,
         )
         stack.callback(service.close)

@@ -65,7 +65,7 @@ class LedgerService(LedgerServiceServicer):
         certificates: SHA-256 of the DER certificates: current, then next.
         clock: Unix milliseconds.
         hub: Wakes watchers.
-        limiter: Bounds what one key may ask.
+        limiter: Bounds what one key may read.
         auditors: Who may read the journal, beside the operator.
     """
 
@@ -263,12 +263,7 @@ class LedgerService(LedgerServiceServicer):
         return max(self._clock(), head.time_ms)
 
     def _submit(self, verify: Callable[[], Operation]) -> Awaitable[pb.LedgerReceipt]:
-        def check() -> Operation:
-            operation = verify()
-            self._limiter.charge(operation.signer or operation.digest)
-            return operation
-
-        return self._sequencer.carry_out(check, self._voice.receipt)
+        return self._sequencer.carry_out(verify, self._voice.receipt)
 
     def _signed(self, verify: Callable[..., Operation], signed: pb.SignedBody) -> Awaitable[pb.LedgerReceipt]:
         return self._submit(lambda: verify(signed.body, signer=signed.public_key, signature=signed.signature))
