@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from btt.sdk.money import SUPPLY
 from btt.sdk.signing import (
     ChannelClose,
     ChannelCommit,
+    ChannelExtension,
     ChannelFinalize,
     ChannelRefund,
     ChannelUpdate,
@@ -37,12 +39,14 @@ from btt.services.ledger import (
     audit,
     backup,
     books,
+    check,
     export,
     folder,
     genesis,
     journal,
     mark,
     proving,
+    rows,
     schema,
     store,
 )
@@ -50,6 +54,7 @@ from btt.services.ledger.audit import AuditFailed
 from btt.services.ledger.books import Terms
 from btt.services.ledger.cli import _provers
 from btt.services.ledger.journal import Entry, Head, Kind, Posting, Side
+from btt.services.ledger.reading import connect
 from btt.services.ledger.store import Store
 from btt.services.ledger.verify import Operation, Verifier
 from btt.services.ledger.watching import journal_entry
@@ -619,6 +624,66 @@ class TestMark:
         assert found.seq == 12
 
 
+def check_events(database: Path) -> None:
+    """Pages of any size, from anywhere, tell everyone all that concerns him, in order and once."""
+    with closing(connect(database)) as connection:
+        entries = list(check.entries(connection))
+        opened = {
+            e.request_digest: ChannelCommit.decode(e.body) for e in entries if e.kind is Kind.OPEN_CHANNEL
+        }
+
+        def channel_of(entry: Entry) -> bytes:
+            return next((c for c in (entry.request_digest, entry.body[:32]) if c in opened), b"")
+
+        def concerns(entry: Entry, key: PrivateKey) -> bool:
+            t1 = opened.get(channel_of(entry))
+            return any(leg.account == books.user(key.address.data) for leg in entry.postings) or (
+                t1 is not None and (key.address in (t1.payer, t1.payee) or key.public == t1.k2)
+            )
+
+        for key in (ALICE, BOB, CAROL, K1, K2):
+            told = [(e.seq, e.hash, channel_of(e)) for e in entries if concerns(e, key)]
+            assert bool(told) is (key in (ALICE, BOB, K2))
+            for after, most in product(range(len(entries) + 1), (1, 2, 256)):
+                page = rows.read_events(
+                    connection, address=key.address.data, k2=key.public.data, after=after, most=most
+                )
+                wanted = [event for event in told if event[0] > after][:most]
+                assert [(seq, own_hash, channel) for seq, _, _, _, own_hash, channel in page] == wanted
+
+
+def test_everyone_is_told_all_that_concerns_him(home: Path) -> None:
+    with Store.open(home / "ledger.sqlite3") as ledger:
+        people = People(ledger.identity.ledger_id)
+        later = ChannelExtension(channel=people.open(3).digest, deadline_ms=NOW + HOUR + WINDOW)
+        extended = people.verifier.extension(
+            later.encode(), signer=CAROL.public.data, signature=sign(CAROL, later, people.id)
+        )
+        run(ledger, people.open(4), people.update(people.open(4).digest, 5), now_ms=NOW + WINDOW)
+        run(ledger, extended, now_ms=NOW + HOUR)
+    Store.open(home / "ledger.sqlite3").close()
+    check_events(home / "ledger.sqlite3")
+
+
+def test_a_page_costs_what_is_on_it_however_many_channels_there_are(home: Path) -> None:
+    def cost(after: int, most: int) -> int:
+        """Steps of SQLite's machine."""
+        steps: list[None] = []
+        connection.set_progress_handler(lambda: steps.append(None), 1)
+        rows.read_events(connection, address=BOB.address.data, k2=K2.public.data, after=after, most=most)
+        connection.set_progress_handler(None, 1)
+        return len(steps)
+
+    with (
+        Store.open(home / "ledger.sqlite3") as ledger,
+        closing(connect(home / "ledger.sqlite3")) as connection,
+    ):
+        people = People(ledger.identity.ledger_id)
+        few = cost(0, 3), cost(ledger.head.seq - 1, 256), cost(ledger.head.seq, 256)
+        run(ledger, *(people.open(name) for name in range(4, 44)), now_ms=NOW + WINDOW)
+        assert (cost(0, 3), cost(ledger.head.seq - 1, 256), cost(ledger.head.seq, 256)) == few
+
+
 class TestSchema:
     @pytest.fixture
     def old(self, tmp_path: Path, monkeypatch: Any) -> Iterator[Path]:
@@ -639,13 +704,11 @@ class TestSchema:
             run(ledger, people.transfer(5, 1), first, people.open(2))
             run(ledger, people.close(first.digest, 10))
         with closing(sqlite3.connect(path, isolation_level=None)) as connection:
-            for index in (
-                "postings_by_account",
-                "entries_by_channel",
-                "channels_by_k2",
-                "channels_by_abandonment",
-            ):
+            for index in ("postings_by_account", "entries_by_channel", "channels_by_abandonment"):
                 connection.execute(f"DROP INDEX {index}")
+            connection.execute("DROP TABLE concerns")
+            connection.execute("CREATE INDEX channels_by_payer ON channels (payer, phase)")
+            connection.execute("CREATE INDEX channels_by_payee ON channels (payee, phase)")
             connection.execute("ALTER TABLE accounts DROP COLUMN open_channels")
             for column in ("max_locked", "max_open_channels", "min_update_delta"):
                 connection.execute(f"ALTER TABLE ledger DROP COLUMN {column}")
@@ -661,6 +724,7 @@ class TestSchema:
             assert ledger.identity.terms.min_update_delta == 1
             run(ledger, people.transfer(5, 2))
         Store.open(old).close()
+        check_events(old)
 
     def test_a_migration_that_fails_changes_nothing(self, old: Path, monkeypatch: Any) -> None:
         statements = (*schema.MIGRATIONS[1][:3], "THIS IS NO SQL")

@@ -20,7 +20,7 @@ from btt.sdk.signing import (
     TopUp,
 )
 from btt.sdk.signing.layout import preimage, tag
-from btt.services.ledger import books, genesis, journal, rows
+from btt.services.ledger import books, genesis, journal, rows, schema
 from btt.services.ledger.journal import NO_HASH, Entry, Head, Kind, Posting, Side
 from btt.services.ledger.machine import Phase
 
@@ -114,6 +114,7 @@ def check_books(connection: sqlite3.Connection) -> None:
     channels: dict[bytes, _Told] = {}
     epochs = [(1, genesis.operator_key(identity.genesis), 1)]
     last = Head(1, 0, NO_HASH, 0)
+    of_channels = 0
     for entry in entries(connection):
         wrong = journal.broken(entry, last)
         if wrong:
@@ -126,6 +127,7 @@ def check_books(connection: sqlite3.Connection) -> None:
         if entry.kind is Kind.OPEN_CHANNEL:
             commit = ChannelCommit.decode(entry.body)
             channels[entry.request_digest] = _Told(entry.seq, int(commit.amount))
+            of_channels += 1
         elif entry.kind in (Kind.ROTATE_KEY, Kind.RECOVER):
             rotation = read_hand_over(entry.body)
             epochs.append((rotation.epoch, rotation.next_key.data, entry.seq + 1))
@@ -133,6 +135,7 @@ def check_books(connection: sqlite3.Connection) -> None:
             if (told := channels.get(entry.body[:32])) is None or told.phase is Phase.CLOSED:
                 raise InvariantBroken(f"Entry {entry.seq}: its channel is not open.")
             told.hear(entry)
+            of_channels += 1
         for leg in entry.postings:
             balances[leg.account] = balances.get(leg.account, 0) + books.change_of(leg)
             if balances[leg.account] < 0:
@@ -141,6 +144,7 @@ def check_books(connection: sqlite3.Connection) -> None:
     if epochs != rows.read_epochs(connection):
         raise InvariantBroken("The operator keys are not those that the journal names.")
     _check_channels(connection, identity.ledger_id, channels)
+    _check_concerns(connection, of_channels)
     closed = sum(told.phase is Phase.CLOSED for told in channels.values())
     _check_sums(connection, balances, len(channels), closed)
     head, _ = rows.read_head(connection)
@@ -167,6 +171,16 @@ def _check_sums(connection: sqlite3.Connection, balances: dict[bytes, int], open
     _, totals = rows.read_head(connection)
     if totals != rows.Totals(issued, accounts, channels, opened - closed, closed):
         raise InvariantBroken("The running sums are not the sums of the books.")
+
+
+def _check_concerns(connection: sqlite3.Connection, of_channels: int) -> None:
+    (count,) = connection.execute("SELECT count(*) FROM concerns").fetchone()
+    missing = connection.execute(
+        f"SELECT 1 FROM ({schema.CONCERNS}) AS wanted WHERE NOT EXISTS (SELECT 1 FROM concerns c "  # noqa: S608 (ours)
+        "WHERE c.party = wanted.party AND c.seq = wanted.seq) LIMIT 1"
+    ).fetchone()
+    if missing or count != 3 * of_channels:
+        raise InvariantBroken("Whom entries concern is not what the journal says.")
 
 
 def _check_channels(

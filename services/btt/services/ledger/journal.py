@@ -41,6 +41,10 @@ MOVES_NOTHING: Final = frozenset(
     (Kind.UPDATE, Kind.REQUEST_CLOSE, Kind.ROTATE_KEY, Kind.RECOVER, Kind.EXTEND)
 )
 """Entries that have no postings; all others have two or more."""
+NAMES_A_CHANNEL: Final = frozenset(
+    (Kind.CLOSE_CHANNEL, Kind.TOP_UP, Kind.UPDATE, Kind.REQUEST_CLOSE, Kind.FINALIZE, Kind.EXTEND)
+)
+"""Entries whose bodies begin with the id of a channel."""
 BY_THE_LEDGER: Final = frozenset((Kind.GENESIS, Kind.ROTATE_KEY, Kind.RECOVER))
 """Entries that concern the whole ledger; no user's request made them."""
 

@@ -7,14 +7,14 @@ up, and the head moves, if no other writer has moved it.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from itertools import chain
 from typing import Final
 
 from btt.sdk.errors import InvariantBroken
 from btt.services.ledger import books
-from btt.services.ledger.journal import MOVES_NOTHING, Head, Side
+from btt.services.ledger.journal import MOVES_NOTHING, NAMES_A_CHANNEL, Head, Kind, Side
 from btt.services.ledger.machine import Channel, Phase
 from btt.services.ledger.overlay import Batch
 from btt.services.ledger.rows import CHANNEL_COLUMNS, Totals
@@ -80,6 +80,7 @@ def write(connection: sqlite3.Connection, batch: Batch) -> None:
     )
     if batch.channels:
         _write_channels(connection, batch, number)
+        _insert(connection, "concerns", list(_concerns(batch)))
     if batch.epochs:
         connection.executemany("INSERT INTO epochs VALUES (?, ?, ?)", batch.epochs)
     _insert(
@@ -140,6 +141,16 @@ def _write_channels(connection: sqlite3.Connection, batch: Batch, number: dict[b
         ),
         len(changed),
     )
+
+
+def _concerns(batch: Batch) -> Iterator[tuple[bytes, int]]:
+    """Yields each entry of a channel with everyone it concerns; see `schema.CONCERNS`."""
+    for entry in batch.entries:
+        if entry.kind is Kind.OPEN_CHANNEL or entry.kind in NAMES_A_CHANNEL:
+            named = entry.request_digest if entry.kind is Kind.OPEN_CHANNEL else entry.body[:32]
+            channel = batch.channels[named]
+            for party in (channel.payer, channel.payee, channel.k2):
+                yield party, entry.seq
 
 
 def _all_of(cursor: sqlite3.Cursor, expected: int) -> None:

@@ -13,8 +13,17 @@ from typing import Final
 
 from btt.sdk.money import SUPPLY
 
-VERSION: Final = 3
+VERSION: Final = 4
 """Stored as SQLite's user_version."""
+
+CONCERNS: Final = (
+    "WITH told (id, seq) AS (SELECT id, opened_seq FROM channels UNION ALL "
+    "SELECT substr(body, 1, 32), seq FROM entries WHERE kind IN (4, 5, 6, 7, 8, 11)) "
+    "SELECT payer AS party, seq FROM told JOIN channels USING (id) UNION ALL "
+    "SELECT payee, seq FROM told JOIN channels USING (id) UNION ALL "
+    "SELECT k2, seq FROM told JOIN channels USING (id)"
+)
+"""What the table `concerns` holds: each entry of a channel with its payer, its payee and its K2."""
 
 _MONEY: Final = f"BETWEEN 0 AND {SUPPLY}"
 
@@ -161,6 +170,17 @@ MIGRATIONS: Final[dict[int, tuple[str, ...]]] = {
             "CREATE INDEX entries_by_channel ON entries (substr(body, 1, 32), seq) "
             "WHERE kind IN (4, 5, 6, 7, 8, 11)"
         ),
+    ),
+    # 4: what concerns somebody is found in its order, however many channels there are.
+    3: (
+        (
+            "CREATE TABLE concerns (party BLOB NOT NULL, seq INTEGER NOT NULL REFERENCES entries, "
+            "PRIMARY KEY (party, seq)) STRICT, WITHOUT ROWID"
+        ),
+        f"INSERT INTO concerns {CONCERNS}",
+        "DROP INDEX channels_by_payer",
+        "DROP INDEX channels_by_payee",
+        "DROP INDEX channels_by_k2",
     ),
 }
 """Statements that lead from a version to the next one; they run in one transaction."""
