@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 from collections.abc import AsyncIterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from btt.sdk.ledger.rotation import follow, signer_of
 from btt.sdk.signing import ChannelClose, ChannelCommit, ChannelRefund, ChannelUpdate, sign, sign_document
 from btt.services.ledger import folder, server
 from btt.services.ledger.books import Terms
-from btt.services.ledger.hub import MOST_PER_KEY
+from btt.services.ledger.hub import MOST_PER_KEY, MOST_STRANGERS, MOST_WATCHERS, Hub
 from btt.services.ledger.voice import Voice
 
 START = 1_800_000_000_000
@@ -376,6 +377,33 @@ class TestWatch:
         await anext(bob)
         for each in (*pages, bob):
             await each.aclose()  # type: ignore[attr-defined]
+
+    async def test_strangers_take_no_place_of_those_who_have_an_account_or_a_channel(
+        self, ledger: LedgerClient
+    ) -> None:
+        channel = await opened(ledger)  # to BOB, who has no account yet
+        keys = [PrivateKey((100 + n).to_bytes(32, "big")) for n in range(MOST_STRANGERS // MOST_PER_KEY)]
+        strange = [ledger.watch(key) for key in keys for _ in range(MOST_PER_KEY)]
+        await asyncio.gather(*map(anext, strange))
+        with pytest.raises(RateLimited):
+            await anext(ledger.watch(CAROL))
+        await ledger.transfer(ALICE, CAROL.address, 5)
+        known = [*map(ledger.watch, (ALICE, BOB, CAROL, K2)), ledger.watch(K1, channel_id=channel)]
+        await asyncio.gather(*map(anext, known))
+        for each in (*strange, *known):
+            await each.aclose()  # type: ignore[attr-defined]
+
+    def test_those_who_are_known_leave_strangers_their_places(self) -> None:
+        hub = Hub()
+        for _ in range(2):  # who has left takes no place
+            with ExitStack() as stack:
+                for known, most in ((True, MOST_WATCHERS), (False, MOST_STRANGERS)):
+                    for number in range(most):
+                        stack.enter_context(
+                            hub.watch(bytes((known, number % 256, number // 256)), (), known=known)
+                        )
+                    with pytest.raises(RateLimited):
+                        stack.enter_context(hub.watch(b"one more", (), known=known))
 
     async def test_a_stop_ends_the_streams(self, home: Path, clock: Clock) -> None:
         serving = server.serve(config(home, grace=600.0), clock=clock)

@@ -66,6 +66,11 @@ class Reader:
         with storage():
             return rows.read_account(self._connection, books.user(address))
 
+    def knows(self, key: PublicKey) -> bool:
+        """Says whether a key has an account or a channel."""
+        with storage():
+            return rows.is_known(self._connection, key.address.data, key.data)
+
     def channel(self, channel_id: bytes) -> Channel | None:
         """Returns a channel (id of 32 bytes)."""
         with storage():

@@ -57,6 +57,16 @@ def read_account(connection: sqlite3.Connection, account: bytes) -> Account | No
     return Account(*row) if row else None
 
 
+def is_known(connection: sqlite3.Connection, address: bytes, k2: bytes) -> bool:
+    """Says whether an address (20 bytes) or its key (33 bytes) has an account or a channel."""
+    (found,) = connection.execute(
+        "SELECT EXISTS (SELECT 1 FROM accounts WHERE id = ?) "
+        "OR EXISTS (SELECT 1 FROM concerns WHERE party IN (?, ?))",
+        (books.user(address), address, k2),
+    ).fetchone()
+    return bool(found)
+
+
 def read_channel(connection: sqlite3.Connection, channel_id: bytes) -> Channel | None:
     """Reads a channel."""
     row = connection.execute(

@@ -366,6 +366,7 @@ class LedgerService(LedgerServiceServicer):
             self._events,
             channel=channel,
             key=key,
+            known=channel is not None or await self._read(self._reader.knows, key),
             after=min(request.after_seq, 2**62),
             seconds=(query.valid_until_ms - now_ms) / 1000,
             heartbeat=_HEARTBEAT,

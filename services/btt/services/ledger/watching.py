@@ -59,6 +59,7 @@ async def pages(
     *,
     channel: bytes | None,
     key: PublicKey,
+    known: bool,
     after: int,
     seconds: float,
     heartbeat: float,
@@ -71,6 +72,7 @@ async def pages(
             up to which they are complete.
         channel: Id of 32 bytes, or None for the account of `key`.
         key: Who asks.
+        known: Whether it has an account or a channel.
         after: Number of the last entry already seen.
         seconds: How long.
         heartbeat: Seconds after which a page without events is sent.
@@ -84,7 +86,7 @@ async def pages(
     loop = asyncio.get_running_loop()
     end = loop.time() + seconds
     subjects = [user(key.address.data), key.data] if channel is None else [channel]
-    with hub.watch(key.data, subjects) as woken:
+    with hub.watch(key.data, subjects, known=known) as woken:
         quiet_until = 0.0
         while True:
             if hub.closed:
