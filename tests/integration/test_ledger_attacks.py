@@ -249,7 +249,7 @@ async def test_junk_costs_us_nothing_that_stays(
     transfer, more = KINDS["Transfer"].message(channel), KINDS["TopUp"].message(channel)
     update, ask_close = KINDS["ChannelUpdate"].message(channel), KINDS["CloseRequest"].message(channel)
     close, look = ChannelClose(channel=channel, capture=0), KINDS["Query"].message(channel)
-    # A channel that its payee did not consent to: dust for somebody else's books.
+    # A channel that its K2 did not consent to: dust for somebody else's books.
     no_consent = pb.OpenChannelRequest(commit=signed(ALICE, t1(3)), refund_signature=bytes(65))
     by_k2 = sign(K2, update, here)
     junk: list[tuple[Any, Any, type[BttError]]] = [

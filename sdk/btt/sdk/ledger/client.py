@@ -143,7 +143,7 @@ class LedgerClient(Gathering):
         Args:
             commit: T1.
             payer_key: The payer's account key.
-            refund_signature: K2 over T2, 65 bytes: the payee's consent.
+            refund_signature: K2 over T2, 65 bytes: its consent.
 
         Raises:
             InsufficientFunds, AccountUnknown, TermsRefused, ChannelExpired: The ledger refuses it.

@@ -202,7 +202,7 @@ class Verifier:
     def open_channel(
         self, body: bytes, *, signer: bytes, signature: bytes, refund_signature: bytes
     ) -> OpenOperation:
-        """Verifies a T1 and the payee's consent to it, T2.
+        """Verifies a T1 and the consent of K2 to it, T2.
 
         Args:
             body: Canonical ChannelCommit.

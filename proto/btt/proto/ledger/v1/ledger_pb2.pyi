@@ -593,8 +593,8 @@ class OpenChannelRequest(_message.Message):
     COMMIT_FIELD_NUMBER: _builtins.int
     REFUND_SIGNATURE_FIELD_NUMBER: _builtins.int
     refund_signature: _builtins.bytes
-    """Signature of K2 over the canonical ChannelRefund (T2) of this channel: the
-    payee's consent to the terms, 65 bytes.
+    """Signature of K2 over the canonical ChannelRefund (T2) of this channel: its
+    consent to the terms, 65 bytes.
     """
     @_builtins.property
     def commit(self) -> Global___SignedBody:
