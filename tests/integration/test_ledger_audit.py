@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sqlite3
+import struct
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import closing
@@ -188,15 +189,18 @@ def rehash(entries: list[Entry]) -> list[Entry]:
     found: list[Entry] = []
     head = Head(1, 0, journal.NO_HASH, 0)
     for entry in entries:
-        made = journal.append(
-            Head(entry.epoch, head.seq, head.hash, head.time_ms),
-            time_ms=entry.time_ms,
-            kind=entry.kind,
-            request_digest=entry.request_digest,
-            body=entry.body,
-            signatures=entry.signatures,
-            postings=entry.postings,
-        )
+        try:
+            made = journal.append(
+                Head(entry.epoch, head.seq, head.hash, head.time_ms),
+                time_ms=entry.time_ms,
+                kind=entry.kind,
+                request_digest=entry.request_digest,
+                body=entry.body,
+                signatures=entry.signatures,
+                postings=entry.postings,
+            )
+        except struct.error:  # it has no hash
+            made = replace(entry, seq=head.seq + 1, prev_hash=head.hash)
         found.append(made)
         head = Head(made.epoch, made.seq, made.hash, made.time_ms)
     return found
@@ -292,8 +296,16 @@ FORGERIES: dict[str, tuple[int, Callable[[list[Entry]], Any]]] = {
     "close by another": (10, lambda e: _flip(e, 10, "signatures", 40)),
     "open epoch": (11, change(11, epoch=1)),
     "kind": (11, change(11, kind=Kind.TRANSFER)),
+    "account longer than any": (2, lambda e: _legs(e, 2, lambda a, b: (replace(a, account=bytes(300)), b))),
+    "account without a name": (2, lambda e: _legs(e, 2, lambda a, b: (replace(a, account=b""), b))),
+    "more legs than any": (2, lambda e: _legs(e, 2, lambda a, b: (a, b) * 150)),
+    "longer digest": (2, lambda e: change(2, request_digest=e[1].request_digest + b"x")(e)),
     "time runs back": (11, change(11, time_ms=NOW)),
 }
+
+
+def _legs(entries: list[Entry], index: int, changed: Callable[..., tuple[Posting, ...]]) -> None:
+    entries[index - 1] = replace(entries[index - 1], postings=changed(*entries[index - 1].postings))
 
 
 def _pay(entries: list[Entry], index: int, payee: int, payer: int) -> None:
@@ -474,6 +486,10 @@ def test_a_damaged_export(home: Path, tmp_path: Path, capsys: Any) -> None:
     capsys.readouterr()
     assert cli(["ledger", "audit", str(path), "--json"]) == 1
     assert json.loads(capsys.readouterr().out)["wrong_entry"] == 1
+    for head in (b"", b"\0\0", b"\xff\xff\xff\xff", b"\0\0\0\x09short"):
+        path.write_bytes(export.MAGIC + head)
+        assert cli(["ledger", "audit", str(path), "--json"]) not in (0, None)
+        assert json.loads(capsys.readouterr().out)["error"]["reason"] == "ConfigError"
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,7 @@ def journal(place: Path) -> Iterator[tuple[bytes, Iterator[Entry], sqlite3.Conne
         with path.open("rb") as file:
             head = file.read(len(MAGIC))
             if head == MAGIC:
-                yield _record(file) or b"", _read(file), None
+                yield _description(file, path), _read(file), None
                 return
     except FileNotFoundError:
         raise ConfigError(f"There is no journal at {place}.", hint=_missing(path)) from None
@@ -108,6 +108,15 @@ def _missing(path: Path) -> str:
     if mark.path_of(path).exists():
         return f"A ledger was there, and its database is lost: see btt ledger recover {path.parent} --help."
     return _NAME_ONE
+
+
+def _description(file: IO[bytes], path: Path) -> bytes:
+    try:
+        return _record(file) or b""
+    except ValueError as error:
+        raise ConfigError(
+            f"{path} does not begin with a ledger's description: {error}.", hint=_NAME_ONE
+        ) from None
 
 
 def _record(file: IO[bytes]) -> bytes | None:

@@ -201,15 +201,18 @@ def broken(entry: Entry, before: Head) -> str | None:
     """
     debited = sum(leg.amount for leg in entry.postings if leg.side is Side.DEBIT)
     credited = sum(leg.amount for leg in entry.postings if leg.side is Side.CREDIT)
-    computed = entry_hash(
-        entry.prev_hash,
-        seq=entry.seq,
-        time_ms=entry.time_ms,
-        epoch=entry.epoch,
-        kind=entry.kind,
-        request_digest=entry.request_digest,
-        postings=entry.postings,
-    )
+    try:
+        computed = entry_hash(
+            entry.prev_hash,
+            seq=entry.seq,
+            time_ms=entry.time_ms,
+            epoch=entry.epoch,
+            kind=entry.kind,
+            request_digest=entry.request_digest,
+            postings=entry.postings,
+        )
+    except struct.error:
+        return f"Entry {entry.seq}: a posting or a number in it does not fit an entry."
     checks = (
         (entry.seq == before.seq + 1, "its number does not follow"),
         (entry.prev_hash == before.hash, "it does not name the hash before it"),
