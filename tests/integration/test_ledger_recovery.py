@@ -523,6 +523,46 @@ def test_a_recovery_that_breaks_off_goes_on(ledger: Lost, step: str, monkeypatch
     assert not (ledger.home / "recovery").exists()
 
 
+@pytest.mark.parametrize("moves", range(4))
+def test_no_cut_between_two_renames_leaves_the_lost_log_beside_the_recovered_books(
+    ledger: Lost, moves: int, monkeypatch: Any
+) -> None:
+    """The lost books are damaged, and their log is whole: SQLite would replay it over any database."""
+    names = [f"ledger.sqlite3{end}" for end in ("", "-wal", "-shm")]
+    with Store.open(ledger.database) as running:
+        for name in range(3):
+            batch = running.begin(ledger.now_ms + name)
+            batch.run(ledger.pay(ALICE, CAROL, 5, 10 + name))
+            running.commit(batch)
+        files = {name: (ledger.home / name).read_bytes() for name in names}  # as a crash leaves them
+    lost = ledger.lose()
+    files[names[0]] = files[names[0]][: 3 * 4096]
+    for name, data in files.items():
+        (ledger.home / name).write_bytes(data)
+    shown = ledger.file("all", ledger.evidence(lost[2:4]))  # nobody shows entry 5
+    recover(ledger.home, source=ledger.backup, evidence=[shown])
+    rename, left = Path.rename, [moves]
+
+    def some(self: Path, target: Path) -> Path:
+        if not left[0]:
+            raise PowerCut
+        left[0] -= 1
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", some)
+        with pytest.raises(PowerCut):
+            recover(ledger.home, finish=True)
+    report = recover(ledger.home, finish=True)
+    assert report is not None
+    with Store.open(ledger.database) as found:
+        assert (found.head, report.missing) == (report.head, [(5, 5)])
+    ledger.audit()
+    kept = ledger.home / "recovered-epoch-2"
+    for name in names[:2]:  # every reader writes in the third
+        assert (kept / name.replace("ledger", "replaced")).read_bytes() == files[name]
+
+
 def test_where_nothing_is_lost_nothing_is_recovered(ledger: Lost, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="nothing to recover"):
         recover(ledger.home, source=ledger.backup)

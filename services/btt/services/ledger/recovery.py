@@ -51,7 +51,8 @@ _POOL: Final = "evidence.db"
 _BUILT: Final = "built.sqlite3"
 _REPLACED: Final = "replaced.sqlite3"
 _EXTEND: Final = int(pb.ENTRY_KIND_EXTEND)
-_ASIDE: Final = ("", "-wal", "-shm")
+_ASIDE: Final = ("-wal", "-shm", "")
+"""Ends of a database's files, the database last: a log that is left behind is replayed over the next one."""
 
 
 def recover(
@@ -208,10 +209,13 @@ def _install(folder: LedgerFolder, report: Report) -> None:
     place, database = folder.path / RECOVERY, folder.database
     assert report.head is not None
     _sync(place / _BUILT)
-    if not (place / _REPLACED).exists():
-        for end in _ASIDE:
-            if (old := database.with_name(database.name + end)).exists():
-                old.rename(place / (_REPLACED + end))
+    for end in _ASIDE:
+        old, kept = database.with_name(database.name + end), place / (_REPLACED + end)
+        if kept.exists():  # the lost books' own; what stands in its place came after a call that broke off
+            old.unlink(missing_ok=True)
+        elif old.exists():
+            old.rename(kept)
+    _sync(folder.path)
     (place / _BUILT).rename(database)
     _sync(folder.path)
     # From here on neither the copy nor the lost books can be started in this folder.
