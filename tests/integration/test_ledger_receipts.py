@@ -6,6 +6,7 @@ import sqlite3
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -351,6 +352,50 @@ def test_kept_receipts_stay(tmp_path: Path) -> None:
     db.close()
     with pytest.raises(ConfigError):
         EvidenceStore(tmp_path / "receipts.db")
+
+
+def test_what_an_older_program_kept_is_kept_on(tmp_path: Path) -> None:
+    """Version 2 kept one version of each request; the file keeps them, and takes others beside them."""
+    ledger_id, channel = bytes(32), b"c" * 32
+    update = ChannelUpdate(channel=channel, cumulative=1)
+    one = Evidence(int(pb.ENTRY_KIND_UPDATE), update.encode(), bytes(98), None)
+    db = sqlite3.connect(tmp_path / "receipts.db")
+    db.executescript(VERSION_2)
+    digest = update.digest(ledger_id)
+    db.execute(
+        "INSERT INTO operations VALUES(?, 0, 0, ?, ?, ?, ?, ?, NULL, NULL)",
+        (ledger_id, digest, digest, one.kind, one.body, one.signatures),
+    )
+    db.commit()
+    db.close()
+    other = replace(one, signatures=b"x" * 98)
+    for _ in range(2):
+        with closing(EvidenceStore(tmp_path / "receipts.db")) as store:
+            store.keep(pb.EvidenceHeader(ledger_id=ledger_id), [one, other, other])
+            assert list(store.operations(ledger_id)) == [one, other]
+
+
+VERSION_2 = """
+CREATE TABLE ledgers(
+    ledger_id BLOB PRIMARY KEY CHECK(length(ledger_id) = 32), header BLOB NOT NULL
+) STRICT, WITHOUT ROWID;
+CREATE TABLE operations(
+    ledger_id BLOB NOT NULL, seq INTEGER NOT NULL, epoch INTEGER NOT NULL, entry_hash BLOB NOT NULL,
+    digest BLOB NOT NULL, kind INTEGER NOT NULL, body BLOB NOT NULL, signatures BLOB NOT NULL,
+    receipt BLOB, receipt_signature BLOB, PRIMARY KEY(ledger_id, seq, epoch, entry_hash)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX operations_by_digest ON operations(ledger_id, digest);
+CREATE TABLE seen(
+    ledger_id BLOB NOT NULL, subject BLOB NOT NULL, recovered INTEGER NOT NULL, seq INTEGER NOT NULL,
+    PRIMARY KEY(ledger_id, subject)
+) STRICT, WITHOUT ROWID;
+CREATE TABLE heads(
+    ledger_id BLOB NOT NULL, document BLOB NOT NULL, PRIMARY KEY(ledger_id, document)
+) STRICT, WITHOUT ROWID;
+CREATE TABLE log_room(times INTEGER NOT NULL);
+INSERT INTO log_room VALUES(0);
+PRAGMA user_version = 2;
+"""
 
 
 async def test_a_node_serves_with_t1_in_its_hands_and_not_before(economy: Any, tmp_path: Path) -> None:

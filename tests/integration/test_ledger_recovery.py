@@ -28,6 +28,7 @@ from btt.sdk.errors import (
 from btt.sdk.keys import PrivateKey
 from btt.sdk.ledger import LedgerAddress, evidence
 from btt.sdk.ledger.evidence import Evidence
+from btt.sdk.ledger.keeping import EvidenceStore
 from btt.sdk.ledger.proving import prove
 from btt.sdk.ledger.receipt import SignedReceipt
 from btt.sdk.ledger.rotation import follow
@@ -590,6 +591,14 @@ FORGERIES: dict[str, tuple[type[BttError], Any]] = {
         EvidenceInvalid,
         lambda led, e: [replace(one, signatures=one.signatures[:-1] + b"\2") for one in led.evidence([e])],
     ),
+    "signed by another than its sender": (
+        EvidenceInvalid,
+        lambda led, e: [resigned(led, one, STRANGER) for one in led.evidence([e])],
+    ),
+    "more than signatures": (
+        EvidenceInvalid,
+        lambda led, e: [replace(one, signatures=one.signatures + b"\0") for one in led.evidence([e])],
+    ),
     "two entries of one number": (
         LedgerEquivocated,
         lambda led, e: [*led.evidence([e]), *with_receipt(led, e, entry_hash=b"x" * 32)],
@@ -616,6 +625,75 @@ def altered(ledger: Lost, entry: Entry) -> list[Evidence]:
     assert one.receipt is not None
     said = replace(one.receipt.receipt, seq=one.receipt.seq + 1)
     return [replace(one, receipt=SignedReceipt(said, one.receipt.signature))]
+
+
+def resigned(ledger: Lost, one: Evidence, *keys: PrivateKey) -> Evidence:
+    """The same request and receipt with the signature of another; with two keys, a T1 and its T2."""
+    message = one.message
+    proof = keys[0].public.data + sign(keys[0], message, ledger.ledger_id) + one.signatures[98:]
+    if isinstance(message, ChannelCommit):
+        t2 = ChannelRefund(channel=message.channel_id(ledger.ledger_id), not_before_ms=message.expires_ms)
+        proof = proof[:98] + sign(keys[1], t2, ledger.ledger_id)
+    return replace(one, signatures=proof)
+
+
+@pytest.mark.parametrize("keys", [(STRANGER, K2), (ALICE, STRANGER)])
+def test_a_channel_that_its_parties_did_not_sign_is_no_evidence(ledger: Lost, keys: Any) -> None:
+    ledger.do(ledger.open(1))
+    [one] = ledger.evidence(ledger.lose()[2:])
+    for name, proof in (("true", (ALICE, K2)), ("forged", keys)):
+        ledger.file(name, [resigned(ledger, one, *proof)])
+    report = recover(ledger.home, source=ledger.backup, evidence=[ledger.root / "true"])
+    assert report is not None
+    assert report.restored == 1
+    with pytest.raises(EvidenceInvalid, match="not signed as it must be"):
+        recover(ledger.home, evidence=[ledger.root / "forged"])
+
+
+@pytest.mark.parametrize("order", [("forged", "true"), ("true", "forged")])
+def test_a_receipt_with_other_signatures_takes_no_place_from_the_true_ones(
+    ledger: Lost, order: tuple[str, str]
+) -> None:
+    """The receipt is genuine, and covers the request alone: whoever has it can show it with any signature."""
+    everything_since(ledger)
+    lost = ledger.lose()
+    true = ledger.evidence(lost[2:])
+    forged = [
+        resigned(ledger, one, PrivateKey(n.to_bytes(32, "big")))
+        for one in true
+        if one.kind in (Kind.TOP_UP, Kind.UPDATE, Kind.REQUEST_CLOSE, Kind.CLOSE_CHANNEL)
+        for n in range(90, 98)  # some sort before the true key, and some behind it
+    ]
+    [close] = [one for one in true if one.kind == Kind.CLOSE_CHANNEL]
+    unsigned = replace(close, signatures=close.signatures[:98] + bytes(8))  # without the update it needs
+    files = {"true": true, "forged": [*forged, unsigned]}
+    reports = [
+        recover(ledger.home, source=ledger.backup, evidence=[ledger.file(name, files[name])])
+        for name in order
+    ]
+    assert reports[-1] is not None
+    assert (reports[-1].restored, reports[-1].refused) == (9, [])
+    if order[0] == "forged":  # alone they restore nothing, and hide no number
+        assert reports[0] is not None
+        assert (reports[0].restored, reports[0].missing) == (0, [(3, 5), (9, 9), (11, 11)])
+        assert len(reports[0].refused) == 4
+    recover(ledger.home, finish=True)
+    check_balances(ledger)
+    assert entries_of(ledger)[:-1] == lost
+    ledger.audit()
+
+
+def test_why_an_operation_is_refused_the_true_version_says(ledger: Lost) -> None:
+    channel = ledger.open(1)
+    ledger.do(channel, ledger.pay(BOB, ALICE, 10, 2), ledger.top_up(channel.digest, 900))
+    lost = ledger.lose()
+    true = ledger.evidence(entry for entry in lost[2:] if entry.seq != 4)
+    forged = [resigned(ledger, true[-1], PrivateKey(n.to_bytes(32, "big"))) for n in range(90, 98)]
+    report = recover(ledger.home, source=ledger.backup, evidence=[ledger.file("both", [*forged, *true])])
+    assert report is not None
+    [(what, error)] = report.refused
+    assert isinstance(error, InsufficientFunds)
+    assert "entry 5: top-up" in what
 
 
 @pytest.mark.parametrize("forgery", FORGERIES)
@@ -691,6 +769,9 @@ def test_a_payees_best_update_counts_without_a_receipt(ledger: Lost) -> None:
         return Evidence(Kind.UPDATE, update.body, update.signatures, None)
 
     best = [unshown(first, 55), unshown(first, 80), unshown(second, 20), unshown(unknown, 5)]
+    # The same payment with the signatures of strangers takes nobody's place.
+    strangers = [resigned(ledger, best[1], PrivateKey(n.to_bytes(32, "big"))) for n in range(90, 98)]
+    recover(ledger.home, source=ledger.backup, evidence=[ledger.file("strangers", strangers)])
     shown = ledger.file("node", [*best, *ledger.evidence(lost[2:])])
     report = recover(ledger.home, source=ledger.backup, evidence=[shown], finish=True)
     assert report is not None
@@ -851,7 +932,25 @@ def test_what_receipts_prove_offline(ledger: Lost, capsys: Any) -> None:
     assert cli([*words, "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)["equivocations"]) == 1
 
-    for forge in ("signed by another operator", "altered", "for another request", "request not signed"):
+    # The rival's own file may show the same receipts with other signatures: it is one pair all the same.
+    again = [replace(one, signatures=one.signatures[:-1] + b"\2") for one in rival]
+    with closing(EvidenceStore(ledger.root / "kept.db")) as store:
+        store.keep(before, [*kept, *rival, *again])
+        assert len(store.equivocations(ledger.ledger_id)) == 1
+
+    # Without a receipt there is only a signature, of anybody.
+    update = ledger.update(b"c" * 32, 60)
+    unshown = resigned(ledger, Evidence(Kind.UPDATE, update.body, update.signatures, None), STRANGER)
+    evidence.export(ledger.root / "unshown", before, [unshown])
+    assert cli(["ledger", "verify-receipts", str(ledger.root / "unshown"), "--ledger", str(address)]) == 0
+    told = capsys.readouterr().out
+    assert f"Signed by {STRANGER.address}, never shown: payment" in told
+    assert "T1 says which key that is" in told
+
+    for forge in (
+        "signed by another operator", "altered", "for another request", "request not signed",
+        "signed by another than its sender",
+    ):  # fmt: skip
         _, make = FORGERIES[forge]
         bad = ledger.root / forge.replace(" ", "-")
         evidence.export(bad, before, make(ledger, lost[2]))

@@ -1,8 +1,9 @@
 """What a holder keeps of an operation: the signed request and the ledger's receipt, byte for byte.
 
 Together they prove offline what the ledger acknowledged, and they are enough to bring the
-operation back when the ledger has lost it (`btt ledger recover`). A payee's best update counts
-without a receipt too: whoever holds it may show it.
+operation back when the ledger has lost it (`btt ledger recover`). A receipt covers the request and
+not its signatures, so anybody who has it can show the request with others: versions of it, of which
+one stands. A payee's best update counts without a receipt too: whoever holds it may show it.
 
 A file of evidence is 13 bytes of magic and then records, each a big-endian u32 length and that many
 bytes: first an EvidenceHeader, which says who signs for the ledger, then AcknowledgedOperations.
@@ -20,7 +21,15 @@ from typing import IO, Final, TypeVar
 from google.protobuf.message import DecodeError
 
 from btt.proto.ledger.v1 import ledger_pb2 as pb
-from btt.sdk.errors import BttError, ConfigError, EvidenceInvalid, InvalidRequest, StorageError, WrongLedger
+from btt.sdk.errors import (
+    BttError,
+    ConfigError,
+    EvidenceInvalid,
+    InvalidRequest,
+    SignerMismatch,
+    StorageError,
+    WrongLedger,
+)
 from btt.sdk.keys import Address, PublicKey
 from btt.sdk.ledger.receipt import SignedReceipt
 from btt.sdk.ledger.rotation import OperatorKey, follow, key_named, signer_of, undone_by
@@ -29,6 +38,7 @@ from btt.sdk.signing import (
     ChannelCommit,
     ChannelExtension,
     ChannelFinalize,
+    ChannelRefund,
     ChannelUpdate,
     CloseRequest,
     Message,
@@ -55,6 +65,13 @@ _MESSAGES: Final[dict[int, type[Message]]] = {
     _FINALIZE: ChannelFinalize,
     _EXTEND: ChannelExtension,
 }
+_SIGNED: Final = 33 + 65
+_SIZES: Final[dict[int, tuple[int, ...]]] = dict.fromkeys(_MESSAGES, (_SIGNED,)) | {
+    pb.ENTRY_KIND_OPEN_CHANNEL: (_SIGNED + 65,),
+    pb.ENTRY_KIND_CLOSE_CHANNEL: (_SIGNED + 8, _SIGNED + 8 + 65),
+    _FINALIZE: (0,),
+}
+"""Bytes of the keys and signatures: with more behind them they would be another version of the same."""
 KINDS: Final = frozenset(_MESSAGES)
 """Kinds of entries that users make; the ledger's own need no holder."""
 
@@ -117,6 +134,15 @@ class Evidence:
         except InvalidRequest as error:
             raise EvidenceInvalid(f"A body is malformed: {error.message}") from error
 
+    @property
+    def signer(self) -> PublicKey:
+        """The key that the request is shown with; a payout has none.
+
+        Raises:
+            InvalidRequest: It is no key.
+        """
+        return PublicKey(self.signatures[:33])
+
     def digest(self, ledger_id: bytes) -> bytes:
         """Returns what names the request in the journal, 32 bytes."""
         return self.message.digest(ledger_id)
@@ -124,24 +150,38 @@ class Evidence:
     def check_request(self, ledger_id: bytes) -> None:
         """Checks that the request is signed, and that the receipt is for it.
 
-        What needs the ledger's books, such as whose channel it is, is not checked here.
+        A transfer is signed by its sender, T1 by its payer and T2 by its K2: their bodies say so. Of
+        the rest the signature is checked, and not whose key it is: a channel's keys stand in its T1,
+        and whoever replays this compares them. Until then it counts as one version of the request.
 
         Raises:
             EvidenceInvalid: It is not.
         """
         message = self.message
-        if self.kind != _FINALIZE:  # that one nobody signs
-            try:
-                verify(PublicKey(self.signatures[:33]), message, ledger_id, self.signatures[33:98])
-            except InvalidRequest as error:
-                raise EvidenceInvalid(
-                    f"A {type(message).__name__} is not signed by the key beside it for this ledger."
-                ) from error
+        try:
+            self._check_signatures(message, ledger_id)
+        except InvalidRequest as error:
+            what = f"A {type(message).__name__} is not signed as it must be for this ledger"
+            raise EvidenceInvalid(f"{what}: {error.message}") from error
         if self.receipt is None:
             return
         receipt = self.receipt.receipt
         if receipt.request_digest != message.digest(ledger_id) or receipt.code != 0:
             raise EvidenceInvalid(f"The receipt of entry {receipt.seq} is for another request.")
+
+    def _check_signatures(self, message: Message, ledger_id: bytes) -> None:
+        if len(self.signatures) not in _SIZES[self.kind]:
+            raise InvalidRequest("The proof is not in its layout.")
+        if self.kind == _FINALIZE:
+            return  # that one nobody signs
+        verify(self.signer, message, ledger_id, self.signatures[33:_SIGNED])
+        if isinstance(message, Transfer) and self.signer.address != message.sender:
+            raise SignerMismatch("A transfer is signed by the key of the account it comes from.")
+        if isinstance(message, ChannelCommit):
+            if self.signer.address != message.payer:
+                raise SignerMismatch("T1 is signed by the key of the payer's account.")
+            t2 = ChannelRefund(channel=message.channel_id(ledger_id), not_before_ms=message.expires_ms)
+            verify(message.k2, t2, ledger_id, self.signatures[_SIGNED:])
 
     def check(self, keys: Sequence[OperatorKey], ledger_id: bytes) -> bool:
         """Checks everything that can be checked offline.

@@ -1,7 +1,8 @@
 """Where a wallet or a node keeps its evidence: one SQLite file, written before the receipt is used.
 
 Nothing is ever replaced: a second receipt for the same entry that says something else is not an
-update but a proof against the ledger, and both stay.
+update but a proof against the ledger, and both stay. The same request with other signatures stays
+beside the first, too: which of them stands, those know who know whose keys they are.
 """
 
 from __future__ import annotations
@@ -24,12 +25,8 @@ from btt.sdk.signing import Receipt
 
 RECEIPTS: Final = "receipts.db"
 """Name of the file in the folder of a wallet or node."""
-_VERSION: Final = 2
-_SCHEMA: Final = """
-CREATE TABLE ledgers(
-    ledger_id BLOB PRIMARY KEY CHECK(length(ledger_id) = 32),
-    header BLOB NOT NULL
-) STRICT, WITHOUT ROWID;
+_VERSION: Final = 3
+_OPERATIONS: Final = """
 CREATE TABLE operations(
     ledger_id BLOB NOT NULL,
     seq INTEGER NOT NULL,
@@ -41,9 +38,15 @@ CREATE TABLE operations(
     signatures BLOB NOT NULL,
     receipt BLOB,
     receipt_signature BLOB,
-    PRIMARY KEY(ledger_id, seq, epoch, entry_hash)
+    PRIMARY KEY(ledger_id, seq, epoch, entry_hash, signatures)
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX operations_by_digest ON operations(ledger_id, digest);
+"""
+_SCHEMA: Final = """
+CREATE TABLE ledgers(
+    ledger_id BLOB PRIMARY KEY CHECK(length(ledger_id) = 32),
+    header BLOB NOT NULL
+) STRICT, WITHOUT ROWID;
 CREATE TABLE seen(
     ledger_id BLOB NOT NULL,
     subject BLOB NOT NULL,
@@ -59,7 +62,24 @@ CREATE TABLE heads(
     PRIMARY KEY(ledger_id, document)
 ) STRICT, WITHOUT ROWID;
 """
+_VERSIONS: Final = f"""
+ALTER TABLE operations RENAME TO operations_before;
+DROP INDEX operations_by_digest;
+{_OPERATIONS}
+INSERT INTO operations SELECT * FROM operations_before;
+DROP TABLE operations_before;
+"""  # noqa: S608 (our own words)
 _COLUMNS: Final = "kind, body, signatures, receipt, receipt_signature"
+# Each by its index: however much is kept, and however many versions of one operation, it takes no longer.
+_RIVAL: Final = " UNION ALL ".join(
+    f"SELECT {_COLUMNS} FROM operations {where}"  # noqa: S608
+    for where in (
+        "WHERE ledger_id = ?1 AND epoch = ?2 AND seq = ?3 AND entry_hash < ?4",
+        "WHERE ledger_id = ?1 AND epoch = ?2 AND seq = ?3 AND entry_hash > ?4",
+        "INDEXED BY operations_by_digest WHERE ledger_id = ?1 AND digest = ?5 AND seq < ?3 AND epoch = ?2",
+        "INDEXED BY operations_by_digest WHERE ledger_id = ?1 AND digest = ?5 AND seq > ?3 AND epoch = ?2",
+    )
+)
 
 
 class EvidenceStore:
@@ -75,7 +95,9 @@ class EvidenceStore:
 
     def __init__(self, path: Path) -> None:
         self._lock = threading.RLock()
-        self._db = open_books(path, schema=_SCHEMA + _HEADS, version=_VERSION, upgrades={1: _HEADS})
+        self._db = open_books(
+            path, schema=_SCHEMA + _OPERATIONS + _HEADS, version=_VERSION, upgrades={1: _HEADS, 2: _VERSIONS}
+        )
 
     def close(self) -> None:
         """Closes the file."""
@@ -127,9 +149,13 @@ class EvidenceStore:
         return pb.EvidenceHeader.FromString(row[0]) if row else None
 
     def operations(self, ledger_id: bytes) -> Iterator[Evidence]:
-        """Returns all that is kept about a ledger: what has no receipt, then the rest by its entries."""
+        """Returns all that is kept about a ledger: what has no receipt, then the rest by its entries.
+
+        Versions of the same follow one another, in an order that does not depend on who came first.
+        """
         cursor = self._db.execute(
-            f"SELECT {_COLUMNS} FROM operations WHERE ledger_id = ? ORDER BY seq, epoch",  # noqa: S608
+            f"SELECT {_COLUMNS} FROM operations WHERE ledger_id = ? "  # noqa: S608
+            "ORDER BY seq, epoch, entry_hash, signatures",
             (ledger_id,),
         )
         return map(_evidence, cursor)
@@ -186,9 +212,7 @@ class EvidenceStore:
             return None
         said = operation.receipt.receipt
         row = self._one(
-            f"SELECT {_COLUMNS} FROM operations WHERE ledger_id = ?1 AND epoch = ?2 AND "  # noqa: S608
-            "((seq = ?3 AND entry_hash <> ?4) OR (digest = ?5 AND seq <> ?3)) LIMIT 1",
-            (ledger_id, said.epoch, said.seq, said.entry_hash, said.request_digest),
+            f"{_RIVAL} LIMIT 1", (ledger_id, said.epoch, said.seq, said.entry_hash, said.request_digest)
         )
         return _evidence(row) if row else self._overtaken(ledger_id, said)
 
@@ -218,7 +242,8 @@ class EvidenceStore:
             rows = self._db.execute(
                 f"SELECT {columns} FROM operations a JOIN operations b "  # noqa: S608 (our own words)
                 f"ON a.ledger_id = b.ledger_id AND a.epoch = b.epoch AND {differ} "
-                "WHERE a.ledger_id = ? AND a.epoch > 0 ORDER BY a.seq",
+                "WHERE a.ledger_id = ? AND a.epoch > 0 "
+                "GROUP BY a.epoch, a.seq, a.entry_hash, b.seq, b.entry_hash ORDER BY a.seq",
                 (ledger_id,),
             )
             found += [(_evidence(row[:5]), _evidence(row[5:])) for row in rows]

@@ -20,7 +20,8 @@ class Proof:
 
     Args:
         acknowledged: The ledger did these, and signed that it did.
-        unacknowledged: Payments that are signed by their payers and were never shown to the ledger.
+        unacknowledged: Payments without a receipt, each signed by the key beside it (`Evidence.signer`);
+            whether that is the channel's K1, its T1 says.
         undone: The ledger did these and went back behind them, in a recovery that it signed too.
         equivocations: Pairs of receipts that no honest ledger signs both.
     """

@@ -397,12 +397,14 @@ def verify_receipts(
     for one in proof.acknowledged:
         typer.echo(f"Acknowledged, {one}")
     for one in proof.unacknowledged:
-        typer.echo(f"Signed by its payer, {one}")
+        typer.echo(f"Signed by {one.signer.address}, {one}")
     for one in proof.undone:
         typer.echo(f"Acknowledged, and gone back behind in a recovery since, {one}")
     for one, other in proof.equivocations:
         typer.echo("THE LEDGER SIGNED TWO HISTORIES:")
         typer.echo(f"  {one}, hash {one.receipt.receipt.entry_hash.hex()}" if one.receipt else "")
         typer.echo(f"  {other}, hash {other.receipt.receipt.entry_hash.hex()}" if other.receipt else "")
+    if proof.unacknowledged:
+        typer.echo("A payment counts if it is signed by its channel's K1; T1 says which key that is.")
     if not proof.equivocations:
         typer.echo("Every receipt holds, and none contradicts another.")

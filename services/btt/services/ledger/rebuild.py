@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 
-from btt.sdk.errors import BttError, ChannelClosed, EvidenceInvalid, UpdateInvalid
+from btt.sdk.errors import (
+    BttError,
+    ChannelClosed,
+    EvidenceInvalid,
+    SignatureInvalid,
+    SignerMismatch,
+    UpdateInvalid,
+)
 from btt.sdk.ledger.evidence import Evidence
 from btt.sdk.ledger.keeping import EvidenceStore
 from btt.sdk.signing import LedgerRecovery, Receipt
@@ -103,17 +111,17 @@ class Rebuilding:
         report = self._report
         with Store.open(built, durable=False) as books:
             last = report.base_seq
-            for one in self._pool.operations(self._identity.ledger_id):
-                if one.receipt is None:
+            for versions in self._versions():
+                if (signed := versions[0].receipt) is None:
                     continue
-                said = one.receipt.receipt
+                said = signed.receipt
                 if self._is_undone(said):
                     report.undone += 1
                     continue
                 if said.seq > last + 1:
                     report.missing.append((last + 1, said.seq - 1))
                 last = said.seq
-                self._take(books, one, said)
+                self._take(books, versions, said)
             if last < report.reached_seq:
                 report.missing.append((last + 1, report.reached_seq))
             if not self._resumed:
@@ -125,30 +133,54 @@ class Rebuilding:
     def _is_undone(self, said: Receipt) -> bool:
         return undone(said, self._first.items())
 
-    def _take(self, books: Store, one: Evidence, said: Receipt) -> None:
+    def _versions(self) -> Iterator[list[Evidence]]:
+        """Returns what was shown, with all its versions: updates without a receipt, then the entries."""
+
+        def place(one: Evidence) -> tuple[int, int, bytes]:
+            if one.receipt is None:
+                return 0, 0, one.body
+            said = one.receipt.receipt
+            return said.seq, said.epoch, said.entry_hash
+
+        for _, versions in groupby(self._pool.operations(self._identity.ledger_id), place):
+            yield list(versions)
+
+    def _take(self, books: Store, versions: Sequence[Evidence], said: Receipt) -> None:
         if not self._resumed:
             head = books.head
             follows = (said.seq, said.epoch) == (head.seq + 1, head.epoch)
-            if follows and self._run(books, one, said.time_ms, exactly=said.entry_hash) is None:
+            if follows and self._run_one(books, versions, said.time_ms, exactly=said.entry_hash) is None:
                 self._report.restored += 1
                 self._report.ended_seq = said.seq
                 return
             self._resume(books)
-        error = self._run(books, one, said.time_ms)
+        error = self._run_one(books, versions, said.time_ms)
         if error is None:
             self._report.repeated += 1
         else:
-            self._report.refused.append((str(one), error))
+            self._report.refused.append((str(versions[0]), error))
+
+    def _run_one(
+        self, books: Store, versions: Sequence[Evidence], time_ms: int, *, exactly: bytes | None = None
+    ) -> BttError | None:
+        """Carries out the first version that stands; says why the true one does not, where none does."""
+        errors = []
+        for one in versions:
+            error = self._run(books, one, time_ms, exactly=exactly)
+            if error is None:
+                return None
+            errors.append(error)
+        return min(errors, key=lambda error: isinstance(error, SignatureInvalid | SignerMismatch))
 
     def _take_updates(self, books: Store) -> None:
-        for one in self._pool.operations(self._identity.ledger_id):
-            if one.receipt is not None:
+        for versions in self._versions():
+            if versions[0].receipt is not None:
                 return
-            error = self._run(books, one, 0)
+            error = self._run_one(books, versions, 0)
             if error is None:
                 self._report.updates += 1
             elif not isinstance(error, UpdateInvalid | ChannelClosed):  # a higher one is there
-                self._report.refused.append((str(one), error))
+                self._report.refused.append((str(versions[0]), error))
 
     def _run(
         self, books: Store, one: Evidence, time_ms: int, *, exactly: bytes | None = None

@@ -189,7 +189,7 @@ class _Gate:
             raise EvidenceInvalid(
                 f"The receipt of entry {said.seq} is of epoch {said.epoch}, which did not begin with its key."
             )
-        if one.kind == _EXTEND and PublicKey(one.signatures[:33]).address not in self._keys:
+        if one.kind == _EXTEND and one.signer.address not in self._keys:
             raise EvidenceInvalid(f"Entry {said.seq} extends a window without the operator's signature.")
         if said.seq > self._head.seq or undone(said, self._began):
             return False
