@@ -13,7 +13,14 @@ from typing import Any
 import pytest
 
 from btt.proto.ledger.v1 import ledger_pb2 as pb
-from btt.sdk.errors import ConfigError, IdentityError, LedgerUnreachable, SignerMismatch, StorageError
+from btt.sdk.errors import (
+    ConfigError,
+    IdentityError,
+    LedgerUnreachable,
+    SignatureInvalid,
+    SignerMismatch,
+    StorageError,
+)
 from btt.sdk.keys import PrivateKey
 from btt.sdk.ledger import LedgerClient, evidence
 from btt.sdk.ledger.evidence import Evidence
@@ -120,15 +127,18 @@ async def test_every_acknowledged_request_is_kept_to_the_byte(world: World) -> N
         await alice.top_up(channel, ALICE, 50)
         await alice.request_close(channel, ALICE)
         update = ChannelUpdate(channel=channel, cumulative=7)
-        await node.close_channel(
-            ChannelClose(channel=channel, capture=7), K2, 7, sign(K1, update, node.ledger_id)
-        )
+        signature = sign(K1, update, node.ledger_id)
+        with pytest.raises(SignatureInvalid):
+            await node.submit_update(update, signature, k1=K2.public)
+        await node.submit_update(update, signature, k1=K1.public)
+        await node.close_channel(ChannelClose(channel=channel, capture=7), K2, 7, signature)
         # They are on disk before the call returned; a second process reads them.
         entries = [(e.kind, e.body, e.signatures, e.seq, e.hash) for e in world.journal()]
         assert [as_entry(one) for one in world.kept("alice")] == entries[1:5]
         assert [as_entry(one) for one in world.kept("node")] == entries[5:]
         assert [Kind(kind) for kind, *_ in entries[1:]] == [
-            Kind.TRANSFER, Kind.OPEN_CHANNEL, Kind.TOP_UP, Kind.REQUEST_CLOSE, Kind.CLOSE_CHANNEL,
+            Kind.TRANSFER, Kind.OPEN_CHANNEL, Kind.TOP_UP, Kind.REQUEST_CLOSE, Kind.UPDATE,
+            Kind.CLOSE_CHANNEL,
         ]  # fmt: skip
         proof = prove([world.export("alice")], world.running.address)
         assert len(proof.acknowledged) == 4

@@ -219,14 +219,14 @@ def receipt(entry: Entry, operator: PrivateKey, ledger_id: bytes, **changes: Any
     return SignedReceipt(said, sign(operator, said, ledger_id))
 
 
-def new_ledger(root: Path, name: str = "test") -> Lost:
+def new_ledger(root: Path, name: str = "test", *, least_raise: int = 1) -> Lost:
     root.mkdir(exist_ok=True)
     made, identity = folder.init(
         root / "ledger",
         name=name,
         supply_to=ALICE.address,
         amount=1000,
-        terms=Terms(min_challenge_ms=1000, min_lifetime_ms=1000),
+        terms=Terms(min_challenge_ms=1000, min_lifetime_ms=1000, min_update_delta=least_raise),
         clock=lambda: NOW,
     )
     return Lost(root, made.path, identity.ledger_id)
@@ -759,16 +759,18 @@ def test_what_cannot_both_have_happened_is_refused_by_the_books(ledger: Lost) ->
     assert ledger.balance(CAROL) == 1000
 
 
+def unshown(ledger: Lost, channel: Operation, cumulative: int) -> Evidence:
+    update = ledger.update(channel.digest, cumulative)
+    return Evidence(Kind.UPDATE, update.body, update.signatures, None)
+
+
 def test_a_payees_best_update_counts_without_a_receipt(ledger: Lost) -> None:
     first, second, unknown = ledger.open(1), ledger.open(2), ledger.open(3)
     ledger.do(first, second, ledger.close(second.digest, 20))
     lost = ledger.lose()
 
-    def unshown(channel: Operation, cumulative: int) -> Evidence:
-        update = ledger.update(channel.digest, cumulative)
-        return Evidence(Kind.UPDATE, update.body, update.signatures, None)
-
-    best = [unshown(first, 55), unshown(first, 80), unshown(second, 20), unshown(unknown, 5)]
+    pays = ((first, 55), (first, 80), (second, 20), (unknown, 5))
+    best = [unshown(ledger, channel, cumulative) for channel, cumulative in pays]
     # The same payment with the signatures of strangers takes nobody's place.
     strangers = [resigned(ledger, best[1], PrivateKey(n.to_bytes(32, "big"))) for n in range(90, 98)]
     recover(ledger.home, source=ledger.backup, evidence=[ledger.file("strangers", strangers)])
@@ -782,11 +784,104 @@ def test_a_payees_best_update_counts_without_a_receipt(ledger: Lost) -> None:
         channel = found.channel(first.digest)
         assert channel is not None
         assert channel.best == 80
-    forged = replace(unshown(first, 100), signatures=K2.public.data + bytes(65))
+    forged = replace(unshown(ledger, first, 100), signatures=K2.public.data + bytes(65))
     recovered = ledger.lose()
     assert recovered[-1].kind is Kind.UPDATE
     with pytest.raises(EvidenceInvalid):
         recover(ledger.home, source=ledger.backup, evidence=[ledger.file("forged", [forged])])
+
+
+@pytest.mark.parametrize(
+    ("missing", "bob", "refused"),
+    [
+        ({7}, 10 + 1 + 140, []),
+        ({3, 7}, 10 + 140, []),  # the channel itself is opened again
+        ({5, 7}, 10 + 1 + 90, ["ChannelClosed"]),  # the deposit is too small, and that is said
+        ({6, 7}, 10 + 1, ["ChannelLocked"]),  # it is not paid out, and the payee has its update in the books
+    ],
+)
+def test_what_a_channel_pays_out_again_is_its_best_update(
+    ledger: Lost, missing: set[int], bob: int, refused: list[str]
+) -> None:
+    """Nobody signs a payout, so it says nothing about what it paid; and nobody shows the update's receipt."""
+    channel = ledger.open(1)
+    ledger.do(
+        ledger.pay(ALICE, BOB, 1, 2), channel, ledger.top_up(channel.digest, 50), ledger.ask(channel.digest)
+    )
+    ledger.do(ledger.update(channel.digest, 140))
+    ledger.now_ms += WINDOW
+    ledger.do(ledger.finalize(channel.digest))
+    lost = ledger.lose()
+    best = [unshown(ledger, channel, 90), unshown(ledger, channel, 140)]
+    strangers = [
+        resigned(ledger, one, PrivateKey(n.to_bytes(32, "big"))) for one in best for n in range(90, 98)
+    ]
+    shown = ledger.file("payee", [*best, *strangers])
+    others = ledger.file("payer", ledger.evidence(entry for entry in lost[2:] if entry.seq not in missing))
+    report = recover(ledger.home, source=ledger.backup, evidence=[others, shown], finish=True)
+    assert report is not None
+    assert [type(error).__name__ for _, error in report.refused] == refused
+    assert ledger.balance(BOB) == bob
+    with Store.open(ledger.database) as found:
+        settled = found.channel(channel.digest)
+        assert settled is not None
+        assert settled.best == (90 if 5 in missing else 140)
+    ledger.audit()
+
+
+@pytest.mark.parametrize(("least_raise", "paid", "refused"), [(1, 60, []), (70, 0, ["ChannelClosed"])])
+def test_an_abandoned_channel_pays_its_best_update(
+    tmp_path: Path, least_raise: int, paid: int, refused: list[str]
+) -> None:
+    """Between its opening and its payout nothing happens to it; what a payee loses by that is said."""
+    ledger = new_ledger(tmp_path / "one", least_raise=least_raise)
+    backup(ledger.home, ledger.backup)
+    channel = ledger.open(1)
+    ledger.do(ledger.pay(ALICE, BOB, 1, 2), channel)
+    ledger.now_ms = NOW + HOUR + 2 * WINDOW
+    ledger.do(ledger.finalize(channel.digest))
+    shown = [unshown(ledger, channel, 60), *ledger.evidence(ledger.lose()[2:])]
+    report = recover(ledger.home, source=ledger.backup, evidence=[ledger.file("payee", shown)], finish=True)
+    assert report is not None
+    assert (report.updates, report.repeated) == (1 if paid else 0, 2)
+    assert [type(error).__name__ for _, error in report.refused] == refused
+    assert ledger.balance(BOB) == paid
+
+
+@pytest.mark.parametrize("pays", [20, 60])
+def test_a_raise_that_is_too_small_counts_once_the_channel_closes(tmp_path: Path, pays: int) -> None:
+    ledger = new_ledger(tmp_path / "one", least_raise=50)
+    channel, other = ledger.open(1), ledger.open(2)
+    ledger.do(channel, other, ledger.pay(ALICE, BOB, 10, 1))
+    backup(ledger.home, ledger.backup)
+    ledger.do(ledger.pay(ALICE, CAROL, 1, 2), ledger.ask(channel.digest))
+    ledger.now_ms += WINDOW
+    ledger.do(ledger.finalize(channel.digest))
+    shown = [unshown(ledger, one, pays) for one in (channel, other)]
+    shown += ledger.evidence(ledger.lose()[5:])
+    report = recover(ledger.home, source=ledger.backup, evidence=[ledger.file("some", shown)], finish=True)
+    assert report is not None
+    assert (report.missing, report.refused) == ([(5, 5)], []), "the payee of the open one can still show it"
+    assert ledger.balance(BOB) == 10 + pays
+
+
+def test_updates_that_take_nothing_from_anybody_are_not_reported(ledger: Lost) -> None:
+    first, second = ledger.open(1), ledger.open(2)
+    ledger.do(first, ledger.ask(first.digest))
+    ledger.now_ms += WINDOW
+    ledger.do(
+        ledger.finalize(first.digest), ledger.pay(ALICE, BOB, 1, 2), second, ledger.update(second.digest, 40)
+    )
+    # The first one was paid out before its payee showed anything; of the second there is a higher one.
+    shown = [unshown(ledger, first, 60), unshown(ledger, second, 70)]
+    lost = ledger.lose()
+    shown += ledger.evidence(entry for entry in lost[2:] if entry.seq != 6)
+    report = recover(ledger.home, source=ledger.backup, evidence=[ledger.file("some", shown)], finish=True)
+    assert report is not None
+    assert (report.restored, report.missing, report.refused) == (3, [(6, 6)], [])
+    with Store.open(ledger.database) as found:
+        channels = [found.channel(one.digest) for one in (first, second)]
+    assert [channel and channel.best for channel in channels] == [0, 70]
 
 
 def test_a_second_recovery_goes_on_from_the_first(ledger: Lost) -> None:

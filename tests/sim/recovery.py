@@ -7,15 +7,19 @@ The operator has a backup, and asks whom it can reach for what they hold (`btt c
 from __future__ import annotations
 
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from btt.node.status import read_updates
 from btt.sdk.errors import ConfigError
+from btt.sdk.keys import PrivateKey
 from btt.sdk.ledger import evidence
+from btt.sdk.ledger.evidence import Evidence
 from btt.sdk.ledger.keeping import RECEIPTS, EvidenceStore
+from btt.sdk.signing import ChannelUpdate, sign
 from btt.services.ledger.check import entries
+from btt.services.ledger.journal import Kind
 from btt.services.ledger.rebuild import Report
 from btt.services.ledger.recovery import recover
 from sim.books import Books, must
@@ -24,6 +28,9 @@ if TYPE_CHECKING:
     from sim.world import Party, World
 
 _ENDS = ("", "-wal", "-shm")
+_FORGER = PrivateKey(b"forger" + bytes(26))
+_OPEN = (Kind.TOP_UP, Kind.UPDATE, Kind.REQUEST_CLOSE, Kind.CLOSE_CHANNEL)
+"""Kinds of which only the books know whose signature they need."""
 
 
 @dataclass(slots=True)
@@ -34,14 +41,14 @@ class Loss:
         backup: The copy that is left.
         holders: Parties who show what they hold.
         files: What they gave, once they did.
-        shown: Requests with receipts in it, by digest.
+        shown: Requests with receipts in it, by digest; of an update its channel and amount.
         report: What the recovery says that it comes to, once it said so.
     """
 
     backup: Path
     holders: list[str]
     files: list[Path] | None = None
-    shown: set[bytes] = field(default_factory=set)
+    shown: dict[bytes, ChannelUpdate | None] = field(default_factory=dict)
     report: Report | None = None
 
 
@@ -69,7 +76,7 @@ def bring_back(me: Party) -> None:
     world, loss = me.world, me.world.lost
     assert loss is not None
     if loss.files is None:
-        loss.files = [file for name in loss.holders if (file := _ask(world, loss, name)) is not None]
+        loss.files = [file for name in loss.holders for file in _ask(world, loss, name)]
     try:
         found = recover(me.files, source=loss.backup, evidence=loss.files)
         if found is not None:
@@ -89,21 +96,32 @@ def _told(report: Report) -> tuple[object, ...]:
     return report.epoch, report.ended_seq, report.reached_seq, report.missing, refused, report.head
 
 
-def _ask(world: World, loss: Loss, name: str) -> Path | None:
-    """Returns a file with what somebody holds, as it would export it; None if that is nothing."""
+def _ask(world: World, loss: Loss, name: str) -> list[Path]:
+    """Returns a file with what somebody holds, as it would export it; before it one of a forger's."""
     party = world.parties[name]
     unshown = read_updates(world.disks[name]) if name in world.nodes else []
     if not (party.files / RECEIPTS).exists():
-        return None
+        return []
     with closing(EvidenceStore(party.files / RECEIPTS)) as store:
         header = store.header(world.ledger_id)
         found = list(store.operations(world.ledger_id))
     if header is None:
-        return None
+        return []
     target = world.root / f"{name}.{world.random.getrandbits(32):08x}.evidence"
+    forged = target.with_suffix(".forged")
     evidence.export(target, header, [*found, *unshown])
-    loss.shown |= {one.digest(world.ledger_id) for one in found}
-    return target
+    evidence.export(forged, header, [_forge(world, one) for one in (*found, *unshown) if one.kind in _OPEN])
+    for one in found:
+        loss.shown[one.digest(world.ledger_id)] = (
+            one.message if isinstance(one.message, ChannelUpdate) else None
+        )
+    return [forged, target]
+
+
+def _forge(world: World, one: Evidence) -> Evidence:
+    """The same request, with the ledger's own receipt for it, signed by somebody who had no right to."""
+    proof = _FORGER.public.data + sign(_FORGER, one.message, world.ledger_id)
+    return replace(one, signatures=proof + one.signatures[98:])
 
 
 def _check(world: World, loss: Loss) -> None:
@@ -121,7 +139,9 @@ def _check(world: World, loss: Loss) -> None:
     must(books.hashes[: kept + 1] == old.hashes[: kept + 1], "a recovery rewrote what stands")
     if not report.missing:
         must(not report.refused, f"nothing is missing, and {len(report.refused)} operations are refused")
-    lost = loss.shown - books.digests
+    lost = [
+        one for digest, one in loss.shown.items() if digest not in books.digests and not _paid(books, one)
+    ]
     most = len(report.refused) + report.undone
     must(len(lost) <= most, f"{len(lost)} operations were shown and are not there; {most} were refused")
     for node in set(world.nodes) & set(loss.holders):
@@ -138,6 +158,12 @@ def _check(world: World, loss: Loss) -> None:
     world.plans[:] = [(message, None) for message, _ in world.plans]
     world.recoveries += 1
     world.lost = None
+
+
+def _paid(books: Books, update: ChannelUpdate | None) -> bool:
+    """Says whether a higher update of the same channel is in the books."""
+    line = books.channels.get(update.channel) if update is not None else None
+    return line is not None and update.cumulative <= line.best
 
 
 def _check_node(world: World, node: str, old: Books, books: Books, *, refused: bool) -> None:

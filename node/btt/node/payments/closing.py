@@ -24,7 +24,7 @@ from btt.proto.ledger.v1 import ledger_pb2
 from btt.sdk.clock import sleep
 from btt.sdk.errors import BttError, ChannelClosed, ChannelUnknown, SessionEnded, UpdateInvalid
 from btt.sdk.keys import PrivateKey
-from btt.sdk.signing import ChannelClose, ChannelUpdate
+from btt.sdk.signing import ChannelClose, ChannelCommit, ChannelUpdate
 
 log = structlog.get_logger(__name__)
 
@@ -172,7 +172,8 @@ class Closer:
         if state.phase == ledger_pb2.CHANNEL_PHASE_OPEN and best is not None and best.cumulative > state.best:
             update = ChannelUpdate(channel=record.channel_id, cumulative=best.cumulative)
             with contextlib.suppress(UpdateInvalid):  # a raise below the ledger's minimum waits
-                await self._ledger.submit_update(update, best.signature)
+                k1 = ChannelCommit.decode(record.commit).k1
+                await self._ledger.submit_update(update, best.signature, k1=k1)
         return False
 
     async def _closed_elsewhere(self, record: ChannelRecord) -> None:

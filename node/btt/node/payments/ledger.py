@@ -14,7 +14,7 @@ import structlog
 
 from btt.proto.ledger.v1.ledger_pb2 import ChannelState
 from btt.sdk.errors import BttError, LedgerUnreachable
-from btt.sdk.keys import PrivateKey
+from btt.sdk.keys import PrivateKey, PublicKey
 from btt.sdk.ledger import LedgerAddress, LedgerClient, SignedReceipt
 from btt.sdk.ledger.keeping import EvidenceStore
 from btt.sdk.signing import ChannelClose, ChannelUpdate
@@ -37,7 +37,9 @@ class PayeeLedger(Protocol):
     ) -> SignedReceipt:
         """Closes a channel."""
 
-    async def submit_update(self, update: ChannelUpdate, update_signature: bytes) -> SignedReceipt:
+    async def submit_update(
+        self, update: ChannelUpdate, update_signature: bytes, *, k1: PublicKey
+    ) -> SignedReceipt:
         """Shows the ledger an update, which it keeps for the payee."""
 
     async def gather(self, key: PrivateKey, *, channel_id: bytes | None = None) -> int:
@@ -114,9 +116,11 @@ class LedgerOnDemand:
         """Closes a channel; as `LedgerClient.close_channel`."""
         return await (await self.connect()).close_channel(close, k2, update_cumulative, update_signature)
 
-    async def submit_update(self, update: ChannelUpdate, update_signature: bytes) -> SignedReceipt:
+    async def submit_update(
+        self, update: ChannelUpdate, update_signature: bytes, *, k1: PublicKey
+    ) -> SignedReceipt:
         """Shows an update; as `LedgerClient.submit_update`."""
-        return await (await self.connect()).submit_update(update, update_signature)
+        return await (await self.connect()).submit_update(update, update_signature, k1=k1)
 
     async def gather(self, key: PrivateKey, *, channel_id: bytes | None = None) -> int:
         """Keeps what others did; as `LedgerClient.gather`."""

@@ -19,7 +19,7 @@ from btt.sdk.errors import (
     IdentityError,
     LedgerUnreachable,
 )
-from btt.sdk.keys import Address, PrivateKey
+from btt.sdk.keys import Address, PrivateKey, PublicKey
 from btt.sdk.ledger.connection import REQUEST_MS, explain
 from btt.sdk.ledger.gathering import Gathering
 from btt.sdk.ledger.receipt import SignedReceipt
@@ -31,6 +31,7 @@ from btt.sdk.signing import (
     CloseRequest,
     TopUp,
     Transfer,
+    verify,
 )
 
 _WATCH_MS: Final = 1_800_000
@@ -216,22 +217,31 @@ class LedgerClient(Gathering):
 
         return await self._once(add, request_id, valid_until_ms)
 
-    async def submit_update(self, update: ChannelUpdate, update_signature: bytes) -> SignedReceipt:
+    async def submit_update(
+        self, update: ChannelUpdate, update_signature: bytes, *, k1: PublicKey | None = None
+    ) -> SignedReceipt:
         """Shows an update: the ledger keeps it, and pays it out if nobody closes with a higher one.
 
         Args:
             update: T3.
             update_signature: K1 over it, 65 bytes.
+            k1: The channel's K1; with it the receipt is kept, as that of every other request.
 
         Raises:
             UpdateInvalid: The ledger has a higher one, or the raise is too small.
             ChannelClosing, ChannelClosed: It came too late.
+            SignatureInvalid: The update is not signed by K1.
         """
+        if k1 is not None:  # what is kept must hold: one wrong proof makes all evidence of a file worthless
+            verify(k1, update, self.ledger_id, update_signature)
         request = pb.SubmitUpdateRequest(
             channel_id=update.channel, cumulative=update.cumulative, update_signature=update_signature
         )
         response = await self._call(self._stub.SubmitUpdate, request)
-        return await self._accepted(response.receipt, update.digest(self.ledger_id))
+        if k1 is None:
+            return await self._accepted(response.receipt, update.digest(self.ledger_id))
+        proof = k1.data + update_signature
+        return await self._acknowledged(pb.ENTRY_KIND_UPDATE, update, proof, response.receipt)
 
     async def request_close(
         self,

@@ -21,7 +21,7 @@ from btt.sdk.errors import StorageError
 from btt.sdk.ledger.evidence import Evidence
 from btt.sdk.ledger.receipt import SignedReceipt
 from btt.sdk.ledger.rotation import OperatorKey, undone_by
-from btt.sdk.signing import Receipt
+from btt.sdk.signing import ChannelUpdate, Receipt
 
 RECEIPTS: Final = "receipts.db"
 """Name of the file in the folder of a wallet or node."""
@@ -41,6 +41,7 @@ CREATE TABLE operations(
     PRIMARY KEY(ledger_id, seq, epoch, entry_hash, signatures)
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX operations_by_digest ON operations(ledger_id, digest);
+CREATE INDEX updates ON operations(ledger_id, body) WHERE kind = 6;
 """
 _SCHEMA: Final = """
 CREATE TABLE ledgers(
@@ -159,6 +160,32 @@ class EvidenceStore:
             (ledger_id,),
         )
         return map(_evidence, cursor)
+
+    def updated_channels(self, ledger_id: bytes) -> list[bytes]:
+        """Returns the ids of the channels of which an update is kept, with a receipt or without."""
+        rows = self._db.execute(
+            "SELECT DISTINCT substr(body, 1, 32) FROM operations WHERE ledger_id = ? AND kind = 6",
+            (ledger_id,),
+        )
+        return [row[0] for row in rows]
+
+    def best_update(self, ledger_id: bytes, channel: bytes, k1: bytes, *, most: int) -> Evidence | None:
+        """Returns the highest update of a channel that is kept; None without one.
+
+        Args:
+            ledger_id: 32 bytes.
+            channel: Its id, 32 bytes.
+            k1: The key that must have signed it, 33 bytes.
+            most: What it must not exceed, base units.
+        """
+        # A body is the channel and the amount, big-endian: they sort by what they pay.
+        ends = (ChannelUpdate(channel=channel, cumulative=amount).encode() for amount in (0, most))
+        row = self._one(
+            f"SELECT {_COLUMNS} FROM operations WHERE ledger_id = ? AND kind = 6 AND body > ? "  # noqa: S608
+            "AND body <= ? AND substr(signatures, 1, 33) = ? ORDER BY body DESC, seq DESC LIMIT 1",
+            (ledger_id, *ends, k1),
+        )
+        return _evidence(row) if row else None
 
     def promised(self, ledger_id: bytes, keys: Sequence[OperatorKey]) -> SignedReceipt | None:
         """Returns the receipt of the highest entry that must still be in a ledger's journal.

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from btt.sdk.errors import (
     BttError,
-    ChannelClosed,
     EvidenceInvalid,
     SignatureInvalid,
     SignerMismatch,
@@ -18,11 +17,12 @@ from btt.sdk.errors import (
 )
 from btt.sdk.ledger.evidence import Evidence
 from btt.sdk.ledger.keeping import EvidenceStore
-from btt.sdk.signing import LedgerRecovery, Receipt
+from btt.sdk.signing import ChannelUpdate, LedgerRecovery, Receipt
 from btt.services.ledger import mark, rows
 from btt.services.ledger.books import Effect
 from btt.services.ledger.folder import LedgerFolder
 from btt.services.ledger.journal import Head, Kind
+from btt.services.ledger.machine import Phase
 from btt.services.ledger.replay import operation_of
 from btt.services.ledger.store import Store
 from btt.services.ledger.verify import Verifier
@@ -38,7 +38,7 @@ class Report:
         ended_seq: Last entry of the history that stands as it was; the new epoch follows.
         reached_seq: How far the lost history is known to have come.
         restored: Entries restored as they were, with their numbers and hashes.
-        repeated: Operations carried out again, as new entries.
+        repeated: Operations carried out again, as new entries; of a channel's updates the best alone.
         updates: Payments shown by their payees that the lost ledger was never shown.
         missing: First and last number of each run of entries that nobody showed.
         refused: Operations that the books cannot bear, and why.
@@ -126,7 +126,7 @@ class Rebuilding:
                 report.missing.append((last + 1, report.reached_seq))
             if not self._resumed:
                 self._resume(books)
-            self._take_updates(books)
+            self._judge_updates(books)
             report.head = books.head
         return report
 
@@ -155,10 +155,40 @@ class Rebuilding:
                 return
             self._resume(books)
         error = self._run_one(books, versions, said.time_ms)
-        if error is None:
-            self._report.repeated += 1
-        else:
+        if error is not None and self._is_lost(books, versions[0], error):
             self._report.refused.append((str(versions[0]), error))
+            return
+        self._report.repeated += 1
+        if versions[0].kind == Kind.OPEN_CHANNEL:
+            self._show_best(books, said.request_digest)
+        elif versions[0].kind != Kind.TRANSFER:
+            self._show_best(books, versions[0].body[:32])
+
+    def _show_best(self, books: Store, channel_id: bytes) -> None:
+        """Carries out a channel's best update as soon as the books can take it, before they pay out.
+
+        It was acknowledged later, or never, or nobody can tell; but it is signed, and may be shown.
+        """
+        channel = books.channel(channel_id)
+        if channel is None or channel.phase is Phase.CLOSED:
+            return
+        ledger_id = self._identity.ledger_id
+        best = self._pool.best_update(ledger_id, channel_id, channel.k1, most=channel.deposit)
+        if best is None or ChannelUpdate.decode(best.body).cumulative <= channel.best:
+            return
+        if self._run(books, best, 0) is None and best.receipt is None:
+            self._report.updates += 1
+
+    def _is_lost(self, books: Store, one: Evidence, error: BttError) -> bool:
+        """Says whether somebody loses by what was refused."""
+        channel = books.channel(one.body[:32]) if one.kind == Kind.UPDATE else None
+        if channel is None:
+            return True
+        if channel.closed_seq is not None and channel.closed_seq <= self._report.ended_seq:
+            return False  # it came too late for the lost books, too
+        # A higher one counts; or the raise is too small as yet, and the payee can still show it.
+        most = channel.deposit if isinstance(error, UpdateInvalid) else channel.best
+        return ChannelUpdate.decode(one.body).cumulative > most
 
     def _run_one(
         self, books: Store, versions: Sequence[Evidence], time_ms: int, *, exactly: bytes | None = None
@@ -172,14 +202,13 @@ class Rebuilding:
             errors.append(error)
         return min(errors, key=lambda error: isinstance(error, SignatureInvalid | SignerMismatch))
 
-    def _take_updates(self, books: Store) -> None:
+    def _judge_updates(self, books: Store) -> None:
+        """Reports what does not count of the updates without a receipt."""
         for versions in self._versions():
             if versions[0].receipt is not None:
                 return
             error = self._run_one(books, versions, 0)
-            if error is None:
-                self._report.updates += 1
-            elif not isinstance(error, UpdateInvalid | ChannelClosed):  # a higher one is there
+            if error is not None and self._is_lost(books, versions[0], error):
                 self._report.refused.append((str(versions[0]), error))
 
     def _run(
@@ -227,3 +256,5 @@ class Rebuilding:
         )
         batch.begin_epoch(message.epoch, following.public.data)
         books.commit(batch)
+        for channel_id in self._pool.updated_channels(self._identity.ledger_id):
+            self._show_best(books, channel_id)
