@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 from collections.abc import AsyncIterator
 from contextlib import ExitStack
@@ -37,6 +38,8 @@ from btt.sdk.signing import ChannelClose, ChannelCommit, ChannelRefund, ChannelU
 from btt.services.ledger import folder, server
 from btt.services.ledger.books import Terms
 from btt.services.ledger.hub import MOST_PER_KEY, MOST_STRANGERS, MOST_WATCHERS, Hub
+from btt.services.ledger.journal import EntryRef
+from btt.services.ledger.store import Store
 from btt.services.ledger.voice import Voice
 
 START = 1_800_000_000_000
@@ -541,3 +544,40 @@ def test_a_hand_over_that_broke_off_is_finished(home: Path, clock: Clock, monkey
     operator, entry = folder.rotate(home, clock=clock)
     assert entry.seq == 3
     assert folder.LedgerFolder.open(home).operator_key.address == operator
+
+
+def test_no_name_of_a_key_is_lost_to_a_power_cut(home: Path, clock: Clock, monkeypatch: Any) -> None:
+    """Before the books name the new key, and before it replaces the old one, the folder is on the disk."""
+    steps: list[str] = []
+    fsync, rename, rotate = os.fsync, Path.rename, Store.rotate
+
+    def synced(descriptor: int) -> None:
+        fsync(descriptor)
+        if os.path.sameopenfile(descriptor, held):
+            steps.append("folder synced")
+
+    def renamed(path: Path, target: Path) -> Path:
+        steps.append(f"{Path(target).name.replace(str(old), 'OLD')} named")
+        return rename(path, target)
+
+    def named(books: Store, *keys: PrivateKey, clock_ms: int) -> EntryRef:
+        steps.append("books name the new key")
+        return rotate(books, *keys, clock_ms=clock_ms)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "rename", renamed)
+    monkeypatch.setattr(Store, "rotate", named)
+    old, held = folder.LedgerFolder.open(home).operator_key.address, os.open(home, os.O_RDONLY)
+    try:
+        folder.rotate(home, clock=clock)
+        assert steps == [
+            "operator.key.next named", "folder synced", "books name the new key",
+            "operator.OLD.key named", "folder synced", "operator.key named",
+        ]  # fmt: skip
+        # An attempt that broke off before it synced left the name in memory only.
+        folder.LedgerFolder.open(home).following_key()
+        steps.clear()
+        folder.rotate(home, clock=clock)
+        assert steps[:2] == ["folder synced", "books name the new key"]
+    finally:
+        os.close(held)

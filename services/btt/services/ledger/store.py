@@ -109,7 +109,7 @@ def create(
         if unfinished.with_name(unfinished.name + "-wal").exists():
             raise StorageError(f"The new ledger's database {unfinished} did not close cleanly.")
         unfinished.rename(path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except (OSError, sqlite3.Error) as error:
         raise StorageError(f"The ledger at {path} could not be made: {error}.") from error
     finally:
@@ -117,7 +117,12 @@ def create(
     return identity
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Makes durable which names a folder holds.
+
+    Raises:
+        OSError: The disk failed.
+    """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
