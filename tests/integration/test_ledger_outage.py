@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+import signal
+from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from btt.sdk.clock import SharedClock
+from btt.sdk.clock import SYSTEM, SharedClock
 from btt.sdk.errors import (
     ChannelClosed,
     ChannelClosing,
@@ -31,19 +33,24 @@ from btt.sdk.signing import (
     ChannelUpdate,
     sign,
 )
-from btt.services.ledger import backup, folder, mark
+from btt.services.ledger import backup, folder, mark, sequencer, server, service
 from btt.services.ledger.audit import AuditFailed, audit
 from btt.services.ledger.export import journal
 from btt.services.ledger.journal import Kind
+from btt.services.ledger.overlay import Batch
 from btt.services.ledger.recovery import recover
+from btt.services.ledger.sequencer import ABSENT_MS, EACH_MS
 from btt.services.ledger.server import LedgerConfig, serve
 from btt.services.ledger.store import Store
 from kit.ledgers import BANK, HOUR, K1, K2, SHOP, LedgerProcess
 
 DEPOSIT, BEST = 1000, 700
+MINUTE = 60_000
 
 
-async def open_channel(ledger: LedgerClient, *, hours: int, flags: int = EARLY_CLOSE) -> ChannelCommit:
+async def open_channel(
+    ledger: LedgerClient, *, hours: int, flags: int = EARLY_CLOSE, window_ms: int = HOUR
+) -> ChannelCommit:
     commit = ChannelCommit(
         payer=BANK.public.address,
         payee=SHOP.public.address,
@@ -51,7 +58,7 @@ async def open_channel(ledger: LedgerClient, *, hours: int, flags: int = EARLY_C
         k2=K2.public,
         amount=DEPOSIT,
         expires_ms=ledger.now_ms() + hours * HOUR,
-        challenge_ms=HOUR,
+        challenge_ms=window_ms,
         flags=flags,
         fee=0,
         nonce=PrivateKey.generate().secret[:16],
@@ -122,16 +129,44 @@ async def test_a_window_that_would_have_ended_in_an_outage_is_given_back(process
     assert process.audit()["ok"]
 
 
+async def test_a_process_that_was_stopped_for_a_while_took_nothing_of_a_window(tmp_path):
+    """Stopped as soon as its payer asked for the end; the payee asks meanwhile, and is not too late."""
+    process = LedgerProcess.make(tmp_path / "ledger", log=tmp_path / "log")
+    try:
+        address = await asyncio.to_thread(process.start)
+        async with LedgerClient.connect(address, timeout=60) as ledger:
+            commit = await open_channel(ledger, hours=1, window_ms=ABSENT_MS)
+            channel = commit.channel_id(ledger.ledger_id)
+            await ledger.request_close(channel, BANK)
+            process.signal(signal.SIGSTOP)
+            late = SYSTEM() + ABSENT_MS + 500
+            closing = asyncio.create_task(close(ledger, channel))
+            while SYSTEM() < late:  # noqa: ASYNC110 - only time makes a pause long
+                await asyncio.sleep(0.05)
+            process.signal(signal.SIGCONT)
+            assert await closing == BEST
+        assert await asyncio.to_thread(process.stop) == 0
+        assert Kind.EXTEND in kinds(process.home)
+        assert process.audit()["ok"]
+    finally:
+        process.kill()
+
+
 class Home:
     """A ledger in this process, with a clock that stands still."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.now_ms = 1_700_000_000_000
+        self.moved_ms = 0
+        """How far a devnet's clock is ahead of its machine's."""
         folder.init(path, name="test", supply_to=BANK.public.address, clock=self.clock)
 
-    def clock(self) -> int:
+    def machine(self) -> int:
         return self.now_ms
+
+    def clock(self) -> int:
+        return self.now_ms + self.moved_ms
 
     def serve(self):
         return serve(LedgerConfig(folder=self.path, grace=0, sweep_every=3600), clock=self.clock)
@@ -146,6 +181,12 @@ async def _closing(home: Home, ledger: LedgerClient) -> bytes:
     channel = (await open_channel(ledger, hours=24)).channel_id(ledger.ledger_id)
     await ledger.request_close(channel, BANK)
     return channel
+
+
+async def _decides(ledger: LedgerClient, channel: bytes) -> None:
+    """Asks for something that is refused, and so leaves nothing in the journal."""
+    with pytest.raises(ChannelLocked):
+        await ledger.finalize_channel(channel)
 
 
 async def test_a_disk_that_takes_nothing_is_an_outage_too(home, monkeypatch):
@@ -164,6 +205,144 @@ async def test_a_disk_that_takes_nothing_is_an_outage_too(home, monkeypatch):
                 await ledger.transfer(BANK, SHOP.public.address, 1)
         await running.sweeper.sweep()
         assert await close(ledger, channel) == BEST
+
+
+@pytest.fixture
+def machine(home, monkeypatch) -> Home:
+    """The home, on a machine that has its clock."""
+    monkeypatch.setattr(sequencer, "SYSTEM", home.machine)
+    return home
+
+
+@pytest.mark.parametrize("by", ["a pause", "a sync that hung"])
+async def test_time_that_passed_while_nothing_was_decided_is_given_back(machine, monkeypatch, by):
+    """Also if the first that is decided afterwards is the end of the window."""
+    async with machine.serve() as running, LedgerClient.connect(running.address) as ledger:
+        channel = await _closing(machine, ledger)
+        commit = Store.commit
+
+        def hangs(books: Store, batch: Batch) -> None:
+            commit(books, batch)
+            machine.now_ms += 3 * HOUR
+
+        with monkeypatch.context() as patch:
+            if by == "a pause":
+                machine.now_ms += 3 * HOUR
+            else:
+                patch.setattr(Store, "commit", hangs)
+                await ledger.transfer(BANK, SHOP.public.address, 1)
+        await _decides(ledger, channel)
+        assert await close(ledger, channel) == BEST
+
+
+async def test_a_loop_that_goes_on_while_the_disk_hangs_does_not_hide_it(machine, monkeypatch):
+    monkeypatch.setattr(sequencer, "LOOK_S", 0.0)
+    monkeypatch.setattr(sequencer, "IN_PLACE_S", 0.0)
+    monkeypatch.setattr(sequencer, "ABSENT_MS", 20 * MINUTE)
+    loop, commit = asyncio.get_running_loop(), Store.commit
+
+    async def turns() -> None:
+        for _ in range(10):
+            await asyncio.sleep(0)
+
+    def hangs(books: Store, batch: Batch) -> None:
+        commit(books, batch)
+        for _ in range(4):
+            machine.now_ms += 20 * MINUTE
+            asyncio.run_coroutine_threadsafe(turns(), loop).result(60)
+
+    async with machine.serve() as running, LedgerClient.connect(running.address) as ledger:
+        channel = await _closing(machine, ledger)
+        with monkeypatch.context() as patch:
+            patch.setattr(Store, "commit", hangs)
+            await ledger.transfer(BANK, SHOP.public.address, 1)
+        assert await close(ledger, channel) == BEST
+
+
+async def test_a_pause_at_any_reading_of_a_clock_is_given_back(machine, monkeypatch):
+    left = 0
+
+    def slips(read: Callable[[], int]) -> Callable[[], int]:
+        def reading() -> int:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                machine.now_ms += 3 * HOUR
+            return read()
+
+        return reading
+
+    monkeypatch.setattr(sequencer, "SYSTEM", slips(machine.machine))
+    monkeypatch.setattr(machine, "clock", slips(machine.clock))
+    async with machine.serve() as running, LedgerClient.connect(running.address) as ledger:
+        for reading in range(1, 10):
+            channel = await _closing(machine, ledger)
+            left = reading
+            await _decides(ledger, channel)
+            left = 0
+            assert await close(ledger, channel) == BEST
+
+
+async def test_an_outage_that_the_process_lived_through_is_given_back_as_long_as_it_was(machine):
+    async with machine.serve() as running, LedgerClient.connect(running.address) as ledger:
+        channel = await _closing(machine, ledger)
+        before = (await ledger.channel(channel, BANK)).deadline_ms
+        for pause_ms, given_ms in (ABSENT_MS, 0), (ABSENT_MS + 1, ABSENT_MS + 1), (10 * MINUTE, 10 * MINUTE):
+            machine.moved_ms += 5 * MINUTE  # a quiet time
+            await _decides(ledger, channel)
+            machine.now_ms += pause_ms
+            await _decides(ledger, channel)
+            after = (await ledger.channel(channel, BANK)).deadline_ms
+            assert after - before == given_ms
+            before = after
+
+
+@pytest.mark.parametrize(("beyond_ms", "extensions"), [(0, 2), (1, 3)])
+async def test_giving_many_back_is_no_outage_unless_it_hangs(machine, monkeypatch, beyond_ms, extensions):
+    give_back = server.give_back
+
+    def slowly(*args: Any, **times: Any) -> Batch:
+        machine.now_ms += ABSENT_MS + EACH_MS + beyond_ms
+        return give_back(*args, **times)
+
+    async with machine.serve() as running, LedgerClient.connect(running.address) as ledger:
+        channel = await _closing(machine, ledger)
+        with monkeypatch.context() as patch:
+            patch.setattr(server, "give_back", slowly)
+            machine.now_ms += 10 * MINUTE
+            await _decides(ledger, channel)
+        for _ in range(2):
+            await _decides(ledger, channel)
+        machine.now_ms += ABSENT_MS + 1  # and the allowance is for once
+        await _decides(ledger, channel)
+    assert kinds(machine.path).count(Kind.EXTEND) == extensions
+
+
+async def test_a_clock_that_is_moved_or_held_on_purpose_is_no_outage(machine):
+    async with machine.serve() as running, LedgerClient.connect(running.address) as ledger:
+        channel = await _closing(machine, ledger)
+        machine.moved_ms += 20 * MINUTE
+        await _decides(ledger, channel)
+        machine.now_ms += 10 * MINUTE
+        machine.moved_ms -= 10 * MINUTE
+        await _decides(ledger, channel)
+        machine.moved_ms += 40 * MINUTE
+        await ledger.finalize_channel(channel)
+    assert Kind.EXTEND not in kinds(machine.path)
+
+
+async def test_who_watches_hears_of_it_though_nobody_asks_for_anything(machine, monkeypatch):
+    monkeypatch.setattr(sequencer, "LOOK_S", 0.01)
+    monkeypatch.setattr(service, "_HEARTBEAT", 3600.0)
+    async with machine.serve() as running, LedgerClient.connect(running.address) as ledger:
+        await _closing(machine, ledger)
+        watching = ledger.watch(SHOP)
+        told = [event.kind for event in (await anext(watching)).events]
+        machine.now_ms += 3 * HOUR
+        async with asyncio.timeout(30):
+            told += [event.kind for event in (await anext(watching)).events]
+        await watching.aclose()
+    assert told[-2:] == [Kind.REQUEST_CLOSE, Kind.EXTEND]
 
 
 async def test_a_key_that_is_changed_after_an_outage_gives_back_what_was_before(home):

@@ -115,6 +115,11 @@ class Process:
                 return str(line["address"])
         raise AssertionError(f"{self._command} did not start:\n{self._log.read_text()[-2000:]}")
 
+    def signal(self, number: int) -> None:
+        """Sends it a signal."""
+        assert self._popen is not None
+        self._popen.send_signal(number)
+
     def kill(self) -> None:
         """Kills it as a power cut would; nothing it could do about it."""
         if self._popen is not None:

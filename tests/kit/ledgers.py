@@ -74,6 +74,9 @@ class LedgerProcess:
     def kill(self) -> None:
         self._process.kill()
 
+    def signal(self, number: int) -> None:
+        self._process.signal(number)
+
     def stop(self) -> int:
         return self._process.terminate()
 

@@ -10,6 +10,11 @@ A client that is alone does not wait for a thread: while the disk is quick, the 
 in a row that nobody else joined is carried out in the event loop. A sync that was slow, or failed,
 sends those after it to the thread again, where a disk may hang and reads go on.
 
+What decides has to know whether it was there: a process that was stopped, a disk that hung, and a clock
+that was set ahead took time from everybody's challenge window. So whoever is about to decide looks at
+the clock, and so does a timer when nobody asks; if more than `ABSENT_MS` lies between two looks, the
+ledger was away (`docs/decisions/0016`).
+
 There is one writer. Signatures are half of its work, and libsecp256k1 does them without the
 interpreter's lock; but a second writer gains less by that than both lose in handing over the lock.
 """
@@ -18,6 +23,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +31,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, TypeVar
 
+from btt.sdk.clock import SYSTEM
 from btt.sdk.errors import BttError, Draining, InvariantBroken, RateLimited
 from btt.services.ledger.journal import EntryRef
 from btt.services.ledger.mark import INTERVAL, MarkWriter
@@ -37,6 +44,12 @@ MOST_IN_BATCH: Final = 512
 MOST_QUEUED: Final = 4096
 IN_PLACE_S: Final = 0.0005
 """A disk whose last commit took less than this is quick."""
+LOOK_S: Final = 1.0
+"""Between two looks at the clock while nobody asks."""
+ABSENT_MS: Final = 3000
+"""Between two looks more than this is an outage: no load keeps an event loop, or a sync, for so long."""
+EACH_MS: Final = 2
+"""And this for each window that was given back between them, or giving back many would never end."""
 
 _log = logging.getLogger(__name__)
 _Outcome = EntryRef | BttError
@@ -63,8 +76,10 @@ class Sequencer:
         store: The books; the sequencer is their only user.
         clock: Unix milliseconds.
         committed: Called in the event loop with each batch that is durable.
-        returned: Called with the time, in a writer's thread, before the first batch after one that the
-            disk did not take.
+        returned: Called with the time and how long the ledger was away, both milliseconds, before it
+            decides anything afterwards; in a writer's thread or in the loop. After a batch that the disk
+            did not take nobody knows how long that was, and it is infinite. Returns how many windows
+            it gave the time back.
         charge: Bounds what one key may have carried out; see `Batch.run`.
     """
 
@@ -74,14 +89,16 @@ class Sequencer:
         *,
         clock: Callable[[], int],
         committed: Callable[[Batch], None] = lambda batch: None,
-        returned: Callable[[int], object] = lambda clock_ms: None,
+        returned: Callable[[int, float], int] = lambda clock_ms, away_ms: 0,
         charge: Callable[[bytes], object] = lambda key: None,
     ) -> None:
         self._store = store
         self._clock = clock
         self._returned = returned
         self._charge = charge
-        self._away = False
+        self._seen_ms = SYSTEM(), clock()
+        self._away_ms = 0.0
+        self._given_back = 0
         self._committed = committed
         self._queue: deque[_Order] = deque()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="ledger-writer")
@@ -89,6 +106,7 @@ class Sequencer:
         self._writing: asyncio.Future[Any] | None = None
         self._alone = False
         self._flushing: asyncio.TimerHandle | None = None
+        self._looking: asyncio.TimerHandle | None = None
         self.halted: InvariantBroken | SyncFailed | None = None
         """Set for ever once the books would have become inconsistent, or the disk cannot be trusted."""
         self.batches = 0
@@ -96,6 +114,7 @@ class Sequencer:
 
     async def __aenter__(self) -> Sequencer:
         self._loop = asyncio.get_running_loop()
+        self._look_again(self._loop)
         return self
 
     async def __aexit__(self, *exc: object) -> None:
@@ -109,8 +128,9 @@ class Sequencer:
         self._dispatch(loop)
         while self._writing is not None:
             await asyncio.wait([self._writing])
-        if self._flushing is not None:
-            self._flushing.cancel()
+        for timer in (self._flushing, self._looking):
+            if timer is not None:
+                timer.cancel()
         await loop.run_in_executor(self._writer, self._store.close)
         self._writer.shutdown()
 
@@ -204,6 +224,31 @@ class Sequencer:
             self._writing = loop.run_in_executor(self._writer, _flushed, mark)
             self._writing.add_done_callback(partial(self._written, loop, ()))
 
+    def _look_again(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Finds out by itself that the ledger was away, and lets it be known at once."""
+        self._looking = loop.call_later(LOOK_S, self._look_again, loop)
+        if self._writing is not None:
+            return  # while a disk hangs the ledger is not there, however well its loop does
+        known = self._away_ms
+        self._look()
+        if self._away_ms > known:
+            self._writing = loop.run_in_executor(self._writer, self._carry_out, ())
+            self._writing.add_done_callback(partial(self._written, loop, ()))
+
+    def _look(self) -> int:
+        """Returns the time, and takes note if the ledger was away before it.
+
+        What counts is time that both this machine's clock and the ledger's show: that of a devnet is
+        moved on purpose. This machine's is read on both sides of it, so no pause falls between the two.
+        """
+        machine_ms, now_ms = SYSTEM(), self._clock()
+        gap_ms = min(SYSTEM() - self._seen_ms[0], now_ms - self._seen_ms[1])
+        self._seen_ms = machine_ms, now_ms
+        if gap_ms > ABSENT_MS + self._given_back * EACH_MS:
+            self._away_ms += gap_ms
+        self._given_back = 0
+        return now_ms
+
     def _carry_out(self, orders: Sequence[_Order]) -> _Written:
         """Runs in the writer's thread, or in the loop while that has nothing to do."""
         checked = [_checked(order) for order in orders]
@@ -221,16 +266,16 @@ class Sequencer:
             return None, [_again(self.halted) for _ in operations]
         self.batches += 1
         try:
-            now_ms = self._clock()
-            if self._away:
-                self._returned(now_ms)
-                self._away = False
+            now_ms = self._look()
+            if self._away_ms:
+                self._given_back = self._returned(now_ms, self._away_ms)
+                self._away_ms = 0.0
             batch = self._store.begin(now_ms, operations)
             outcomes = [batch.run(operation, self._charge) for operation in operations]
             if not batch.empty:
                 self._store.commit(batch)
         except BttError as error:
-            self._away = True
+            self._away_ms = math.inf
             if isinstance(error, InvariantBroken | SyncFailed):
                 self.halted = error
                 _log.critical("The ledger has stopped: %s", error.message)

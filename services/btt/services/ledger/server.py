@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -106,15 +107,18 @@ async def serve(config: LedgerConfig, *, clock: Callable[[], int] = SYSTEM) -> A
     folder = LedgerFolder.open(config.folder)
     store = Store.open(folder.database)
     async with AsyncExitStack() as stack:
-        hub = Hub()
+        hub, loop = Hub(), asyncio.get_running_loop()
 
-        def returned(now_ms: int) -> None:
-            if extended := give_back(store, folder.operator_key, clock_ms=now_ms):
+        def returned(now_ms: int, away_ms: float) -> int:
+            batch = give_back(store, folder.operator_key, clock_ms=now_ms, away_ms=away_ms)
+            if extended := len(batch.entries):
                 _log.warning("%d challenge windows get back the time that the ledger was away.", extended)
+                loop.call_soon_threadsafe(hub.publish, batch)
+            return extended
 
         try:
             folder = folder.settled(store.operator_key)
-            returned(clock())
+            returned(clock(), math.inf)
         except BaseException:
             store.close()
             raise
