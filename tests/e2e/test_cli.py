@@ -172,6 +172,18 @@ async def test_publishing_needs_a_node(person: Person) -> None:
     assert "btt node init" in done.json["error"]["hint"]
 
 
+async def test_a_port_that_is_taken_is_told_in_one_line(net: Devnet, person: Person) -> None:
+    taken = net.node_address.partition("@")[2]
+    assert (
+        await person.btt("node", "init", "n", "--ledger", net.ledger_address, "--listen", taken)
+    ).code == 0
+    done = await person.btt("node", "start", "n")
+    assert done.code == 3
+    *log, told = done.err.splitlines()
+    assert told.startswith(f"error: The node cannot listen on {taken}. ")
+    assert all(json.loads(line)["level"] == "info" for line in log), "nothing of gRPC's before it"
+
+
 def address_of(node: str) -> str:
     return node.removeprefix("btt://").partition("@")[0]
 

@@ -157,7 +157,7 @@ class Reader:
     home: Path
     printed: str = ""
     seen: str = ""
-    # A port of the default may be taken on this machine.
+    # A port of the default may be taken on this machine; that pages name none twice is seen to below.
     variables: dict[str, str] = field(default_factory=lambda: {"BTT_NODE__NODE__LISTEN": "127.0.0.1:0"})
     servers: list[subprocess.Popen[str]] = field(default_factory=list)
     installed: list[Path] = field(default_factory=list)
@@ -236,6 +236,8 @@ class Reader:
                 self._run(("bash", "-ec", line), block)
 
     def _serve(self, line: str) -> None:
+        listens = [tomllib.loads(path.read_text())["node"]["listen"] for path in self.home.rglob("node.toml")]
+        assert len(listens) == len(set(listens)), f"two nodes are to listen at one place: {listens}"
         words = [sys.executable, "-m", "btt.sdk.cli", *shlex.split(line)[1:], "--stdin-lifeline"]
         server = subprocess.Popen(
             words, cwd=self.home, env=self.environment(), text=True,

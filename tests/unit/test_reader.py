@@ -60,3 +60,11 @@ def test_a_page_that_says_what_is_so_is_read_whole(tmp_path: Path) -> None:
 def test_no_block_is_passed_over(page: str) -> None:
     with pytest.raises(ValueError, match=r"page\.md"):
         read_page("page.md", page)
+
+
+def test_two_nodes_that_a_page_sends_to_one_port_fail_it(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "node.toml").write_text('[node]\nlisten = "127.0.0.1:7800"\n')
+    with pytest.raises(AssertionError, match="two nodes are to listen at one place"):
+        Reader(tmp_path).read(read_page("page.md", block("sh", "btt node start two")))

@@ -6,6 +6,7 @@ that `btt --help` answers at once and a broken plugin breaks nothing but itself.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -24,6 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         reached, 5 payment or budget, 6 not found, 130 interrupted.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    # What goes wrong comes as an error of ours; gRPC would write its own lines before it.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:
         from btt.sdk.errors import BttError
 
