@@ -278,15 +278,45 @@ async def test_a_budget_that_is_too_small_keeps_what_it_bought(market: Market) -
     assert short.json["error"]["reason"] == "BUDGET_EXCEEDED"
     spent = 10_000_000 - await market.balance()
     assert 0 < spent <= 4000
+    told = short.json["error"]
+    assert int(told["paid"]) == spent
+    assert f"Paid   {Amount(spent)} for {told['fetched_bytes'] / MIB:.1f} MiB\n" in short.err
 
     # Another process goes on by what the first one printed alone: it names content, nodes and price.
     words = shlex.split(short.err.partition("To go on: btt ")[2].splitlines()[0])
-    assert words[:3] == ["content", "fetch", "--resume"]
+    assert words[:4] == ["content", "fetch", "--resume", told["resume"]]
+    assert words[4:] == ["--dest", "in", "--budget", "0.004 BTT"]
     del market.person.variables["BTT_NODES"]
     rest = await market.person.btt(*words[:-1], "1 BTT", "--json")
     assert rest.code == 0, rest.err
     assert 0 < rest.json["fetched_bytes"] < len(market.data)
     assert (market.person.home / "in" / "film.bin").read_bytes() == market.data
+
+
+async def test_what_was_chosen_is_chosen_again_to_go_on(market: Market) -> None:
+    person, net = market.person, market.net
+    made = await person.btt("wallet", "create", "--wallet", "purse", "--no-password", "--json")
+    await net.fund(made.json["address"], "1 BTT")
+    chosen = ["--from", net.node_address, "--ledger", net.ledger_address, "--wallet", "purse"]
+    words = ("content", "fetch", market.infohash, *chosen, "--budget", "0.004 BTT", "--dest", "in", "--yes")
+    short = await person.btt(*words)
+    assert short.code == 5
+    again = shlex.split(short.err.partition("To go on: btt ")[2].splitlines()[0])
+    assert again[4:10] == chosen
+    rest = await person.btt(*again[:-1], "1 BTT", "--yes")
+    assert rest.code == 0, rest.err
+    assert await market.balance() == 10_000_000, "the own wallet paid nothing"
+
+
+async def test_nobody_is_told_to_go_on_where_that_cannot_help(market: Market) -> None:
+    words = ("content", "fetch", market.infohash, "--yes", "--budget")
+    nothing = await market.person.btt(*words, "0 BTT", "--dest", "in")
+    (market.person.home / "file").touch()
+    nowhere = await market.person.btt(*words, "1 BTT", "--dest", "file")
+    for done in (nothing, nowhere):
+        assert done.code != 0
+        assert "error: " in done.err
+        assert "To go on" not in done.err
 
 
 async def test_nothing_is_spent_unasked(market: Market) -> None:
@@ -360,7 +390,8 @@ async def test_ctrl_c_in_a_fetch_resumes_without_paying_twice(market: Market) ->
     assert process.returncode in (130, 0)  # 0: it was faster
     assert b"Traceback" not in err
     if process.returncode:
-        words = tuple(shlex.split(err.decode().partition("To go on: btt ")[2]))
+        assert b"Paid   " in err
+        words = tuple(shlex.split(err.decode().partition("To go on: btt ")[2].splitlines()[0]))
         assert "--resume" in words
     done = await market.person.btt(*words, "--json")
     assert done.code == 0, done.err

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -26,7 +26,7 @@ from btt.sdk.cli.options import (
     parsed,
     wallet_folder,
 )
-from btt.sdk.errors import BttError
+from btt.sdk.errors import Banned, BttError, NodeBanned, StorageError
 from btt.sdk.memory import keep_freed_memory
 from btt.sdk.money import Amount
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from btt.sdk.content.client import Quote
     from btt.sdk.content.resuming import ResumeToken
     from btt.sdk.content.torrent import Torrent
-    from btt.sdk.content.transfer import TransferReceipt
+    from btt.sdk.content.transfer import Transfer, TransferReceipt
 
 app = typer.Typer(
     cls=Commands, no_args_is_help=True, help="Publish content, ask what it costs, fetch it and pay for it."
@@ -133,6 +133,7 @@ def quote(
 
 @app.command()
 def fetch(
+    ctx: typer.Context,
     ledger: LedgerOption,
     budget: Annotated[str, typer.Option(help='The most it may cost, such as "5 BTT".')],
     infohash: Annotated[
@@ -166,7 +167,7 @@ def fetch(
         raise typer.BadParameter("Name a node, or set BTT_NODES.", param_hint="--from")
     granted = parsed(Amount.parse, budget, "--budget")
     client = make_client(nodes=nodes, ledger=ledger, wallet=wallet, budget=granted, trust_new=trust_new)
-    begun: list[ResumeToken] = []
+    begun: list[Transfer] = []
     work = buy(
         client,
         content,
@@ -177,13 +178,12 @@ def fetch(
         token=token,
         begun=begun.append,
     )
-    try:
-        found = asyncio.run(work)
-    except (BttError, KeyboardInterrupt):
-        for left in begun:
-            words = ("--resume", str(left), "--dest", str(dest), "--budget", str(granted))
-            typer.echo(f"To go on: btt content fetch {shlex.join(words)}", err=True)
-        raise
+    again = {
+        **_given(ctx, sellers="--from", ledger="--ledger", wallet="--wallet"),
+        "--dest": str(dest),
+        "--budget": str(granted),
+    }
+    found = bring(work, begun, again=again if granted else None, as_json=as_json)
     if found is None:
         typer.echo("Nothing was spent.")
         raise typer.Exit(1)
@@ -191,6 +191,62 @@ def fetch(
         typer.echo(json.dumps(found.as_json()))
         return
     found.show()
+
+
+def _given(ctx: typer.Context, **options: str) -> dict[str, str]:
+    """Returns those options that were typed, and did not come from the environment, with their values."""
+    typed = {name for name in options if getattr(ctx.get_parameter_source(name), "name", "") == "COMMANDLINE"}
+    return {option: str(ctx.params[name]) for name, option in options.items() if name in typed}
+
+
+def bring(
+    work: Coroutine[Any, Any, Bought | None],
+    begun: list[Transfer],
+    *,
+    again: dict[str, str] | None = None,
+    as_json: bool,
+) -> Bought | None:
+    """Runs what `buy` made; when it breaks off, tells what arrived and was paid.
+
+    Args:
+        work: The purchase.
+        begun: Holds the transfer once it has begun.
+        again: Options of the fetch that goes on; None if none can.
+        as_json: Tell a script.
+    """
+    from btt.sdk.cli.failures import report
+
+    try:
+        return asyncio.run(work)
+    except (BttError, KeyboardInterrupt) as error:
+        if not begun:
+            raise
+        transfer = begun[0]
+        fetched, spent = sum(part.fetched_bytes for part in transfer.parts()), transfer.state().spent
+        typer.echo(f"Paid   {spent} for {render.size(fetched)}", err=True)
+        if again is not None and _helps(error, fetched):
+            words = ("--resume", str(transfer.token), *(word for pair in again.items() for word in pair))
+            typer.echo(f"To go on: btt content fetch {shlex.join(words)}", err=True)
+        told = {"paid": str(int(spent)), "fetched_bytes": fetched, "resume": str(transfer.token)}
+        if isinstance(error, BttError):
+            raise typer.Exit(report(error, as_json=as_json, more=told)) from None
+        if as_json:
+            found = {
+                "reason": "INTERRUPTED",
+                "message": "It was interrupted.",
+                "hint": "Run it again.",
+                **told,
+            }
+            typer.echo(json.dumps({"error": found}))
+        raise
+
+
+def _helps(error: BaseException, fetched: int) -> bool:
+    """Tells whether the same words again may bring more than these did."""
+    if not isinstance(error, BttError):
+        return True
+    hopeless = isinstance(error, Banned | NodeBanned) or (isinstance(error, StorageError) and not fetched)
+    return not hopeless and (fetched > 0 or error.retryable)
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,7 +303,7 @@ async def buy(
     ask: bool,
     quiet: bool,
     token: ResumeToken | None = None,
-    begun: Callable[[ResumeToken], None] = lambda token: None,
+    begun: Callable[[Transfer], None] = lambda transfer: None,
 ) -> Bought | None:
     """Fetches content and pays for it, and tells a person about it meanwhile.
 
@@ -259,7 +315,7 @@ async def buy(
         ask: Ask before spending.
         quiet: Say nothing.
         token: Of an earlier fetch of this content, to go on with; it begins anew if not given.
-        begun: Told with what another process can go on, once it has begun.
+        begun: Told the transfer once it has begun.
 
     Returns:
         None if the person did not want to spend.
@@ -278,7 +334,7 @@ async def buy(
         with render.showing(live=not quiet and render.is_terminal()) as show:
             again = btt.content.fetch(found, dest) if token is None else btt.content.resume(token, dest)
             async with again as transfer:
-                begun(transfer.token)
+                begun(transfer)
                 async for step in transfer.progress():
                     if not quiet:
                         show(step)

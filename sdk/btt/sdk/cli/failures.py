@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from typing import Final
 
 from btt.sdk import errors
@@ -36,12 +37,13 @@ def exit_code(error: BttError) -> int:
     return next((code for kind, code in _CODES if isinstance(error, kind)), FAILED)
 
 
-def report(error: BttError, *, as_json: bool) -> int:
+def report(error: BttError, *, as_json: bool, more: Mapping[str, object] | None = None) -> int:
     """Tells a person on standard error what happened, and a script on standard output.
 
     Args:
         error: What ended the command.
         as_json: Also print `{"error": {"reason", "message", "hint"}}` on standard output.
+        more: What a script learns besides.
 
     Returns:
         The exit code.
@@ -55,6 +57,7 @@ def report(error: BttError, *, as_json: bool) -> int:
             "reason": error.reason or type(error).__name__,
             "message": error.message,
             "hint": error.hint,
+            **(more or {}),
         }
         if isinstance(error, errors.NoProviders):
             found |= {"counts": error.counts, "rejections": rejections(error.rejections)}

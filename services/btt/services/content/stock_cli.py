@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from btt.sdk.cli import render
-from btt.sdk.cli.content import Content, buy, make_client
+from btt.sdk.cli.content import Content, bring, buy, make_client
 from btt.sdk.cli.options import AsJson, NodeOption, WalletFolder, Yes, parsed
 from btt.sdk.content.magnet import parse_infohash
 from btt.sdk.errors import ContentUnknown
@@ -17,6 +16,9 @@ from btt.sdk.lifeline import follow_stdin
 from btt.sdk.memory import keep_freed_memory
 from btt.sdk.money import Amount
 from btt.services.content.cli import NodeFolder, ledger_of, open_catalogue
+
+if TYPE_CHECKING:
+    from btt.sdk.content.transfer import Transfer
 
 add_app = typer.Typer()
 ls_app = typer.Typer()
@@ -51,7 +53,11 @@ def add(
     with open_catalogue(node) as catalogue:
         client = make_client(nodes=sellers, ledger=ledger or ledger_of(node), wallet=wallet, budget=granted)
         place = place_of(catalogue, content)
-        found = asyncio.run(buy(client, content, place, granted, ask=not (yes or as_json), quiet=as_json))
+        begun: list[Transfer] = []
+        work = buy(
+            client, content, place, granted, ask=not (yes or as_json), quiet=as_json, begun=begun.append
+        )
+        found = bring(work, begun, as_json=as_json)
         if found is None:
             typer.echo("Nothing was spent.")
             raise typer.Exit(1)
