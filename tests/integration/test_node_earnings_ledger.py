@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import csv
 import io
 import json
+import signal
+import sys
 
 import pytest
 from typer.testing import CliRunner
@@ -93,6 +96,44 @@ async def test_earnings_are_what_the_ledgers_journal_says(economy, folder, tmp_p
     assert why["served"] >= 6
     assert [(row["reason"], row["calls"]) for row in why["refused"]] == [("CONTENT_UNKNOWN", 2)]
     assert "does not have" in earnings(folder, "why-not")
+
+
+KILLED = """
+import asyncio, os, sys
+from pathlib import Path
+from btt.sdk import Budget, Client, Wallet
+from btt.sdk.keys import PrivateKey
+
+async def main():
+    node, ledger, folder, secret, infohash, now = sys.argv[1:]
+    wallet = Wallet(Path(folder), PrivateKey(bytes.fromhex(secret)))
+    async with Client.connect(
+        node, ledger=ledger, wallet=wallet, budget=Budget("5 BTT"), clock=lambda: int(now)
+    ) as btt:
+        async with btt.content.fetch(bytes.fromhex(infohash), "dest") as transfer:
+            async for step in transfer.progress(0.001):
+                if step.spent:
+                    os.kill(os.getpid(), 9)
+
+asyncio.run(main())
+"""
+
+
+async def test_a_client_that_is_killed_is_no_defect_of_the_node(economy, folder, tmp_path):
+    (tmp_path / "film").write_bytes(content(64 * RUN, 1))
+    catalogue = Catalogue(folder.path / "content")
+    infohash = publish(tmp_path / "film", catalogue).infohash
+    catalogue.close()
+    wallet = await economy.wallet()
+    async with Node(folder, clock=economy.clock) as node:
+        client = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", KILLED, str(node.address), str(economy.running.address), str(wallet.folder),
+            wallet.account.secret.hex(), infohash.hex(), str(economy.clock()), cwd=tmp_path,
+        )  # fmt: skip
+        assert await client.wait() == -signal.SIGKILL
+    why = json.loads(earnings(folder, "why-not", "--json"))
+    assert why["served"] > 0
+    assert not {"INTERNAL", "CANCELLED"} & {row["reason"] for row in why["refused"]}
 
 
 def test_a_node_that_never_ran_has_earned_nothing(economy, folder):

@@ -13,7 +13,7 @@ from btt.node.payments.days import DAY_MS, DAYS_SCHEMA
 from btt.node.payments.lent import LENT_SCHEMA
 from btt.node.payments.store import _SCHEMA, ChannelRecord, PayeeStore
 from btt.node.quota import QUOTA_SCHEMA
-from btt.node.refusals import KEPT_DAYS, REFUSALS_SCHEMA, SERVED, Refusals, read_refusals
+from btt.node.refusals import CANCELLED, KEPT_DAYS, REFUSALS_SCHEMA, SERVED, Refusals, read_refusals
 from btt.sdk.channel import Line, Segment, Tally
 from btt.sdk.errors import StorageError
 from btt.sdk.keys import Address
@@ -197,7 +197,7 @@ async def test_only_the_first_write_of_a_day_writes_the_day_before(books):
 
 async def test_refusals_are_counted_by_day_and_survive(books):
     refusals = Refusals(store=books.store, clock=lambda: books.now)
-    for reason in ("RATE_LIMITED", "RATE_LIMITED", SERVED, "what a stranger made up"):
+    for reason in ("RATE_LIMITED", "RATE_LIMITED", SERVED, CANCELLED, "what a stranger made up"):
         refusals.count("content", reason)
     await refusals.flush()
     books.now += DAY_MS

@@ -22,7 +22,7 @@ import grpc
 import grpc.aio
 
 from btt.node.connections import Connections
-from btt.node.refusals import SERVED
+from btt.node.refusals import CANCELLED, SERVED
 from btt.node.requests import begin_request
 from btt.sdk.errors import RateLimited
 from btt.sdk.rpc import abort, reason_of
@@ -30,7 +30,6 @@ from btt.sdk.rpc import abort, reason_of
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-CANCELLED: Final = "CANCELLED"
 PLATFORM: Final = {
     "btt.proto.payment.v1.PaymentService": "payments",
     "btt.proto.offer.v1.OfferService": "offers",

@@ -25,6 +25,8 @@ log = structlog.get_logger(__name__)
 
 SERVED: Final = "SERVED"
 """Stands beside the reasons, for calls that were not refused."""
+CANCELLED: Final = "CANCELLED"
+"""Stands for calls whose caller went away, or which the node cut when it stopped: nobody was refused."""
 KEPT_DAYS: Final = 400
 FLUSH_EVERY_S: Final = 5.0
 _REASONS: Final = frozenset((*BY_REASON, SERVED))
@@ -100,8 +102,11 @@ class Refusals:
 
         Args:
             service: Name of the node's service.
-            reason: On the wire, or SERVED; one that we do not know counts as a defect.
+            reason: On the wire, or SERVED; CANCELLED is not counted, and one that we do not know counts
+                as a defect.
         """
+        if reason == CANCELLED:
+            return
         key = (self._clock() // DAY_MS, service, reason if reason in _REASONS else _OTHER)
         if key in self._counts or len(self._counts) < _MOST_KEYS:
             self._counts[key] = self._counts.get(key, 0) + 1

@@ -77,7 +77,11 @@ def earnings(
 @app.command("why-not")
 def why_not(
     service: Annotated[
-        str, typer.Argument(help="Name of a service, such as content.", show_default="all")
+        str,
+        typer.Argument(
+            help="Name of a service, such as content; payments, which it needs, are told with it.",
+            show_default="all",
+        ),
     ] = "",
     folder: FolderOption = None,
     since: Since = "30d",
