@@ -76,6 +76,7 @@ class Report:
         ledger_id: 32 bytes.
         entries: How many.
         head: The last one.
+        epoch: In force after it; a hand-over is the last entry of the epoch that it ends.
         operator_key: That signs for the ledger now, 33 bytes.
         issued: Base units in being.
         accounts: Accounts that hold something.
@@ -86,6 +87,7 @@ class Report:
     ledger_id: bytes
     entries: int
     head: Head
+    epoch: int
     operator_key: bytes
     issued: int
     accounts: int
@@ -279,6 +281,7 @@ class Auditor:
             self.ledger_id,
             self.head.seq,
             self.head,
+            self._epoch,
             self.operator_key,
             self.balances.get(books.GENESIS, 0),
             sum(1 for owner, held in self.balances.items() if held and owner[:1] == b"\1"),

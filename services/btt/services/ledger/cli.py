@@ -239,7 +239,7 @@ def audit(
             "ledger_id": report.ledger_id.hex(),
             "entries": report.entries,
             "head_hash": report.head.hash.hex(),
-            "epoch": report.head.epoch,
+            "epoch": report.epoch,
             "operator": str(PublicKey(report.operator_key).address),
             "issued": str(report.issued),
             "accounts": report.accounts,
@@ -251,7 +251,7 @@ def audit(
         return
     rate = report.entries / seconds if seconds else 0
     typer.echo(f"{report.entries} entries hold, from the issue of {Amount(report.issued)} on.")
-    typer.echo(f"Head {report.head.hash.hex()}, epoch {report.head.epoch}")
+    typer.echo(f"Head {report.head.hash.hex()}, epoch {report.epoch}")
     typer.echo(
         f"{report.accounts} accounts; {report.open_channels} open channels hold {Amount(report.locked)}"
     )
