@@ -265,7 +265,7 @@ def test_what_everybody_shows_is_restored_as_it_was(ledger: Lost) -> None:
     report = recover(ledger.home, source=ledger.backup, evidence=[shown])
     assert report is not None
     assert (report.restored, report.repeated, report.missing, report.refused) == (9, 0, [], [])
-    with pytest.raises(ConfigError, match="no ledger"):
+    with pytest.raises(ConfigError, match="--finish"):
         Store.open(ledger.database)
     report = recover(ledger.home, finish=True)
     assert report is not None

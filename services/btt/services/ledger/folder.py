@@ -64,6 +64,12 @@ class LedgerFolder:
                 (path / CERTIFICATE).read_bytes(),
             )
         except FileNotFoundError:
+            database = path / DATABASE
+            if database.exists() or mark.path_of(database).exists():
+                raise ConfigError(
+                    f"The keys of the ledger in {path} are missing.",
+                    hint=f"Put {OPERATOR_KEY}, {TLS_KEY} and {CERTIFICATE} back.",
+                ) from None
             raise ConfigError(
                 f"There is no ledger in {path}.", hint="Make one with `btt ledger init`."
             ) from None

@@ -162,12 +162,18 @@ class Store(Committed):
             InvariantBroken: The books do not add up.
             StorageError: The disk failed.
         """
-        if not path.is_file():
-            raise ConfigError(f"There is no ledger at {path}.", hint="Make one with `btt ledger init`.")
         if path.with_name(RECOVERY).exists():
             raise ConfigError(
                 f"The recovery of the ledger at {path} has not ended.",
-                hint="Go on with it, or end it: btt ledger recover … --finish",
+                hint=f"Go on with it, or end it: btt ledger recover {path.parent} --finish",
+            )
+        if not path.is_file():
+            lost = f"btt ledger recover {path.parent} --help"
+            raise ConfigError(
+                f"There is no ledger at {path}.",
+                hint=f"A ledger was there, and its database is lost: see {lost}."
+                if mark.path_of(path).exists()
+                else f"Make one with `btt ledger init`; if its database was lost, see {lost}.",
             )
         lock = take_lock(path)
         connection = None
