@@ -224,6 +224,49 @@ def test_a_journal_that_holds(home: Path, tmp_path: Path, capsys: Any) -> None:
     assert "11 entries hold" in capsys.readouterr().out
 
 
+def test_after_a_hand_over_the_audit_names_the_epoch_that_began(home: Path, capsys: Any) -> None:
+    folder.rotate(home, clock=lambda: NOW + WINDOW)
+    with Store.open(home / "ledger.sqlite3") as ledger:
+        assert ledger.head.epoch == 3
+    assert cli(["ledger", "audit", str(home), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["epoch"] == 3
+    assert cli(["ledger", "audit", str(home)]) == 0
+    assert ", epoch 3\n" in capsys.readouterr().out
+
+
+def test_where_a_copy_cannot_be_written_is_told(home: Path, tmp_path: Path, capsys: Any) -> None:
+    for command in ("export", "backup"):
+        assert cli(["ledger", command, str(home), str(tmp_path / "nope" / "file")]) == 3
+        told = " ".join(capsys.readouterr().err.split())
+        assert "cannot be written: No such file or directory" in told
+        assert str(tmp_path / "nope" / "file") in told.replace(" ", "")
+
+
+def test_what_is_no_ledger_is_no_copy_to_recover_from(home: Path, tmp_path: Path, capsys: Any) -> None:
+    (home / "ledger.sqlite3").unlink()
+    (tmp_path / "film.mkv").write_bytes(b"moving pictures")
+    assert cli(["ledger", "recover", str(home), "--from", str(tmp_path / "film.mkv")]) == 3
+    assert "film.mkv is no ledger's database" in capsys.readouterr().err
+
+
+def test_a_ledger_that_lost_a_part_is_told_how_it_gets_it_back(home: Path, tmp_path: Path) -> None:
+    books = home / "ledger.sqlite3"
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "operator.key").write_text("")
+    with pytest.raises(ConfigError, match=f"ledger init.*ledger recover {bare} --help"):
+        Store.open(bare / "ledger.sqlite3")
+    books.unlink()
+    with pytest.raises(ConfigError, match=f"database is lost: see btt ledger recover {home} --help"):
+        Store.open(books)
+    (home / "recovery").mkdir()
+    with pytest.raises(ConfigError, match=f"btt ledger recover {home} --finish"):
+        Store.open(books)
+    (home / "operator.key").unlink()
+    with pytest.raises(ConfigError, match=r"Put operator\.key, tls\.key and tls\.pem back"):
+        folder.LedgerFolder.open(home)
+
+
 def test_nothing_to_audit(tmp_path: Path) -> None:
     other = tmp_path / "text"
     other.write_text("nothing")

@@ -14,7 +14,7 @@ from pathlib import Path
 from btt.sdk.errors import ConfigError
 from btt.services.ledger import rows
 from btt.services.ledger.check import check_books
-from btt.services.ledger.export import database_of
+from btt.services.ledger.export import existing_database, make_file
 from btt.services.ledger.journal import Head
 from btt.services.ledger.reading import connect, storage
 
@@ -30,19 +30,17 @@ def backup(place: Path, target: Path) -> Head:
         The last entry in the copy.
 
     Raises:
-        ConfigError: There is no ledger, or the target exists.
+        ConfigError: There is no ledger, or the target cannot be made.
         InvariantBroken: The books do not add up.
         StorageError: The disk failed.
     """
-    database = database_of(place)
-    if not database.is_file():
-        raise ConfigError(f"There is no ledger at {place}.")
+    database = existing_database(place)
     if target.exists():
         raise ConfigError(f"The file {target} exists already.")
     unfinished = target.with_name(target.name + ".new")
     with storage():
         unfinished.unlink(missing_ok=True)
-        os.close(os.open(unfinished, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+        make_file(unfinished, mode=0o600).close()
         try:
             with closing(connect(database, read_only=True)) as source, closing(connect(unfinished)) as copy:
                 source.backup(copy)  # in one step: one moment of the books, and no writer waits

@@ -6,6 +6,7 @@ canonical description, then one serialised JournalEntry each.
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import struct
 from collections.abc import Iterable, Iterator
@@ -27,12 +28,54 @@ from btt.services.ledger.watching import journal_entry
 MAGIC: Final = b"bttjournal1\n"
 _LENGTH: Final = struct.Struct(">I")
 _LONGEST: Final = 64 * 1024
+_SQLITE: Final = b"SQLite form"
+_NAME_A_DATABASE: Final = "Name a ledger's folder, its database, or a copy of `btt ledger backup`."
 _NAME_ONE: Final = "Name a ledger's folder, a copy of `btt ledger backup`, or a file of `btt ledger export`."
 
 
 def database_of(place: Path) -> Path:
     """Returns the database in a ledger's folder, or the path itself."""
     return place / DATABASE if place.is_dir() else place
+
+
+def existing_database(place: Path) -> Path:
+    """The same, if it is a database.
+
+    Raises:
+        ConfigError: It is none.
+        StorageError: It cannot be read.
+    """
+    path = database_of(place)
+    if not path.is_file():
+        raise ConfigError(f"There is no ledger at {place}.")
+    try:
+        with path.open("rb") as file:
+            head = file.read(len(_SQLITE))
+    except OSError as error:
+        raise StorageError(f"The database {path} cannot be read: {error}.") from error
+    if head != _SQLITE:
+        raise ConfigError(f"{path} is no ledger's database.", hint=_NAME_A_DATABASE)
+    return path
+
+
+def make_file(target: Path, *, mode: int = 0o666) -> IO[bytes]:
+    """Opens a new file.
+
+    Args:
+        target: Where.
+        mode: Who may read it, as `os.open` takes it.
+
+    Raises:
+        ConfigError: It exists, or cannot be made.
+    """
+    try:
+        return os.fdopen(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode), "wb")
+    except FileExistsError:
+        raise ConfigError(f"The file {target} exists already.") from None
+    except OSError as error:
+        raise ConfigError(
+            f"The file {target} cannot be written: {error.strerror}.", hint="Choose another place for it."
+        ) from None
 
 
 def write(target: IO[bytes], description: bytes, entries: Iterable[pb.JournalEntry]) -> int:
@@ -56,20 +99,15 @@ def export(place: Path, target: Path) -> int:
     """Writes the journal of a ledger's folder or database to a new file; returns its entries.
 
     Raises:
-        ConfigError: There is no ledger, or the file exists.
+        ConfigError: There is no ledger, or the file cannot be made.
         StorageError: The disk failed.
     """
-    database = database_of(place)
-    if not database.is_file():
-        raise ConfigError(f"There is no ledger at {place}.")
+    database = existing_database(place)
     with closing(connect(database, read_only=True)) as connection, storage():
         description = rows.read_identity(connection).genesis
         connection.execute("BEGIN")
-        try:
-            with target.open("xb") as file:
-                return write(file, description, map(journal_entry, stored_entries(connection)))
-        except FileExistsError:
-            raise ConfigError(f"The file {target} exists already.") from None
+        with make_file(target) as file:
+            return write(file, description, map(journal_entry, stored_entries(connection)))
 
 
 @contextmanager
@@ -97,7 +135,7 @@ def journal(place: Path) -> Iterator[tuple[bytes, Iterator[Entry], sqlite3.Conne
         raise ConfigError(f"There is no journal at {place}.", hint=_missing(path)) from None
     except OSError as error:
         raise StorageError(f"The journal {path} cannot be read: {error}.") from error
-    if not head.startswith(b"SQLite form"):
+    if not head.startswith(_SQLITE):
         raise ConfigError(f"{path} is neither a ledger's database nor an exported journal.", hint=_NAME_ONE)
     with closing(connect(path, read_only=True)) as connection, storage():
         connection.execute("BEGIN")  # one moment, whatever a running ledger adds
