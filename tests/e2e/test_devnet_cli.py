@@ -72,7 +72,8 @@ def test_a_dapp_pays_a_devnet_whose_month_passes_in_a_moment(net: Standing) -> N
     before = net.json("devnet", "status")
     assert before["running"]
     assert len(net.processes()) == 3, "they live on"
-    assert net.json("devnet", "up", "--nodes", "2") | {"time_ms": 0} == before | {"time_ms": 0}
+    for words in ((), ("--nodes", "2")):
+        assert net.json("devnet", "up", *words) | {"time_ms": 0} == before | {"time_ms": 0}
 
     (net.root / "film").write_bytes(os.urandom(300_000))
     infohash = net.json("content", "publish", "film", "--node", str(net.folder / "node-1"))["infohash"]
@@ -115,7 +116,11 @@ def test_what_crashed_is_shown_and_comes_back_where_it_was(net: Standing) -> Non
     assert not set(pids(again)) & set(pids(before))
     other = net.btt("devnet", "up", "--nodes", "3", check=False)
     assert other.returncode == 3
-    assert "1 nodes, not 3" in other.stderr
+    assert "has 1 node, not 3. Say --nodes 1 or nothing" in other.stderr
+    net.btt("node", "stop", str(net.folder / "node-1"))
+    shown = net.btt("devnet", "status").stdout
+    assert "node-1   stopped  btt://" in shown
+    assert "CRASHED" not in shown
     net.btt("devnet", "down")
     assert net.processes() == []
 

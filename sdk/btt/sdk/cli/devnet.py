@@ -30,7 +30,10 @@ def _group() -> None:
 
 @app.command()
 def up(
-    nodes: Annotated[int, typer.Option(min=1, max=20, help="How many nodes.")] = 1,
+    nodes: Annotated[
+        int | None,
+        typer.Option(min=1, max=20, help="How many nodes.", show_default="those that there are, or one"),
+    ] = None,
     service: Annotated[
         list[str] | None,
         typer.Option(help="Installed service that the nodes offer too; may be repeated."),
@@ -58,8 +61,9 @@ def status(folder: Folder = None, as_json: AsJson = False) -> None:
         _print_json(devnet)
         return
     for part in devnet.parts():
-        typer.echo(f"{part.name:8} {'running' if part.running else 'CRASHED'}  {part.address}")
-        if not part.running:
+        state = "running" if part.running else "stopped" if part.stopped else "CRASHED"
+        typer.echo(f"{part.name:8} {state}  {part.address}")
+        if state == "CRASHED":
             typer.echo(f"{'':8} {part.last_words}")
     typer.echo(f"{'clock':8} {duration(devnet.clock.offset_ms / 1000)} ahead of this machine")
     for name, value in devnet.environment().items():

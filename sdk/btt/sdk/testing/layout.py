@@ -97,6 +97,12 @@ def serve_node(folder: Path, node: Path) -> tuple[str, ...]:
     return ("node", "start", str(node), "--clock", str(folder / CLOCK))
 
 
+def has_stopped(node: Path) -> bool:
+    """Tells whether a node that does not run ended as it was told to: then it leaves an empty lock."""
+    lock = node / "node.lock"
+    return lock.is_file() and not lock.stat().st_size
+
+
 def configure(node: Path, services: Mapping[str, Mapping[str, Any]]) -> None:
     """Writes which services a node offers into its configuration."""
     import tomlkit

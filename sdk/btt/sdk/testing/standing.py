@@ -44,13 +44,15 @@ class Part:
         pid: Its process.
         address: Where it is reached.
         running: Whether it lives.
-        last_words: The last line of its log, if it has ended by itself.
+        stopped: It is a node, was told to stop, and did.
+        last_words: The last line of its log, if it does not live.
     """
 
     name: str
     pid: int
     address: str
     running: bool
+    stopped: bool = False
     last_words: str = ""
 
 
@@ -90,7 +92,8 @@ class StandingDevnet:
         for name, kept in sorted(self._state().items(), key=lambda part: (len(part[0]), part[0])):
             running = self._is_running(name)
             words = "" if running else processes.tail(self.folder / f"{name}.log", 1)
-            found.append(Part(name, kept["pid"], kept["address"], running, words))
+            stopped = not running and layout.has_stopped(self.folder / name)
+            found.append(Part(name, kept["pid"], kept["address"], running, stopped, words))
         if len(found) < 2:
             raise ConfigError("The devnet was never finished.", hint="Remove it: btt devnet down.")
         return found
@@ -103,11 +106,11 @@ class StandingDevnet:
 
     # Up
 
-    async def up(self, *, nodes: int, services: Sequence[str] = ()) -> None:
+    async def up(self, *, nodes: int | None = None, services: Sequence[str] = ()) -> None:
         """Starts what does not run; does nothing if all of it does.
 
         Args:
-            nodes: How many.
+            nodes: How many; if not given, those that there are, or one.
             services: Installed services that the nodes offer beside content.
 
         Raises:
@@ -117,10 +120,11 @@ class StandingDevnet:
         with self._alone():
             if self.exists:
                 kept = self._state()
-                if len(kept) != nodes + 1:
+                there = len(kept) - 1
+                if nodes not in (None, there):
                     raise ConfigError(
-                        f"The devnet in {self.folder} has {len(kept) - 1} nodes, not {nodes}.",
-                        hint="End it first: btt devnet down.",
+                        f"The devnet in {self.folder} has {there} node{'s' * (there != 1)}, not {nodes}.",
+                        hint=f"Say --nodes {there} or nothing, or end it first: btt devnet down.",
                     )
                 await self._restart(kept)
                 return
@@ -128,7 +132,7 @@ class StandingDevnet:
                 raise ConfigError(f"{self.folder} is not empty.", hint="Choose another --dir.")
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             try:
-                await self._make(nodes, services)
+                await self._make(nodes or 1, services)
             except BaseException:
                 self._end(self._state_or_none())
                 raise
