@@ -159,7 +159,7 @@ def test_what_cannot_be_sent_is_refused_at_once(place: Place, name: str) -> None
     (place.folder / "folder").mkdir()
     done = place.run("--file", name, "--json")
     assert done.returncode == 3
-    assert json.loads(done.stdout)["error"]["reason"] == "ConfigError"
+    assert json.loads(done.stdout)["error"]["reason"] == "CONFIG"
     assert place.files() == []
 
 

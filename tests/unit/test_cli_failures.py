@@ -73,7 +73,19 @@ def test_an_error_without_a_reason_on_the_wire_is_named_by_its_class(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     failures.report(errors.ConnectError("Nobody."), as_json=True)
-    assert json.loads(capsys.readouterr().out)["error"]["reason"] == "ConnectError"
+    assert json.loads(capsys.readouterr().out)["error"]["reason"] == "CONNECT"
+
+
+def test_every_error_has_a_name_of_its_own_for_scripts() -> None:
+    def below(cls: type[BttError]) -> list[type[BttError]]:
+        return [cls, *(found for sub in cls.__subclasses__() for found in below(sub))]
+
+    kinds = [kind for kind in below(BttError) if kind.__module__.startswith("btt.sdk.errors")]
+    names = [failures.reason(kind) for kind in kinds]
+    assert len(kinds) > 40
+    assert len(set(names)) == len(names)
+    assert all(name == name.upper() and name.replace("_", "").isalpha() for name in names)
+    assert failures.reason(errors.LedgerRolledBack("It went back.")) == "LEDGER_ROLLED_BACK"
 
 
 def test_a_terminal_never_gets_control_characters_of_the_other_side(
@@ -94,7 +106,7 @@ def test_main_returns_the_code_and_shows_no_traceback(
     folder = tmp_path_factory.mktemp("empty")
     assert main(["wallet", "address", "--wallet", str(folder), "--json"]) == 3
     out, err = capsys.readouterr()
-    assert json.loads(out)["error"]["reason"] == "ConfigError"
+    assert json.loads(out)["error"]["reason"] == "CONFIG"
     assert err.startswith("error: There is no wallet")
     assert "Traceback" not in err
 

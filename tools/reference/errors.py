@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from btt.proto.common.v1 import error_pb2
-from btt.sdk.cli.failures import exit_code
+from btt.sdk.cli.failures import exit_code, reason
 from btt.sdk.errors import BY_REASON, BttError
 from reference.protos import comments
 from reference.text import Untold, entries, summary, table
@@ -32,6 +32,7 @@ def section(cls: type[BttError], depth: int) -> str:
     lines += [f"- What to do: {' '.join(todo.split())}"] if todo else []
     lines += [f"- Trying again as is can help: {'yes' if cls.retryable else 'no'}"]
     lines += [f"- On the wire: `{cls.reason}`"] if cls.reason else []
+    lines += [f"- With `--json`: `{reason(cls)}`"] if not cls.reason else []
     # An error is made without __init__: only its class decides the code.
     lines += [f"- Exit code of a command: {exit_code(cls.__new__(cls))}"]
     lines += [f"- `{name}`: {text}" for name, text in entries(cls, "Args").items() if name not in _COMMON]

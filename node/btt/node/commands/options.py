@@ -17,7 +17,7 @@ Folder = Annotated[
 FolderOption = Annotated[
     Path | None, typer.Option("--node", help="Folder of the node.", envvar="BTT_NODE_DIR", show_default=False)
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def own(folder: Path | None) -> Path:

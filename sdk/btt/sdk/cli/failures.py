@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Mapping
 from typing import Final
@@ -37,6 +38,12 @@ def exit_code(error: BttError) -> int:
     return next((code for kind, code in _CODES if isinstance(error, kind)), FAILED)
 
 
+def reason(error: BttError | type[BttError]) -> str:
+    """Returns the name of an error for scripts: its reason on the wire, or one made of its class."""
+    name = (error if isinstance(error, type) else type(error)).__name__.removesuffix("Error")
+    return error.reason or re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).upper()
+
+
 def report(error: BttError, *, as_json: bool, more: Mapping[str, object] | None = None) -> int:
     """Tells a person on standard error what happened, and a script on standard output.
 
@@ -54,7 +61,7 @@ def report(error: BttError, *, as_json: bool, more: Mapping[str, object] | None 
     sys.stderr.write("".join(f"{_printable(line)}\n" for line in lines))
     if as_json:
         found: dict[str, object] = {
-            "reason": error.reason or type(error).__name__,
+            "reason": reason(error),
             "message": error.message,
             "hint": error.hint,
             **(more or {}),

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 PASSWORD_VARIABLE = "BTT_WALLET_PASSWORD"  # noqa: S105 - its name, not a password
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before spending.")]
 WalletFolder = Annotated[
     Path | None,

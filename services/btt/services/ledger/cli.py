@@ -319,6 +319,7 @@ def recover(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Bring a ledger back whose newest books are lost, from a backup and its users' receipts."""
+    from btt.sdk.cli.failures import reason
     from btt.services.ledger.recovery import recover as run
 
     report = run(folder, source=source, evidence=evidence or (), finish=finish)
@@ -339,7 +340,7 @@ def recover(
             "updates": report.updates,
             "missing": report.missing,
             "refused": [
-                {"operation": what, "reason": error.reason or type(error).__name__, "why": error.message}
+                {"operation": what, "reason": reason(error), "why": error.message}
                 for what, error in report.refused
             ],
             "undone": report.undone,
