@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from btt.proto.ledger.v1.ledger_pb2 import ChannelState
+from btt.sdk.clock import duration_text
 from btt.sdk.keys import PrivateKey
 from btt.sdk.ledger import LedgerClient
 from btt.sdk.payment.store import PayerStore, StoredChannel
@@ -35,23 +37,23 @@ class World:
         self.channels: list[str] = []
 
     async def run(self, *words: str, fails: int = 0) -> Any:
+        said = await self.said(*words, "--json", fails=fails)
+        return json.loads(said) if not fails else None
+
+    async def said(self, *words: str, fails: int = 0) -> str:
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
             "btt.sdk.cli",
             *words,
-            "--ledger",
-            str(self.running.address),
-            "--wallet",
-            str(self.wallet),
-            "--json",
+            env={**os.environ, "BTT_LEDGER": str(self.running.address), "BTT_WALLET": str(self.wallet)},
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
         )
         out, err = await process.communicate()
         assert process.returncode == fails, err.decode()
-        return json.loads(out or err) if not fails else None
+        return (err if fails else out or err).decode()
 
     async def state(self, channel_id: bytes) -> ChannelState:
         async with LedgerClient.connect(self.running.address) as ledger:
@@ -105,6 +107,9 @@ async def test_the_life_of_channels(world: World) -> None:
     assert [(one["channel"], one["phase"]) for one in listed] == [(first, "open"), (second, "open")]
     assert (await world.run("channel", "topup", first[:12], "30 base units", "--yes"))["deposit"] == "130"
     assert (await world.run("channel", "show", first))["early_close"] is True
+    shown = (await world.said("channel", "show", first)).splitlines()
+    assert f"challenge    {duration_text(WINDOW)}" in shown
+    assert "deadline     -" in shown
     await world.run("channel", "close", second, fails=1)  # its lock time has not come
     closing = await world.run("channel", "close", first)
     assert (closing["phase"], closing["deadline_ms"]) == ("closing", START + WINDOW)
@@ -116,6 +121,12 @@ async def test_the_life_of_channels(world: World) -> None:
     assert [one["phase"] for one in await world.run("channel", "refund")] == ["closed"]
     assert await world.run("channel", "list") == []
     assert len(await world.run("channel", "list", "--all")) == 2
+    assert (await world.said("channel", "list", "--all")).count(" UTC, 0 BTT paid\n") == 2
+    much = await world.said("wallet", "transfer", str(BOB.address), "1 BTT", "--yes", fails=5)
+    assert "The account holds 0.00995 BTT, not 1 BTT." in much
+    status = dict(line.split(None, 1) for line in (await world.said("ledger", "status")).splitlines())
+    assert status["time"].endswith(" UTC")
+    assert "min challenge     1s\n" in await world.said("ledger", "status")
     assert (await world.run("wallet", "balance"))["balance"] == "9950"
 
 

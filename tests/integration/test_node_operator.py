@@ -561,6 +561,18 @@ def test_profiles_and_configuration(economy, tmp_path):
         command(node_app, "config", "check", "--node", home)
 
 
+def test_a_price_that_is_none_and_a_service_that_is_not_there(economy, tmp_path):
+    words = ("init", tmp_path / "node", "--ledger", economy.running.address)
+    for price in ("banana", "1 BTT / call"):
+        done = CliRunner().invoke(node_app, [*map(str, words), "--content-price", price])
+        assert done.exit_code == 2
+        assert "--content-price" in done.output
+        assert "1 BTT / GiB" in " ".join(done.output.replace("│", "").split())
+    command(node_app, *words)
+    with pytest.raises(ConfigError, match='No service "nope" is installed'):
+        command(service_app, "disable", "nope", "--node", tmp_path / "node")
+
+
 def test_what_is_no_key_cannot_be_unset_and_a_wrong_one_that_was_written_can(economy, tmp_path):
     command(node_app, "init", tmp_path / "node", "--ledger", economy.running.address)
     path = tmp_path / "node" / node_folder.CONFIG
@@ -573,7 +585,8 @@ def test_what_is_no_key_cannot_be_unset_and_a_wrong_one_that_was_written_can(eco
         with pytest.raises(ConfigError, match=f'There is no key "{key}"') as refused:
             command(node_app, "config", "unset", key, "--node", path.parent)
         assert says in refused.value.hint
-    command(node_app, "config", "unset", "payments.grace", "--node", path.parent)
+    said = command(node_app, "config", "unset", "payments.grace", "--node", path.parent)
+    assert said.splitlines()[-1] == "Nothing had to change."
     assert path.read_text() == before, "it was the default all along"
     path.write_text(before + "[payments]\ngrce = 1\n")
     command(node_app, "config", "unset", "payments.grce", "--node", path.parent)
@@ -636,6 +649,9 @@ async def test_a_running_node_is_told_by_commands(economy, tmp_path, how):
     assert (path / node_folder.CONFIG).read_text() == before
     said = await asyncio.to_thread(command, node_app, "config", "set", "node.name", "nas", "--node", path)
     assert "After a restart of the node: node.name" in said
+    for reply in ("Written; that is how the node runs already.", "Nothing had to change."):
+        said = await asyncio.to_thread(command, node_app, "config", "set", "node.name", "", "--node", path)
+        assert said.splitlines()[-1] == reply
     assert "has stopped" in await asyncio.to_thread(command, node_app, how, path)
     assert await serving
     assert BYTES

@@ -9,8 +9,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from btt.node.config import ENV_PREFIX, NodeConfig, ServiceSection
-from btt.node.values import duration_text, parse_speed, speed_text
-from btt.sdk.clock import parse_duration
+from btt.node.values import parse_speed, speed_text
+from btt.sdk.clock import duration_text, parse_duration
 from reference.text import Untold, entries, summary, table
 
 

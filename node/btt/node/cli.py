@@ -11,7 +11,7 @@ import typer
 from btt.node.commands.config import app as config
 from btt.node.commands.options import AsJson, Folder
 from btt.node.peers import app as peers
-from btt.sdk.cli.options import ClockFile, ExportOption
+from btt.sdk.cli.options import ClockFile, ExportOption, parsed
 
 if TYPE_CHECKING:
     import signal
@@ -57,14 +57,16 @@ def init(
     from btt.node.folder import init as init_folder
     from btt.node.profiles import Profile, tables
     from btt.node.values import is_everywhere
-    from btt.sdk.money import Unit
-    from btt.sdk.plugin import read_rate
+    from btt.sdk.money import Rate, Unit
 
     if not ledger:
         raise typer.BadParameter("name the ledger that pays the node", param_hint="--ledger")
     if profile and profile not in list(Profile):
         raise typer.BadParameter(f"one of {', '.join(Profile)}", param_hint="--profile")
-    read_rate({"rate": content_price}, "rate", default="", unit=Unit.BYTE)
+    if parsed(Rate.parse, content_price, "--content-price").unit is not Unit.BYTE:
+        raise typer.BadParameter(
+            'content is paid by the byte, such as "1 BTT / GiB"', param_hint="--content-price"
+        )
     path = folder or default_folder()
     base = tables(Profile(profile) if profile else None)
     node = {"listen": "127.0.0.1:7800", **base.pop("node", {}), "name": name}

@@ -20,8 +20,8 @@ from btt.node.books import reading
 from btt.node.config import NodeConfig, load
 from btt.node.folder import CONFIG, NodeFolder, running_address, running_facts
 from btt.node.registry import GROUP
-from btt.node.values import duration_text, is_everywhere, parse_listen
-from btt.sdk.clock import SYSTEM
+from btt.node.values import is_everywhere, parse_listen
+from btt.sdk.clock import SYSTEM, duration_text
 from btt.sdk.errors import BttError, LedgerUnreachable
 from btt.sdk.ledger import LedgerClient
 from btt.sdk.money import Amount

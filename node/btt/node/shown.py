@@ -15,8 +15,8 @@ from pydantic.fields import FieldInfo
 from btt.node.config import ENV_PREFIX, ServiceSection, load
 from btt.node.folder import CONFIG
 from btt.node.reload import needs_restart
-from btt.node.values import duration_text, parse_size, parse_speed, size_text, speed_text
-from btt.sdk.clock import parse_duration
+from btt.node.values import parse_size, parse_speed, size_text, speed_text
+from btt.sdk.clock import duration_text, parse_duration
 from btt.sdk.errors import ConfigError
 from btt.sdk.plugin import did_you_mean
 

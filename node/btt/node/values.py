@@ -9,8 +9,6 @@ from typing import Any, Final
 from btt.sdk.errors import InvalidRequest
 from btt.sdk.money import Amount
 
-_MILLISECONDS: Final = {"ms": 1, "s": 1000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
-
 
 def parse_amount(text: object) -> Amount:
     """Reads "0.5 BTT".
@@ -111,12 +109,6 @@ def parse_size(text: object) -> int:
     if match is None:
         raise ValueError('write a size like "500 MiB" or "2 TiB", or "" for nothing')
     return int(match.group(1)) * _SIZES[match.group(2)]
-
-
-def duration_text(ms: int) -> str:
-    """Writes milliseconds as they are read."""
-    unit = next(unit for unit in ("d", "h", "m", "s", "ms") if ms % _MILLISECONDS[unit] == 0)
-    return f"{ms // _MILLISECONDS[unit]}{unit}"
 
 
 def speed_text(rate: int) -> str:

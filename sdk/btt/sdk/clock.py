@@ -181,3 +181,9 @@ def parse_duration(text: object) -> int:
     if match is None:
         raise ValueError('write a duration like "30s", "15m", "1h" or "7d"')
     return int(match.group(1)) * _MILLISECONDS[match.group(2)]
+
+
+def duration_text(ms: int) -> str:
+    """Writes milliseconds as they are read: "90s", "15m", "1h" or "7d"."""
+    unit = next(unit for unit in ("d", "h", "m", "s", "ms") if ms % _MILLISECONDS[unit] == 0)
+    return f"{ms // _MILLISECONDS[unit]}{unit}"

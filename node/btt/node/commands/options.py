@@ -64,7 +64,7 @@ def change(folder: Path | None, changes: dict[str, Any], *, as_json: bool) -> No
     if as_json:
         typer.echo(json.dumps({"running": told is not None, **(told.as_json() if told else {})}))
         return
-    typer.echo(_says(told))
+    typer.echo(_says(told, wrote=(path / CONFIG).read_bytes() != before))
 
 
 def _refused(path: Path, changes: dict[str, Any]) -> str:
@@ -84,12 +84,14 @@ def _refused(path: Path, changes: dict[str, Any]) -> str:
     return ""
 
 
-def _says(told: Reloaded | None) -> str:
+def _says(told: Reloaded | None, *, wrote: bool) -> str:
     if told is None:
-        return "Written; the node does not run."
+        return "Written; the node does not run." if wrote else "Nothing had to change."
     parts = []
     if told.applied:
         parts.append(f"In effect now: {', '.join(told.applied)}.")
     if told.restart:
         parts.append(f"After a restart of the node: {', '.join(told.restart)}.")
+    if not parts and wrote:
+        return "Written; that is how the node runs already."
     return " ".join(parts) or "Nothing had to change."

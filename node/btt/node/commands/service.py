@@ -51,7 +51,10 @@ def disable(
 
     if bool(name) == everything:
         raise typer.BadParameter("name one service, or --all", param_hint="NAME")
-    names = [name] if name else list(load(existing(folder) / CONFIG).services)
+    configured = list(load(existing(folder) / CONFIG).services)
+    if name and name not in configured:
+        _known(name)
+    names = [name] if name else configured
     change(folder, {f"services.{each}.enabled": False for each in names}, as_json=as_json)
 
 

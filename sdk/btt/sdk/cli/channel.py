@@ -173,14 +173,13 @@ def list_channels(
     if not found:
         typer.echo("No channels.")
     for one in found:
+        is_closed = one["phase"] == "closed"
+        paid = Amount(int(one["captured"]) if is_closed else max(int(one["best"]), int(one["captured"])))
         typer.echo(
             f"{one['channel'][:16]}  {one['phase']:7}  {Amount(int(one['deposit']))} to {one['payee']}, "
             f"until {moment(one['expires_ms'])}"
-            + (
-                f", granted: {Amount(max(int(one['best']), int(one['captured'])))} paid"
-                if one["granted"]
-                else ""
-            )
+            + (", granted:" if one["granted"] else "," if is_closed else "")
+            + (f" {paid} paid" if one["granted"] or is_closed else "")
         )
 
 
@@ -189,6 +188,7 @@ def show(
     channel: ChannelId, ledger: LedgerOption, wallet: WalletFolder = None, as_json: AsJson = False
 ) -> None:
     """Show one channel."""
+    from btt.sdk.clock import duration_text
     from btt.sdk.money import Amount
 
     found = channel_fields(_with_ledger(ledger, wallet, lambda client, key: _one(client, key, channel)))
@@ -198,8 +198,10 @@ def show(
     for name, value in found.items():
         if name in ("deposit", "best", "captured"):
             text = str(Amount(int(value)))
-        elif name.endswith("_ms") and name != "challenge_ms" and value:
-            text = moment(value)
+        elif name == "challenge_ms":
+            text = duration_text(value)
+        elif name.endswith("_ms"):
+            text = moment(value) if value else "-"
         else:
             text = str(value)
         typer.echo(f"{name.removesuffix('_ms').replace('_', ' '):12} {text}")

@@ -159,6 +159,8 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Show what a ledger is, and the sums of its books."""
+    from btt.sdk.cli.channel import moment
+    from btt.sdk.clock import duration_text
     from btt.sdk.money import Amount
 
     found = asyncio.run(_status(address))
@@ -166,8 +168,12 @@ def status(
         typer.echo(json.dumps(found))
         return
     for key, value in found.items():
-        money = key in ("issued", "accounts", "channels")
-        typer.echo(f"{key.replace('_', ' '):17} {Amount(int(str(value))) if money else value}")
+        text = str(value)
+        if key in ("issued", "accounts", "channels"):
+            text = str(Amount(int(text)))
+        elif key.endswith("_ms"):
+            text = (moment if key == "time_ms" else duration_text)(int(text))
+        typer.echo(f"{key.removesuffix('_ms').replace('_', ' '):17} {text}")
 
 
 async def _status(text: str) -> dict[str, object]:

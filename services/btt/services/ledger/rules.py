@@ -25,6 +25,7 @@ from btt.sdk.errors import (
     TermsRefused,
     UpdateInvalid,
 )
+from btt.sdk.money import SUPPLY, Amount
 from btt.services.ledger import books, machine
 from btt.services.ledger.books import Account, Decision, Effect, Refusal, Repeat, Request, Terms, View
 from btt.services.ledger.journal import Kind, Posting, Side
@@ -70,7 +71,9 @@ def _short_of(account: Account | None, amount: int) -> BttError | None:
     if account is None:
         return AccountUnknown("The account has never received anything.")
     if account.balance < amount:
-        return InsufficientFunds(f"The account holds {account.balance} base units, not {amount}.")
+        # A request may name more than there is.
+        asked = Amount(amount) if amount <= SUPPLY else f"{amount} base units"
+        return InsufficientFunds(f"The account holds {Amount(account.balance)}, not {asked}.")
     return None
 
 
