@@ -108,6 +108,7 @@ async def market(net: Devnet, person: Person, tmp_path: Path) -> Market:
 async def test_a_wallet_is_made_once_and_shows_its_words_once(person: Person) -> None:
     made = await person.btt("wallet", "create")
     assert made.code == 0
+    assert made.err.startswith("warning: The wallet has no password")
     words = next(line for line in made.out.splitlines() if line.startswith("Words")).split()[1:]
     assert len(words) == 12
     (file,) = person.home.rglob("wallet.json")
@@ -126,7 +127,8 @@ async def test_a_wallet_is_made_once_and_shows_its_words_once(person: Person) ->
 
 async def test_a_password_protects_the_wallet(person: Person) -> None:
     person.variables["BTT_WALLET_PASSWORD"] = "correct horse"
-    assert (await person.btt("wallet", "create")).code == 0
+    made = await person.btt("wallet", "create")
+    assert (made.code, made.err) == (0, "")
     assert (await person.btt("wallet", "address")).code == 0
     person.variables["BTT_WALLET_PASSWORD"] = "wrong"
     assert (await person.btt("wallet", "address")).code == 3
@@ -296,6 +298,7 @@ async def test_a_budget_that_is_too_small_keeps_what_it_bought(market: Market) -
 async def test_what_was_chosen_is_chosen_again_to_go_on(market: Market) -> None:
     person, net = market.person, market.net
     made = await person.btt("wallet", "create", "--wallet", "purse", "--no-password", "--json")
+    assert made.err == "", "it was said"
     await net.fund(made.json["address"], "1 BTT")
     chosen = ["--from", net.node_address, "--ledger", net.ledger_address, "--wallet", "purse"]
     words = ("content", "fetch", market.infohash, *chosen, "--budget", "0.004 BTT", "--dest", "in", "--yes")

@@ -87,6 +87,11 @@ def _new_password(*, wanted: bool | None) -> str:
         return text
     if wanted:
         raise ConfigError("There is no terminal to ask for a password on.", hint=f"Set {PASSWORD_VARIABLE}.")
+    typer.echo(
+        "warning: The wallet has no password, for there is no terminal to ask for one on. "
+        f"Set {PASSWORD_VARIABLE}, or say --no-password.",
+        err=True,
+    )
     return ""
 
 
