@@ -22,7 +22,7 @@ from btt.sdk.errors import (
     StorageError,
 )
 from btt.sdk.keys import PrivateKey
-from btt.sdk.ledger import LedgerClient, evidence
+from btt.sdk.ledger import LedgerClient, evidence, keeping
 from btt.sdk.ledger.evidence import Evidence
 from btt.sdk.ledger.keeping import EvidenceStore
 from btt.sdk.ledger.proving import prove
@@ -310,7 +310,7 @@ async def test_a_ledger_that_tells_what_it_cannot_prove(
         assert world.kept("carol") == []
 
 
-def test_kept_receipts_stay(tmp_path: Path) -> None:
+def test_kept_receipts_stay(tmp_path: Path, monkeypatch: Any) -> None:
     """Two histories under one number are kept side by side; a file that breaks off adds nothing."""
     ledger_id = bytes(32)
     header = pb.EvidenceHeader(ledger_id=ledger_id)
@@ -357,6 +357,19 @@ def test_kept_receipts_stay(tmp_path: Path) -> None:
         for thread in threads:
             thread.join()
         assert len(list(store.operations(ledger_id))) == 12
+        closer = threading.Thread(target=store.close)
+
+        def look(*_: object) -> object:
+            if closer.ident is None:
+                closer.start()
+                closer.join(0.2)  # it waits for us
+            return True
+
+        monkeypatch.setattr(keeping, "undone_by", look)
+        assert store.promised(ledger_id, ()) is None, "it went through all of them"
+        closer.join()
+        with pytest.raises(StorageError):
+            store.header(ledger_id)
     db = sqlite3.connect(tmp_path / "receipts.db")
     db.execute("PRAGMA user_version = 9")
     db.close()

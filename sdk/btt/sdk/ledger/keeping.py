@@ -10,7 +10,7 @@ from __future__ import annotations
 import sqlite3
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -70,6 +70,7 @@ DROP INDEX operations_by_digest;
 INSERT INTO operations SELECT * FROM operations_before;
 DROP TABLE operations_before;
 """  # noqa: S608 (our own words)
+_PAGE: Final = 256
 _COLUMNS: Final = "kind, body, signatures, receipt, receipt_signature"
 # Each by its index: however much is kept, and however many versions of one operation, it takes no longer.
 _RIVAL: Final = " UNION ALL ".join(
@@ -101,8 +102,9 @@ class EvidenceStore:
         )
 
     def close(self) -> None:
-        """Closes the file."""
-        self._db.close()
+        """Closes the file; whoever still reads it is waited for."""
+        with self._lock:
+            self._db.close()
 
     def keep(
         self,
@@ -154,20 +156,23 @@ class EvidenceStore:
 
         Versions of the same follow one another, in an order that does not depend on who came first.
         """
-        cursor = self._db.execute(
+        query = (
             f"SELECT {_COLUMNS} FROM operations WHERE ledger_id = ? "  # noqa: S608
-            "ORDER BY seq, epoch, entry_hash, signatures",
-            (ledger_id,),
+            "ORDER BY seq, epoch, entry_hash, signatures"
         )
-        return map(_evidence, cursor)
+        with self._reading() as db:
+            cursor = db.execute(query, (ledger_id,))
+        while True:
+            with self._reading():
+                rows = cursor.fetchmany(_PAGE)
+            if not rows:
+                return
+            yield from map(_evidence, rows)
 
     def updated_channels(self, ledger_id: bytes) -> list[bytes]:
         """Returns the ids of the channels of which an update is kept, with a receipt or without."""
-        rows = self._db.execute(
-            "SELECT DISTINCT substr(body, 1, 32) FROM operations WHERE ledger_id = ? AND kind = 6",
-            (ledger_id,),
-        )
-        return [row[0] for row in rows]
+        query = "SELECT DISTINCT substr(body, 1, 32) FROM operations WHERE ledger_id = ? AND kind = 6"
+        return [row[0] for row in self._all(query, (ledger_id,))]
 
     def best_update(self, ledger_id: bytes, channel: bytes, k1: bytes, *, most: int) -> Evidence | None:
         """Returns the highest update of a channel that is kept; None without one.
@@ -197,17 +202,14 @@ class EvidenceStore:
         Raises:
             StorageError: It could not be read.
         """
-        with self._lock:
-            try:
-                found = self._db.execute(
-                    "SELECT receipt, receipt_signature FROM operations WHERE ledger_id = ? AND seq > 0 "
-                    "ORDER BY seq DESC, epoch DESC",
-                    (ledger_id,),
-                )
-                told = (SignedReceipt(Receipt.decode(body), signature) for body, signature in found)
-                return next((one for one in told if undone_by(one, keys) is None), None)
-            except sqlite3.Error as error:
-                raise StorageError(f"The kept receipts could not be read ({error}).") from error
+        with self._reading() as db:
+            found = db.execute(
+                "SELECT receipt, receipt_signature FROM operations WHERE ledger_id = ? AND seq > 0 "
+                "ORDER BY seq DESC, epoch DESC",
+                (ledger_id,),
+            )
+            told = (SignedReceipt(Receipt.decode(body), signature) for body, signature in found)
+            return next((one for one in told if undone_by(one, keys) is None), None)
 
     def keep_head(self, ledger_id: bytes, document: SignedDocument) -> None:
         """Keeps what a ledger said about the end of its journal, against a receipt that is kept, too.
@@ -221,12 +223,12 @@ class EvidenceStore:
 
     def heads(self, ledger_id: bytes) -> list[SignedDocument]:
         """Returns what `keep_head` kept about a ledger."""
-        rows = self._db.execute("SELECT document FROM heads WHERE ledger_id = ?", (ledger_id,))
+        rows = self._all("SELECT document FROM heads WHERE ledger_id = ?", (ledger_id,))
         return [SignedDocument.FromString(row[0]) for row in rows]
 
     def epochs(self, ledger_id: bytes) -> dict[int, tuple[int, int]]:
         """Returns the first and the last entry that is kept of each epoch of a ledger."""
-        found = self._db.execute(
+        found = self._all(
             "SELECT epoch, min(seq), max(seq) FROM operations WHERE ledger_id = ? AND epoch > 0 "
             "GROUP BY epoch ORDER BY epoch",
             (ledger_id,),
@@ -266,7 +268,7 @@ class EvidenceStore:
         columns = ", ".join(f"{side}.{name}" for side in "ab" for name in _COLUMNS.split(", "))
         found: list[tuple[Evidence, Evidence]] = []
         for differ in pairs:
-            rows = self._db.execute(
+            rows = self._all(
                 f"SELECT {columns} FROM operations a JOIN operations b "  # noqa: S608 (our own words)
                 f"ON a.ledger_id = b.ledger_id AND a.epoch = b.epoch AND {differ} "
                 "WHERE a.ledger_id = ? AND a.epoch > 0 "
@@ -277,9 +279,19 @@ class EvidenceStore:
         return found
 
     def _one(self, query: str, values: tuple[object, ...]) -> Any:
+        with self._reading() as db:
+            return db.execute(query, values).fetchone()
+
+    def _all(self, query: str, values: tuple[object, ...]) -> list[Any]:
+        with self._reading() as db:
+            return db.execute(query, values).fetchall()
+
+    @contextmanager
+    def _reading(self) -> Iterator[sqlite3.Connection]:
+        # SQLite does not survive that a connection is closed while another thread steps through it.
         with self._lock:
             try:
-                return self._db.execute(query, values).fetchone()
+                yield self._db
             except sqlite3.Error as error:
                 raise StorageError(f"The kept receipts could not be read ({error}).") from error
 
@@ -291,8 +303,9 @@ class EvidenceStore:
                 yield self._db
                 self._db.execute("COMMIT")
             except Exception as error:
-                if self._db.in_transaction:
-                    self._db.execute("ROLLBACK")
+                with suppress(sqlite3.Error):
+                    if self._db.in_transaction:
+                        self._db.execute("ROLLBACK")
                 if isinstance(error, sqlite3.Error):
                     raise StorageError(f"The receipts could not be kept ({error}).") from error
                 raise
