@@ -117,7 +117,9 @@ def test_what_crashed_is_shown_and_comes_back_where_it_was(net: Standing) -> Non
     other = net.btt("devnet", "up", "--nodes", "3", check=False)
     assert other.returncode == 3
     assert "has 1 node, not 3. Say --nodes 1 or nothing" in other.stderr
+    node = psutil.Process(again["nodes"][0]["pid"])
     net.btt("node", "stop", str(net.folder / "node-1"))
+    node.wait(30)  # its books are closed, and then it ends
     shown = net.btt("devnet", "status").stdout
     assert "node-1   stopped  btt://" in shown
     assert "CRASHED" not in shown

@@ -127,7 +127,7 @@ async def world(
 async def test_the_same_command_again_pays_once(world: World, lost: Any, late: bool) -> None:
     world.line.loses = lost
     told, _ = await world.send(100, code=4)
-    assert (told["error"]["reason"], world.under_way()) == ("OutcomeUnknown", 1)
+    assert (told["error"]["reason"], world.under_way()) == ("OUTCOME_UNKNOWN", 1)
     assert NOT_KNOWN in told["error"]["message"]
     assert "never pays it twice" in told["error"]["hint"]
     told, _ = await world.send(100, code=4)

@@ -532,7 +532,7 @@ def test_a_damaged_export(home: Path, tmp_path: Path, capsys: Any) -> None:
     for head in (b"", b"\0\0", b"\xff\xff\xff\xff", b"\0\0\0\x09short"):
         path.write_bytes(export.MAGIC + head)
         assert cli(["ledger", "audit", str(path), "--json"]) not in (0, None)
-        assert json.loads(capsys.readouterr().out)["error"]["reason"] == "ConfigError"
+        assert json.loads(capsys.readouterr().out)["error"]["reason"] == "CONFIG"
 
 
 @pytest.mark.parametrize(

@@ -185,7 +185,7 @@ async def bank(me: Party) -> None:
     """
     world, draw = me.world, me.world.random
     plans = world.plans
-    while not world.calm or any(seq is None for _, seq in plans):
+    while not world.calm or world.lost is not None or any(seq is None for _, seq in plans):
         try:
             async with _kept(me) as keeper, LedgerClient.connect(world.address, keeper=keeper) as books:
                 while True:
