@@ -596,10 +596,8 @@ def test_what_is_no_key_cannot_be_unset_and_a_wrong_one_that_was_written_can(eco
 
 def test_a_node_with_a_wrong_price_is_not_made(economy, tmp_path):
     ledger = ("--ledger", economy.running.address)
-    for price in ("free", "1 BTT"):
+    for price in ("free", "1 BTT", "1 BTT / call"):
         command(node_app, "init", tmp_path / "node", *ledger, "--content-price", price, code=2)
-    with pytest.raises(ConfigError, match="rate"):
-        command(node_app, "init", tmp_path / "node", *ledger, "--content-price", "1 BTT / call")
     assert not (tmp_path / "node").exists()
 
 
