@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 
+import grpc
 import pytest
 
 from btt.sdk.channel import PriceSheet
@@ -223,6 +225,22 @@ async def test_breaking_off_ends_the_call_though_somebody_still_holds_it(session
         await session.settle()
         assert held.cancelled()
         assert len((await stub.One(pb.Ask(size=RUN))).data) == RUN
+
+
+async def test_breaking_off_a_call_that_has_ended_by_itself_reports_it_too(session):
+    stub = rpc.ProbeServiceStub(session.channel)
+    gc.collect()
+    gc.disable()  # the collector would end it, some day
+    try:
+        held = stub.Many(pb.Ask(messages=1, size=RUN))
+        async with asyncio.timeout(30):
+            async for _ in held:
+                assert await held.code() is grpc.StatusCode.OK
+                break
+            await session.settle()
+        assert not held.cancelled()
+    finally:
+        gc.enable()
 
 
 async def test_the_reader_of_one_call_may_wait_for_another(session):

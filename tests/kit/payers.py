@@ -242,10 +242,12 @@ class RawPayer:
         await self.open()
         stream = await self.attach()
         call = self.rows(pays // 1000 + 20)
+        arrived = asyncio.Event()
 
         async def take() -> None:
             async for message in call:
                 self.got += message.rows
+                arrived.set()
 
         async def pay() -> None:
             while (message := await stream.read()) is not grpc.aio.EOF:
@@ -254,6 +256,9 @@ class RawPayer:
                     self.paid = demand
                     await stream.write(self.update(demand))
                 elif demand > pays and not waits:
+                    while self.got < self.paid:  # it was sent, over another connection
+                        arrived.clear()
+                        await arrived.wait()
                     return
 
         taking, paying = asyncio.create_task(take()), asyncio.create_task(pay())

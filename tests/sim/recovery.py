@@ -156,6 +156,8 @@ def _check(world: World, loss: Loss) -> None:
     world.witness.forget_windows()
     # Whoever asked, and heard, may have been heard by the lost ledger alone.
     world.plans[:] = [(message, None) for message, _ in world.plans]
+    # What a node was paid may be lost with the rest, if it alone could have shown it and did not.
+    world.witness.silent |= set(world.nodes) - set(loss.holders)
     world.recoveries += 1
     world.lost = None
 

@@ -73,6 +73,7 @@ class Witness:
         self.lives: Counter[str] = Counter()
         """How often a node forgot what it had not saved."""
         self.restored: set[str] = set()
+        self.silent: set[str] = set()
         self.captured: list[tuple[str, bytes, tuple[Any, ...]]] = []
         """Requests that anyone on the line could have kept: path, bytes, metadata."""
         self._genesis = genesis
@@ -309,7 +310,7 @@ class Witness:
                 lost = line.captured - self.taken[channel]
                 most = UNIT * self.risks[channel]
                 must(lost <= most, f"{payer} paid {lost} for nothing in {self.risks[channel]} calls")
-            if node is not None and node not in self.restored | self.overdue:
+            if node is not None and node not in self.restored | self.overdue | self.silent:
                 best = self._one(node, "SELECT best FROM channels WHERE channel_id = ?", channel)
                 owed = self._one(node, "SELECT sum(units) FROM counts WHERE channel_id = ?", channel)
                 short = min(best, owed) - line.captured

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import grpc
@@ -42,6 +43,8 @@ __all__ = [
 TOKEN_KEY = "btt-session-bin"  # noqa: S105 - a header's name
 CALL_KEY = "btt-call-bin"
 PROOF_KEY = "btt-proof-bin"
+_MADE: ContextVar[list[MeteredCall] | None] = ContextVar("btt_made", default=None)
+"""Where the loop over a call's responses finds what counts it."""
 _CANCELLED_HERE = "Locally cancelled by application!"  # gRPC's words
 
 Details = grpc.aio.ClientCallDetails
@@ -82,6 +85,8 @@ async def _start(
     except BaseException:
         call.finish()
         raise
+    if (made := _MADE.get()) is not None and not made:  # later ones are its own requests' calls
+        made.append(call)
     call.attach(rpc, request if charge.streams_requests else None)
     return call, rpc
 
@@ -242,7 +247,8 @@ def end_on_break(channel: grpc.aio.Channel) -> grpc.aio.Channel:
     """Makes breaking off a loop over responses end the call, at once and not at some collection.
 
     An intercepted call of grpc.aio refers to itself, so that it would run on, and hold the
-    session's credit, until the garbage collector comes by.
+    session's credit, until the garbage collector comes by. One that the node has ended meanwhile
+    cannot be cancelled any more, and still has to be reported.
     """
     channel.unary_stream = _ending(channel.unary_stream)  # type: ignore[method-assign]
     channel.stream_stream = _ending(channel.stream_stream)  # type: ignore[method-assign]
@@ -252,7 +258,16 @@ def end_on_break(channel: grpc.aio.Channel) -> grpc.aio.Channel:
 def _ending(make: Any) -> Any:
     def multi_callable(*args: Any, **options: Any) -> Any:
         call = make(*args, **options)
-        return lambda *a, **o: _Stream(call(*a, **o))
+
+        def begin(*a: Any, **o: Any) -> _Stream:
+            made: list[MeteredCall] = []
+            token = _MADE.set(made)
+            try:
+                return _Stream(call(*a, **o), made)
+            finally:
+                _MADE.reset(token)
+
+        return begin
 
     return multi_callable
 
@@ -260,8 +275,9 @@ def _ending(make: Any) -> Any:
 class _Stream:
     """A call whose iterator is referred to by nobody but the loop that runs over it."""
 
-    def __init__(self, call: Any) -> None:
+    def __init__(self, call: Any, made: list[MeteredCall]) -> None:
         self._call = call
+        self._made = made
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._call, name)
@@ -272,3 +288,5 @@ class _Stream:
                 yield message
         finally:
             self._call.cancel()
+            for metered in self._made:
+                metered.cancel()
