@@ -315,23 +315,26 @@ async def test_p7_a_dead_network_is_no_default(economy, tmp_path):
 # Who else is hit
 
 
-async def test_p7_a_proven_payer_is_served_on_credit_from_a_network_of_defaulters(strict):
-    proven = await strict.payer()
-    await proven.open()
-    stream = await proven.attach()
-    await stream.write(proven.update(60 * UNIT))
-    await stream.done_writing()
-    assert "ended the payment stream" in str(await end_of_stream(stream))
-    for _ in range(POLICY.after):
-        await (await strict.payer()).grab(waits=True)
-    assert (await strict.network()).is_banned(strict.economy.clock())
-    await proven.open()
-    assert proven.credit == 3 * UNIT
-    stranger = await strict.payer()
-    await stranger.open()
-    assert stranger.credit == 0
-    await stranger.grab(pays=3 * UNIT)
-    assert stranger.got == 3 * UNIT
+async def test_p7_a_proven_payer_is_served_on_credit_from_a_network_of_defaulters(economy):
+    async with open_shop(
+        economy, grace_s=1
+    ) as strict:  # a defaulter waits for it, and an honest stranger pays within
+        proven = await strict.payer()
+        await proven.open()
+        stream = await proven.attach()
+        await stream.write(proven.update(60 * UNIT))
+        await stream.done_writing()
+        assert "ended the payment stream" in str(await end_of_stream(stream))
+        for _ in range(POLICY.after):
+            await (await strict.payer()).grab(waits=True)
+        assert (await strict.network()).is_banned(strict.economy.clock())
+        await proven.open()
+        assert proven.credit == 3 * UNIT
+        stranger = await strict.payer()
+        await stranger.open()
+        assert stranger.credit == 0
+        await stranger.grab(pays=3 * UNIT)
+        assert stranger.got == 3 * UNIT
 
 
 # What is kept
