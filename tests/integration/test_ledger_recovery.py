@@ -920,6 +920,24 @@ def test_no_two_recoveries_begin_the_same_number_of_epoch(ledger: Lost) -> None:
     assert epochs == sorted(set(epochs))
 
 
+def test_a_key_that_began_another_epoch_elsewhere_is_still_the_operators(ledger: Lost) -> None:
+    """From an older copy the last recovery's key is handed the ledger anew, under a smaller number."""
+    ledger.lose()
+    for _ in range(2):
+        assert recover(ledger.home, source=ledger.backup, finish=True) is not None
+        ledger.do(ledger.pay(ALICE, CAROL, 7, 20))
+        held = ledger.evidence(entries_of(ledger)[-1:])
+        ledger.lose()
+    assert recover(ledger.home, source=ledger.backup, finish=True) is not None
+    copy = ledger.root / "third"
+    backup(ledger.home, copy)
+    ledger.lose()
+    report = recover(ledger.home, source=copy, evidence=[ledger.file("carol", held)], finish=True)
+    assert report is not None
+    assert (report.epoch, report.undone) == (5, 1)
+    ledger.audit()
+
+
 def test_a_copy_that_a_recovery_went_back_behind_is_no_backup(ledger: Lost) -> None:
     """The history went on from an older copy, as receipts of it prove; nobody equivocated."""
     ledger.do(ledger.pay(ALICE, CAROL, 300, 2), ledger.pay(ALICE, BOB, 1, 3))

@@ -146,6 +146,7 @@ class _Gate:
         self._head, _ = rows.read_head(base)
         epochs = rows.read_epochs(base)
         folder.key_of(epochs[-1][1])
+        self._recovered = frozenset(folder.recovered_epochs())
         self._began = [(epoch, first_seq) for epoch, _, first_seq in epochs]
         # A key that the copy does not know yet was handed the ledger in what is lost.
         self._keys: dict[Address, tuple[PublicKey, int | None]] = {
@@ -185,7 +186,8 @@ class _Gate:
             one.receipt.verify(key, self._identity.ledger_id)
         except InvalidRequest as error:
             raise EvidenceInvalid(f"The receipt of entry {said.seq} is forged: {error.message}") from error
-        if epoch is not None and said.epoch > epoch:
+        # A recovery from an older copy than the last one's may have given a key another epoch.
+        if epoch is not None and said.epoch > epoch and said.epoch not in self._recovered:
             raise EvidenceInvalid(
                 f"The receipt of entry {said.seq} is of epoch {said.epoch}, which did not begin with its key."
             )
