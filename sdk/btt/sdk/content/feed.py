@@ -96,7 +96,7 @@ class Work:
         torrent: What is fetched.
         destination: Where it is kept.
         plan: Who fetches what.
-        threads: Verify and write.
+        writer: Writes, one run at a time.
         left: Runs that each file lacks.
         whole: Files that lack nothing any more, as they become so.
         done: Bytes that are verified and on disk.
@@ -105,7 +105,7 @@ class Work:
     torrent: Torrent
     destination: Destination
     plan: Plan
-    threads: ThreadPoolExecutor
+    writer: ThreadPoolExecutor
     left: dict[int, int]
     whole: asyncio.Queue[int] = field(default_factory=asyncio.Queue)
     done: int = 0
@@ -122,13 +122,6 @@ class Work:
         """Tells all who wait that something has changed."""
         self._changed.set()
         self._changed = asyncio.Event()
-
-    def verify_and_write(self, file: int, message: Run) -> int:
-        """Verifies a run and writes it; returns its length, or 0 if it does not verify. Blocks."""
-        if not self.torrent.verify_run(file, message.run, message.data):
-            return 0
-        self.destination.write_run(file, message.run, message.data)
-        return len(message.data)
 
     def stored(self, file: int, size: int) -> None:
         """Counts a run that was written."""
@@ -308,18 +301,23 @@ class Feed:
             self._room.release()
 
         async def take(message: Run, verdicts: Verdicts) -> None:
-            storing = loop.run_in_executor(work.threads, work.verify_and_write, file, message)
+            # Here, and not in a thread: hashlib gives up the interpreter for each of a run's 64 blocks,
+            # and threads that hash spend more time on getting it back than on hashing.
+            if not work.torrent.verify_run(file, message.run, message.data):
+                verdicts.reject(message)
+                raise ContentMismatch(f"Run {message.run} of the content does not verify.")
+            storing = loop.run_in_executor(
+                work.writer, work.destination.write_run, file, message.run, message.data
+            )
             try:
-                size = await asyncio.shield(storing)
+                await asyncio.shield(storing)
             except asyncio.CancelledError:
                 # Another run's failure cancels this one, but what is written is kept, so it is paid.
                 while not storing.done():
                     with contextlib.suppress(asyncio.CancelledError):
                         await asyncio.wait([storing])
-                size = storing.result()
-            if not size:
-                verdicts.reject(message)
-                raise ContentMismatch(f"Run {message.run} of the content does not verify.")
+                storing.result()
+            size = len(message.data)
             before = session.payer.tally.owed
             session.payer.release(segment, size)
             reserved[0] -= size

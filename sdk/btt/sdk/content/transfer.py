@@ -27,8 +27,6 @@ from btt.sdk.keys import Address
 from btt.sdk.money import Amount
 from btt.sdk.selection import Rejection, cause_of, no_providers
 
-THREADS = 3
-"""Threads that verify and write: one waits for the disk while two compute."""
 LEAST_RUNS = 4
 """A node less takes part for every so many runs that the content is short of."""
 
@@ -128,7 +126,7 @@ class Transfer:
         self._dropped = dropped
         self._first = first
         self._everything = everything
-        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="verify")
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="write")
         self._phase = "checking"
         self._checked = 0
         self._feeds: list[Feed] = []
@@ -155,7 +153,7 @@ class Transfer:
             else:
                 await self._task
         finally:
-            await asyncio.to_thread(self._threads.shutdown)
+            await asyncio.to_thread(self._writer.shutdown)
             await asyncio.to_thread(self.destination.close)
 
     async def progress(self, interval_s: float = 0.2) -> AsyncIterator[Progress]:
@@ -217,7 +215,7 @@ class Transfer:
             shared=len(self._sources) > 1 or not self._everything,
             everything=self._everything,
         )
-        work = Work(self.torrent, destination, plan, self._threads, left)
+        work = Work(self.torrent, destination, plan, self._writer, left)
         work.done = self.torrent.total_bytes - destination.missing_bytes
         for file, runs in left.items():
             if not runs:
