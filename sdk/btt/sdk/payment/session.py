@@ -17,7 +17,7 @@ import grpc.aio
 
 from btt.proto.ledger.v1 import ledger_pb2
 from btt.proto.payment.v1 import payment_pb2, payment_pb2_grpc
-from btt.sdk.channel import Payer, SignedUpdate
+from btt.sdk.channel import Payer
 from btt.sdk.errors import (
     BttError,
     BudgetExceeded,
@@ -25,11 +25,11 @@ from btt.sdk.errors import (
     ChannelClosing,
     CountsDiffer,
     InternalError,
-    InvalidRequest,
     RemoteError,
     SessionEnded,
 )
 from btt.sdk.identity import Offer
+from btt.sdk.payment.binding import bind
 from btt.sdk.payment.calls import (
     PayStreamStream,
     PayStreamUnary,
@@ -47,11 +47,9 @@ from btt.sdk.payment.purse import Purse
 from btt.sdk.payment.receipt import SessionReceipt, read_receipt
 from btt.sdk.payment.store import CLOSED, CLOSING
 from btt.sdk.payment.verdicts import Verdicts
-from btt.sdk.payment.wire import count_protos, counts_of, read_counts, sign_call, update_proto
+from btt.sdk.payment.wire import counts_of, read_counts, sign_call, update_proto
 from btt.sdk.rpc import to_error
-from btt.sdk.signing import SessionOpen, sign
 
-OPEN_VALID_MS = 60_000
 SETTLE_S = 60.0
 """Seconds that a node may take to settle what has ended."""
 STALL_S = 0.5
@@ -174,37 +172,9 @@ class PaymentSession:
             return session
 
     async def _start(self) -> None:
-        try:
-            app, grant = await self._purse.granted_app(self._key.public, self.offer.ledger_id)
-            begin = await self._stub.Begin(payment_pb2.BeginRequest(), timeout=20)
-            body = SessionOpen(
-                node=self.offer.node,
-                channel=self.payer.channel_id,
-                offer_digest=self.offer.digest,
-                app=app,
-                client_nonce=secrets.token_bytes(16),
-                server_nonce=begin.server_nonce,
-                valid_until_ms=self._purse.clock() + OPEN_VALID_MS,
-            )
-            reply = await self._stub.Open(
-                payment_pb2.OpenRequest(
-                    open=body.encode(),
-                    signature=sign(self._key, body, self.offer.ledger_id),
-                    best=update_proto(self.payer.last()),
-                    accepted=count_protos(self.payer.tally),
-                    app_grant=grant,
-                ),
-                timeout=30,
-            )
-        except grpc.aio.AioRpcError as failure:
-            raise to_error(failure) from failure
-        if len(reply.token) != 32:
-            raise InvalidRequest("The node's session token is malformed.")
-        best = SignedUpdate(reply.best.cumulative, reply.best.signature) if reply.HasField("best") else None
-        self.payer.reconcile(best=best, settled=read_counts(reply.settled))
-        self._purse.store.save_books(self.payer.channel_id, self.payer.signed, self.payer.tally)
-        self.token = reply.token
-        self._credit = self._most_credit = reply.credit
+        bound = await bind(self._purse, self._stub, self._key, self.offer, self.payer)
+        self.token = bound.token
+        self._credit = self._most_credit = bound.credit
         self._paid = self.payer.signed
         stream = self._stub.Pay()
         self._ending = Ending(stream)
