@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import sqlite3
 import struct
@@ -54,6 +55,7 @@ from btt.services.ledger import (
 from btt.services.ledger.audit import AuditFailed
 from btt.services.ledger.books import Terms
 from btt.services.ledger.cli import _provers
+from btt.services.ledger.folder import DATABASE
 from btt.services.ledger.journal import Entry, Head, Kind, Posting, Side
 from btt.services.ledger.reading import connect
 from btt.services.ledger.store import Store
@@ -506,6 +508,28 @@ def test_an_operator_that_breaks_its_own_rules(home: Path) -> None:
     with pytest.raises(AuditFailed) as failed:
         audit.audit(description, rehash([*entries[:1], second]))
     assert failed.value.seq == 2
+
+
+def test_an_export_that_does_not_fit_on_the_disk_leaves_nothing(
+    home: Path, tmp_path: Path, capsys: Any
+) -> None:
+    target = tmp_path / "out" / "journal"
+    target.parent.mkdir()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with closing(connect(home / DATABASE, read_only=True)) as reader:
+        reader.execute("SELECT count(*) FROM sqlite_master").fetchone()  # so that its index file is there
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+        try:
+            status = cli(["ledger", "export", str(home), str(target)])
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    told = capsys.readouterr().err
+    assert status == 1
+    assert str(target) in told
+    assert "cannot be written: File too large" in told
+    assert not list(target.parent.iterdir())
+    assert cli(["ledger", "export", str(home), str(target)]) == 0
+    assert [path.name for path in target.parent.iterdir()] == ["journal"]
 
 
 def test_a_damaged_export(home: Path, tmp_path: Path, capsys: Any) -> None:

@@ -58,24 +58,43 @@ def existing_database(place: Path) -> Path:
     return path
 
 
-def make_file(target: Path, *, mode: int = 0o666) -> IO[bytes]:
-    """Opens a new file.
+@contextmanager
+def appearing(target: Path, *, mode: int = 0o666) -> Iterator[Path]:
+    """Gives the path to write a new file at, which then appears whole under its name, or not at all.
 
     Args:
-        target: Where.
+        target: Where it is to be.
         mode: Who may read it, as `os.open` takes it.
 
     Raises:
         ConfigError: It exists, or cannot be made.
     """
+    if target.exists():
+        raise ConfigError(f"The file {target} exists already.")
+    unfinished = target.with_name(target.name + ".new")
     try:
-        return os.fdopen(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode), "wb")
-    except FileExistsError:
-        raise ConfigError(f"The file {target} exists already.") from None
+        unfinished.unlink(missing_ok=True)
+        os.close(os.open(unfinished, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode))
     except OSError as error:
         raise ConfigError(
             f"The file {target} cannot be written: {error.strerror}.", hint="Choose another place for it."
         ) from None
+    try:
+        yield unfinished
+        _sync(unfinished)
+        unfinished.rename(target)
+        _sync(target.parent)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write(target: IO[bytes], description: bytes, entries: Iterable[pb.JournalEntry]) -> int:
@@ -96,7 +115,11 @@ def write(target: IO[bytes], description: bytes, entries: Iterable[pb.JournalEnt
 
 
 def export(place: Path, target: Path) -> int:
-    """Writes the journal of a ledger's folder or database to a new file; returns its entries.
+    """Writes the journal of a ledger's folder or database to a file; returns its entries.
+
+    Args:
+        place: The folder or database.
+        target: New file; it appears complete, or not at all.
 
     Raises:
         ConfigError: There is no ledger, or the file cannot be made.
@@ -106,8 +129,14 @@ def export(place: Path, target: Path) -> int:
     with closing(connect(database, read_only=True)) as connection, storage():
         description = rows.read_identity(connection).genesis
         connection.execute("BEGIN")
-        with make_file(target) as file:
-            return write(file, description, map(journal_entry, stored_entries(connection)))
+        try:
+            with appearing(target) as path, path.open("wb") as file:
+                return write(file, description, map(journal_entry, stored_entries(connection)))
+        except OSError as error:
+            raise StorageError(
+                f"The file {target} cannot be written: {error.strerror}.",
+                hint="Make room, or choose another place for it.",
+            ) from error
 
 
 @contextmanager
