@@ -572,6 +572,9 @@ def test_where_nothing_is_lost_nothing_is_recovered(ledger: Lost, tmp_path: Path
     ledger.lose()
     with pytest.raises(ConfigError, match="--from"):
         recover(ledger.home)
+    with pytest.raises(ConfigError, match="There is no ledger at"):
+        recover(ledger.home, source=tmp_path / "mistyped")
+    assert not (ledger.home / "recovery").exists()
     other = new_ledger(tmp_path / "two", "other")
     with pytest.raises(ConfigError, match="operator key"):
         recover(ledger.home, source=other.home)

@@ -22,7 +22,7 @@ import os
 import shutil
 import sqlite3
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Final
 
@@ -123,7 +123,12 @@ def _begin(folder: LedgerFolder, source: Path | None) -> None:
         if source is None and not folder.database.is_file():
             raise ConfigError("A recovery begins with an older copy of the books.", hint="Name it: --from.")
         place.mkdir(mode=0o700, exist_ok=True)
-        backup(source or folder.database, base)
+        try:
+            backup(source or folder.database, base)
+        except BaseException:
+            with suppress(OSError):  # it holds more than was made here
+                place.rmdir()
+            raise
     elif source is not None and _head(database_of(source)) != _head(base):
         raise ConfigError(
             f"The recovery in {place} began with another copy.",
