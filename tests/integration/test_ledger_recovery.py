@@ -479,7 +479,7 @@ class PowerCut(Exception):
     pass
 
 
-@pytest.mark.parametrize("step", ["_sync", "built", "renamed", "mark", "put away"])
+@pytest.mark.parametrize("step", ["sync", "built", "renamed", "mark", "put away"])
 def test_a_recovery_that_breaks_off_goes_on(ledger: Lost, step: str, monkeypatch: Any) -> None:
     everything_since(ledger)
     lost = ledger.lose()
@@ -494,8 +494,8 @@ def test_a_recovery_that_breaks_off_goes_on(ledger: Lost, step: str, monkeypatch
         raise PowerCut
 
     with monkeypatch.context() as patch:
-        if step == "_sync":
-            patch.setattr(recovery, "_sync", cut)
+        if step == "sync":
+            patch.setattr(recovery, "sync", cut)
         elif step == "built":
             patch.setattr(recovery, "_install", cut)
         elif step == "renamed":

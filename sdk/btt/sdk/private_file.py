@@ -7,6 +7,7 @@ import secrets
 from contextlib import suppress
 from pathlib import Path
 
+from btt.sdk.disk import sync
 from btt.sdk.errors import ConfigError, StorageError
 
 
@@ -35,7 +36,7 @@ def write_new(path: Path, data: bytes, *, what: str) -> None:
         finally:
             with suppress(FileNotFoundError):
                 temporary.unlink()
-        _sync_folder(path.parent)
+        sync(path.parent)
     except FileExistsError:
         raise exists(path, what) from None
     except OSError as error:
@@ -46,13 +47,3 @@ def exists(path: Path, what: str) -> ConfigError:
     """Returns the error that says that a file is there already."""
     hint = f"Choose another path, or use {what.lower()} that is there."
     return ConfigError(f"{path} exists already.", hint=hint)
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name != "posix":
-        return  # elsewhere folders cannot be opened, nor need to be
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from btt.sdk.disk import sync
 from btt.sdk.errors import ConfigError, StorageError
 
 _VERSION = 1
@@ -244,11 +245,7 @@ def _write(path: Path, data: bytes) -> None:
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    sync(path.parent)
 
 
 @contextlib.contextmanager

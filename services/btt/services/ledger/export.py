@@ -17,6 +17,7 @@ from typing import IO, Final
 from google.protobuf.message import DecodeError
 
 from btt.proto.ledger.v1 import ledger_pb2 as pb
+from btt.sdk.disk import sync
 from btt.sdk.errors import ConfigError, StorageError
 from btt.services.ledger import mark, rows
 from btt.services.ledger.check import entries as stored_entries
@@ -81,20 +82,12 @@ def appearing(target: Path, *, mode: int = 0o666) -> Iterator[Path]:
         ) from None
     try:
         yield unfinished
-        _sync(unfinished)
+        sync(unfinished)
         unfinished.rename(target)
-        _sync(target.parent)
+        sync(target.parent)
     except BaseException:
         unfinished.unlink(missing_ok=True)
         raise
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write(target: IO[bytes], description: bytes, entries: Iterable[pb.JournalEntry]) -> int:

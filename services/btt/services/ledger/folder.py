@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from btt.sdk.clock import SYSTEM
+from btt.sdk.disk import sync
 from btt.sdk.errors import ConfigError, InvalidRequest, StorageError
 from btt.sdk.keys import Address, PrivateKey
 from btt.sdk.ledger.address import tls_name
@@ -120,7 +121,7 @@ class LedgerFolder:
             if not path.exists():
                 _write_secret(path, PrivateKey.generate().secret.hex().encode())
             # The only copy: before anything names this key, a power cut must find it here.
-            store.sync_folder(self.path)
+            sync(self.path)
             return _read_key(path)
         except OSError as error:
             raise StorageError(f"The new key cannot be written: {error}.") from error
@@ -145,7 +146,7 @@ class LedgerFolder:
                 retired = self.path / f"operator.{self.operator_key.address}.key"
                 if not retired.exists():
                     _write_secret(retired, self.operator_key.secret.hex().encode())
-                store.sync_folder(self.path)  # the old key has its new name before it loses its own
+                sync(self.path)  # the old key has its new name before it loses its own
                 (self.path / NEXT_KEY).rename(self.path / OPERATOR_KEY)
                 return replace(self, operator_key=following)
         except FileNotFoundError:

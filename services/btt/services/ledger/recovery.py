@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Final
 
 from btt.proto.ledger.v1 import ledger_pb2 as pb
+from btt.sdk.disk import sync
 from btt.sdk.errors import (
     ConfigError,
     EvidenceInvalid,
@@ -215,16 +216,16 @@ def _install(folder: LedgerFolder, report: Report) -> None:
     """Makes the built books the ledger's; broken off anywhere, the next call ends it."""
     place, database = folder.path / RECOVERY, folder.database
     assert report.head is not None
-    _sync(place / _BUILT)
+    sync(place / _BUILT)
     for end in _ASIDE:
         old, kept = database.with_name(database.name + end), place / (_REPLACED + end)
         if kept.exists():  # the lost books' own; what stands in its place came after a call that broke off
             old.unlink(missing_ok=True)
         elif old.exists():
             old.rename(kept)
-    _sync(folder.path)
+    sync(folder.path)
     (place / _BUILT).rename(database)
-    _sync(folder.path)
+    sync(folder.path)
     # From here on neither the copy nor the lost books can be started in this folder.
     writer = mark.MarkWriter(mark.path_of(database))
     writer.note(report.head)
@@ -236,18 +237,10 @@ def _install(folder: LedgerFolder, report: Report) -> None:
 def _put_away(folder: LedgerFolder, epoch: int, operator_key: bytes) -> None:
     """Keeps what a finished recovery was made of, and takes the new key."""
     (folder.path / RECOVERY).rename(folder.path / f"{RECOVERED}{epoch}")
-    _sync(folder.path)
+    sync(folder.path)
     folder.settled(operator_key)
 
 
 def _remove(database: Path) -> None:
     for end in (*_ASIDE, ".mark", ".lock"):
         database.with_name(database.name + end).unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

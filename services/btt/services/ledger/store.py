@@ -21,6 +21,7 @@ from dataclasses import astuple
 from pathlib import Path
 from typing import Final
 
+from btt.sdk.disk import sync
 from btt.sdk.errors import (
     ConfigError,
     LedgerRolledBack,
@@ -109,25 +110,12 @@ def create(
         if unfinished.with_name(unfinished.name + "-wal").exists():
             raise StorageError(f"The new ledger's database {unfinished} did not close cleanly.")
         unfinished.rename(path)
-        sync_folder(path.parent)
+        sync(path.parent)
     except (OSError, sqlite3.Error) as error:
         raise StorageError(f"The ledger at {path} could not be made: {error}.") from error
     finally:
         unfinished.with_name(unfinished.name + ".lock").unlink(missing_ok=True)
     return identity
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes durable which names a folder holds.
-
-    Raises:
-        OSError: The disk failed.
-    """
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class Store(Committed):
