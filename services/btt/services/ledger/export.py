@@ -7,6 +7,7 @@ canonical description, then one serialised JournalEntry each.
 from __future__ import annotations
 
 import os
+import secrets
 import sqlite3
 import struct
 from collections.abc import Iterable, Iterator
@@ -72,9 +73,8 @@ def appearing(target: Path, *, mode: int = 0o666) -> Iterator[Path]:
     """
     if target.exists():
         raise ConfigError(f"The file {target} exists already.")
-    unfinished = target.with_name(target.name + ".new")
+    unfinished = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
     try:
-        unfinished.unlink(missing_ok=True)
         os.close(os.open(unfinished, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode))
     except OSError as error:
         raise ConfigError(
