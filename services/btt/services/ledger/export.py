@@ -72,7 +72,7 @@ def appearing(target: Path, *, mode: int = 0o666) -> Iterator[Path]:
         ConfigError: It exists, or cannot be made.
     """
     if target.exists():
-        raise ConfigError(f"The file {target} exists already.")
+        raise ConfigError(f"The file {target} exists already.", hint="Choose another place for it.")
     unfinished = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
     try:
         os.close(os.open(unfinished, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode))
