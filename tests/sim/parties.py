@@ -15,7 +15,7 @@ from btt.node.runtime import Node
 from btt.node.services import Patience
 from btt.sdk.budget import Budget
 from btt.sdk.client import Client, Wallet
-from btt.sdk.errors import BttError, InsufficientFunds, LedgerRolledBack, RequestExpired
+from btt.sdk.errors import BttError, IdentityError, InsufficientFunds, LedgerRolledBack, RequestExpired
 from btt.sdk.identity import NodeAddress, tls_name
 from btt.sdk.keys import Address
 from btt.sdk.ledger import LedgerClient
@@ -233,8 +233,8 @@ async def _ask(world: World, books: LedgerClient, message: Transfer | TopUp) -> 
     except (RequestExpired, InsufficientFunds):
         return -1
     except BttError as error:
-        if error.retryable:
-            raise
+        if error.retryable or isinstance(error, IdentityError):
+            raise  # it says nothing of the request
         return -1  # the channel is closed, or the account unknown
     return receipt.seq
 

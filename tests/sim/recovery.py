@@ -170,6 +170,8 @@ def _paid(books: Books, update: ChannelUpdate | None) -> bool:
 
 def _check_node(world: World, node: str, old: Books, books: Books, *, refused: bool) -> None:
     """A channel on which a node delivered is there, and so is every payment that the node holds."""
+    if not world.disks[node].exists():
+        return  # it has not begun yet
     rows = world.witness.disk(node).execute("SELECT channel_id, best FROM channels").fetchall()
     for channel, best in rows:
         line = books.channels.get(channel)

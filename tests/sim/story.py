@@ -215,8 +215,10 @@ def _calm(world: World) -> None:
 
 
 def _all_out(world: World) -> bool:
-    return all(line.closed for line in world.books.channels.values()) and all(
-        done is not None for _, done in world.plans
+    return (
+        world.lost is None
+        and all(line.closed for line in world.books.channels.values())
+        and all(done is not None for _, done in world.plans)
     )
 
 

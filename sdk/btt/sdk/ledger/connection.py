@@ -209,7 +209,11 @@ class Connection:
         if self._certificate not in info.certificate_sha256:
             raise IdentityError("The connection is not the ledger's own: its certificate is another one.")
         if [known.key for known in self._keys] != [new.key for new in keys[: len(self._keys)]]:
-            raise IdentityError("The ledger's operator key went back to an older one.")
+            raise IdentityError(
+                "The ledger's operator key went back to an older one.",
+                hint="Ask the operator: only after a recovery from a copy that is older than its last one "
+                "is that right. Then start again.",
+            )
         self._keys = keys
         self._header = pb.EvidenceHeader(
             ledger_id=info.ledger_id, operator_key=info.operator_key, rotations=info.rotations
