@@ -42,6 +42,7 @@ class Loss:
         holders: Parties who show what they hold.
         files: What they gave, once they did.
         shown: Requests with receipts in it, by digest; of an update its channel and amount.
+        best: Highest update of each channel that a node showed; it may be paid more before the end.
         report: What the recovery says that it comes to, once it said so.
     """
 
@@ -49,6 +50,7 @@ class Loss:
     holders: list[str]
     files: list[Path] | None = None
     shown: dict[bytes, ChannelUpdate | None] = field(default_factory=dict)
+    best: dict[bytes, int] = field(default_factory=dict)
     report: Report | None = None
 
 
@@ -107,6 +109,8 @@ def _ask(world: World, loss: Loss, name: str) -> list[Path]:
         found = list(store.operations(world.ledger_id))
     if header is None:
         return []
+    for update in (ChannelUpdate.decode(one.body) for one in unshown):
+        loss.best[update.channel] = update.cumulative
     target = world.root / f"{name}.{world.random.getrandbits(32):08x}.evidence"
     forged = target.with_suffix(".forged")
     evidence.export(target, header, [*found, *unshown])
@@ -145,7 +149,7 @@ def _check(world: World, loss: Loss) -> None:
     most = len(report.refused) + report.undone
     must(len(lost) <= most, f"{len(lost)} operations were shown and are not there; {most} were refused")
     for node in set(world.nodes) & set(loss.holders):
-        _check_node(world, node, old, books, refused=bool(report.refused))
+        _check_node(world, loss, node, books, refused=bool(report.refused))
     world.trace(
         "ledger",
         f"is recovered from {len(loss.shown)} operations: {report.restored} restored, "
@@ -168,15 +172,14 @@ def _paid(books: Books, update: ChannelUpdate | None) -> bool:
     return line is not None and update.cumulative <= line.best
 
 
-def _check_node(world: World, node: str, old: Books, books: Books, *, refused: bool) -> None:
-    """A channel on which a node delivered is there, and so is every payment that the node holds."""
+def _check_node(world: World, loss: Loss, node: str, books: Books, *, refused: bool) -> None:
+    """A channel on which a node delivered is there, and so is every payment that the node showed."""
     if not world.disks[node].exists():
         return  # it has not begun yet
-    rows = world.witness.disk(node).execute("SELECT channel_id, best FROM channels").fetchall()
-    for channel, best in rows:
-        line = books.channels.get(channel)
+    for (channel,) in world.witness.disk(node).execute("SELECT channel_id FROM channels").fetchall():
+        line, best = books.channels.get(channel), loss.best.get(channel, 0)
         if line is None:
-            served = world.witness.sent[channel] and channel in old.channels
+            served = world.witness.sent[channel] and channel in world.books.channels
             must(refused or not served, f"a channel is lost, on which {node} delivered")
         elif not line.closed:
-            must(line.best >= best, f"{node} holds {best}, and the recovered ledger {line.best}")
+            must(line.best >= best, f"{node} showed {best}, and the recovered ledger holds {line.best}")
