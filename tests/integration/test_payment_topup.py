@@ -431,3 +431,43 @@ async def test_a_node_that_was_not_told_learns_it_when_the_next_session_opens(pr
         async for _ in rpc.ProbeServiceStub(session.channel).Many(pb.Ask(messages=4, size=RUN)):
             pass
     assert btt.receipts[0].captured == OWED(4 * RUN)
+
+
+async def add_elsewhere(economy, wallet, session, amount: int) -> None:
+    """Adds to a channel from another machine of its owner, which this wallet's books know nothing of."""
+    await economy.ledger.top_up(session.payer.channel_id, wallet.account, amount)
+
+
+async def test_what_was_added_elsewhere_may_be_delivered_and_is_paid_from_the_budget(probe, economy):
+    wallet = await economy.wallet()
+    async with economy.client(probe, wallet) as btt:
+        session = await btt.session(UNIT)
+        await add_elsewhere(economy, wallet, session, 4 * UNIT)
+        await session.provide(2 * UNIT)  # the node asks the ledger, and learns of both
+        [live] = probe.sessions.all()
+        assert (live.payee.meter.deposit, session.payer.limit) == (6 * UNIT, 2 * UNIT)
+        async for _ in rpc.ProbeServiceStub(session.channel).Many(pb.Ask(messages=5, size=RUN)):
+            pass
+    [receipt] = btt.receipts
+    assert (receipt.counts_agree, receipt.captured) == (True, OWED(5 * RUN))
+
+
+@pytest.mark.parametrize("kind", ["One", "Many"])
+async def test_what_the_budget_cannot_pay_is_not_accepted_though_the_channel_holds_it(probe, economy, kind):
+    wallet = await economy.wallet()
+    async with economy.client(probe, wallet, budget=f"{2 * UNIT} base units") as btt:
+        session = await btt.session(UNIT)
+        await add_elsewhere(economy, wallet, session, 4 * UNIT)
+        await session.provide(2 * UNIT)
+        stub, got = rpc.ProbeServiceStub(session.channel), 0
+        with pytest.raises(BudgetExceeded, match="used up, as far as"):
+            for size in (RUN // 2, RUN, RUN):
+                if kind == "One":
+                    got += len((await stub.One(pb.Ask(size=size))).data)
+                else:
+                    async for message in stub.Many(pb.Ask(messages=1, size=size)):
+                        got += len(message.data)
+        assert session.error is None
+    [receipt] = btt.receipts
+    assert (got, receipt.captured) == (RUN // 2 + RUN, OWED(got))
+    assert not await probe.sessions.bans.all()

@@ -254,9 +254,9 @@ class Call:
             return
         self._broken = True
         gone = (grpc.StatusCode.UNAVAILABLE, "the connection broke", ())
-        self._network.later(self._network.delay() * 20, self._finish, gone)
+        self._network.later(min(SILENCE_S, self._network.delay() * 20), self._finish, gone)
         if self._task is not None:
-            self._network.later(self._network.delay() * 20, self._task.cancel)
+            self._network.later(min(SILENCE_S, self._network.delay() * 20), self._task.cancel)
 
 
 def _wake(waiting: asyncio.Future[None] | None) -> None:

@@ -149,6 +149,11 @@ class Payer:
         return self.limit - self.tally.owed - sum(self.tally.cost(s, n) for s, n in self._reserved.items())
 
     @property
+    def is_over(self) -> bool:
+        """More has arrived than can be paid."""
+        return self._outstanding + self.signed > self.limit
+
+    @property
     def is_reserved(self) -> bool:
         """Whoever buys now sets aside what it will cost."""
         return any(self._reserved.values())

@@ -129,7 +129,7 @@ async def _responses(session: PaymentSession, rpc: Any, call: MeteredCall) -> As
     try:
         messages = aiter(rpc)
         while (message := await call.in_time(anext(messages, None))) is not None:
-            call.arrived(message)
+            await call.arrived(message)
             yield message
         await call.in_time(call.completed(rpc))
     except grpc.aio.AioRpcError as failure:
@@ -147,7 +147,7 @@ async def _responses(session: PaymentSession, rpc: Any, call: MeteredCall) -> As
 async def _response(session: PaymentSession, rpc: Any, call: MeteredCall) -> Any:
     try:
         response = await call.in_time(rpc)
-        call.arrived(response)
+        await call.arrived(response)
         await call.in_time(call.completed(rpc))
     except grpc.aio.AioRpcError as failure:
         _fail(session, call, failure)

@@ -17,7 +17,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import grpc.aio
 
 from btt.sdk.channel import Segment
-from btt.sdk.errors import ConfigError, CountsDiffer, DeadlineExceeded, InvalidRequest, Overbilled
+from btt.sdk.errors import (
+    BudgetExceeded,
+    ConfigError,
+    CountsDiffer,
+    DeadlineExceeded,
+    InvalidRequest,
+    Overbilled,
+)
 from btt.sdk.payment.charges import Bills, MethodCharge, total
 from btt.sdk.payment.ending import Ending, in_time
 from btt.sdk.payment.verdicts import Units, current_verdicts
@@ -187,10 +194,11 @@ class MeteredCall:
 
     # Responses
 
-    def arrived(self, message: Any) -> None:
+    async def arrived(self, message: Any) -> None:
         """Counts a message on arrival.
 
         Raises:
+            BudgetExceeded: The node knows of more in the channel than may be paid; it is not accepted.
             CountsDiffer: It bills more than the request allowed; the session ends.
         """
         try:
@@ -207,6 +215,11 @@ class MeteredCall:
         elif self._fee:
             units += self._take_fee()
         self._received(units)
+        if self._session.payer.is_over:
+            # Its owner has put more into the channel by other means, and the node goes on.
+            await self._session.capacity.cover(units)
+            if self._session.payer.is_over:
+                raise BudgetExceeded("The channel is used up, as far as the budget reaches.")
         if self._verdicts is None:
             self.accepted(units)
         elif not self._decided:
