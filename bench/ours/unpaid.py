@@ -19,7 +19,6 @@ import grpc.aio
 import uvloop
 
 from bench.harness import Child, Run, heard, measure, say
-from btt.proto.content.v1 import content_pb2_grpc
 from btt.sdk.content.feed import LINE, Source
 from btt.sdk.content.torrent import Torrent
 from btt.sdk.content.transfer import Transfer
@@ -28,7 +27,7 @@ from btt.sdk.memory import keep_freed_memory
 from btt.sdk.money import Rate, Unit
 from btt.sdk.tls import TRANSPORT_OPTIONS, make_certificate, pinned_channel, server_credentials
 from btt.services.content.catalogue import Catalogue
-from btt.services.content.service import ContentServicer
+from btt.services.content.service import ContentServicer, register
 
 NAME = "unpaid.btt"
 RATE = Rate(0, 1, Unit.BYTE)
@@ -39,7 +38,7 @@ async def _serve(catalogue: Path) -> None:
     opened = Catalogue(catalogue)
     servicer = ContentServicer(opened)
     server = grpc.aio.server(options=TRANSPORT_OPTIONS)
-    content_pb2_grpc.add_ContentServiceServicer_to_server(servicer, server)
+    register(servicer, server)
     port = server.add_secure_port("127.0.0.1:0", server_credentials(key, certificate))
     await server.start()
     say("ready", port=port, certificate=certificate.decode("ascii"))

@@ -35,8 +35,9 @@ class Liar(ContentServicer):
 
     async def Fetch(self, request, context):  # noqa: N802
         async for response in super().Fetch(request, context):
-            for message in self.lie(response) if self.lie else [response]:
-                yield message
+            run = content_pb2.FetchResponse.FromString(response)
+            for message in self.lie(run) if self.lie else [run]:
+                yield message.SerializeToString()
 
     async def Quote(self, request, context):  # noqa: N802
         answer = await super().Quote(request, context)

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import grpc
 import pytest
 
+from btt.proto.content.v1 import content_pb2
 from btt.sdk.content.client import ContentClient
 from btt.sdk.content.feed import LINE
 from btt.sdk.content.store import Destination
@@ -40,8 +41,8 @@ class Odd(ContentServicer):
             if self.way is None:
                 yield response
             else:
-                async for message in self.way(response):
-                    yield message
+                async for message in self.way(content_pb2.FetchResponse.FromString(response)):
+                    yield message.SerializeToString()
 
     async def GetMetadata(self, request, context):  # noqa: N802
         if self.mute:

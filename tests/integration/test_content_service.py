@@ -16,13 +16,14 @@ import grpc.aio
 import pytest
 
 from btt.proto.content.v1 import content_pb2, content_pb2_grpc
+from btt.sdk.content.run import Run
 from btt.sdk.content.torrent import RUN, Torrent
 from btt.sdk.errors import BttError, ContentUnavailable, ContentUnknown, InvalidRequest
 from btt.sdk.rpc import to_error
 from btt.services.content import service, source
 from btt.services.content.catalogue import Catalogue
 from btt.services.content.publish import Published, publish
-from btt.services.content.service import ContentServicer
+from btt.services.content.service import ContentServicer, register
 
 SIZES = [0, 1, 16383, 16384, 16385, RUN - 1, RUN, RUN + 1, 2 * RUN, 5 * RUN + 7]
 LIMITS = [("grpc.max_receive_message_length", 4 << 20), ("grpc.enable_http_proxy", 0)]
@@ -67,7 +68,7 @@ async def node(tmp_path: Path) -> AsyncIterator[Node]:
     catalogue = Catalogue(tmp_path / "catalogue")
     servicer = ContentServicer(catalogue)
     server = grpc.aio.server()
-    content_pb2_grpc.add_ContentServiceServicer_to_server(servicer, server)
+    register(servicer, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=LIMITS) as channel:
@@ -350,15 +351,15 @@ async def test_what_all_callers_read_ahead_together_is_bounded(
 
     monkeypatch.setattr(service, "_read", counted)
     calls: list[Any] = [servicer.Fetch(request, None) for _ in range(5)]  # type: ignore[arg-type]
-    assert [(await anext(call)).run for call in calls] == [1] * 5
+    assert [Run.parse(await anext(call)).run for call in calls] == [1] * 5
     assert await reads() == 2 * 8 + 3
-    found = [await anext(calls[4])]
+    found = [Run.parse(await anext(calls[4]))]
     assert await reads() == 1
     for call in calls[:2]:
         await call.aclose()
-    found.append(await anext(calls[4]))
+    found.append(Run.parse(await anext(calls[4])))
     assert await reads() == 8
-    found += [response async for response in calls[4]]
+    found += [Run.parse(response) async for response in calls[4]]
     assert [r.run for r in found] == list(range(2, 16))
     assert all(r.data == data[r.run * RUN : (r.run + 1) * RUN] for r in found)
     assert await reads() == 5
@@ -377,7 +378,7 @@ async def test_a_stop_with_calls_under_way_leaves_no_thread_or_descriptor(tmp_pa
     catalogue = Catalogue(tmp_path / "catalogue")
     servicer = ContentServicer(catalogue)
     server = grpc.aio.server()
-    content_pb2_grpc.add_ContentServiceServicer_to_server(servicer, server)
+    register(servicer, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     (tmp_path / "film.bin").write_bytes(data_of(16 * RUN))

@@ -11,11 +11,12 @@ import sys
 import pytest
 
 from btt.sdk.content.feed import LINE, STREAMS
+from btt.sdk.content.run import Run, serialise
 from btt.sdk.content.stream import READ_AHEAD
 from btt.sdk.errors import ContentMismatch, InvalidRequest
 from btt.services.content.catalogue import Catalogue
 from btt.services.content.publish import publish
-from btt.services.content.service import ContentServicer
+from btt.services.content.service import ContentServicer, register
 from kit import chaos
 from kit import economy as kit
 from kit.economy import CONTENT_PRICE, RUN, content
@@ -102,8 +103,8 @@ async def test_a_reader_hears_that_the_only_node_lies(economy, tmp_path, monkeyp
 
     async def lie(self, request, context):
         async for response in real(self, request, context):
-            response.data = bytes(len(response.data))
-            yield response
+            run = Run.parse(response)
+            yield serialise(run.run, bytes(len(run.data)))
 
     liar, infohash = await lying_node(economy, monkeypatch, lie)
     async with (
@@ -128,8 +129,6 @@ async def lying_node(economy, monkeypatch, lie):
 @pytest.fixture
 async def folder(economy, tmp_path):
     """A folder of many files at two nodes."""
-    from btt.proto.content.v1.content_pb2_grpc import add_ContentServiceServicer_to_server
-
     source, dice = tmp_path / "shows", random.Random(5)
     for name, size in FILES.items():
         (source / name).parent.mkdir(parents=True, exist_ok=True)
@@ -142,7 +141,7 @@ async def folder(economy, tmp_path):
         servicer.asked = asked
         economy.stack.callback(catalogue.close)
         economy.stack.callback(servicer.close)
-        node = await economy.node(lambda r, s=servicer: add_ContentServiceServicer_to_server(s, r))
+        node = await economy.node(lambda r, s=servicer: register(s, r))
         node.servicer = servicer
         nodes.append(node)
     return source, nodes, infohash

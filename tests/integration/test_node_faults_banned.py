@@ -9,9 +9,9 @@ import sys
 
 import pytest
 
-from btt.proto.content.v1 import content_pb2
 from btt.sdk.channel import Meter
 from btt.sdk.content import feed as feeds
+from btt.sdk.content.run import serialise
 from btt.sdk.errors import (
     BttError,
     ContentMismatch,
@@ -77,7 +77,7 @@ def dials(monkeypatch):
 
 
 async def _lie(request, context):
-    yield content_pb2.FetchResponse(run=request.first_run, data=bytes(RUN))
+    yield serialise(request.first_run, bytes(RUN))
 
 
 async def test_a11_a_node_that_sent_wrong_bytes_is_not_dialled_until_the_ban_is_over(

@@ -24,7 +24,6 @@ import pytest
 from btt.node.payments import servicer
 from btt.node.payments.sessions import CreditPolicy
 from btt.node.payments.store import PayeeStore
-from btt.proto.content.v1.content_pb2_grpc import add_ContentServiceServicer_to_server
 from btt.sdk.budget import Budget
 from btt.sdk.channel import Payee, Payer
 from btt.sdk.client import Client, Wallet
@@ -39,7 +38,7 @@ from btt.sdk.payment.store import PayerStore
 from btt.sdk.tls import make_certificate
 from btt.services.content.catalogue import Catalogue
 from btt.services.content.publish import publish
-from btt.services.content.service import ContentServicer
+from btt.services.content.service import ContentServicer, register
 from btt.services.ledger import folder as ledger_folder
 from btt.services.ledger.books import Terms
 from btt.services.ledger.server import LedgerConfig, serve
@@ -135,7 +134,7 @@ async def economy(folder: Path) -> dict[str, Any]:
             identity=IDENTITY, payee_key=K2, tls=(state["key"].encode(), state["certificate"].encode()),
             serial=time.time_ns() // 1_000_000,
         )  # fmt: skip
-        await node.start(lambda r: add_ContentServiceServicer_to_server(content_service, r))
+        await node.start(lambda r: register(content_service, r))
         stack.push_async_callback(node.stop)
         state |= {"ledger": ledger.address.port, "node": node.port}
         (folder / "state").write_text(json.dumps(state))

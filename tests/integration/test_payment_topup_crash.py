@@ -23,7 +23,6 @@ import pytest
 from btt.node.payments.deposits import Deposits
 from btt.node.payments.sessions import CreditPolicy
 from btt.node.payments.store import PayeeStore
-from btt.proto.content.v1.content_pb2_grpc import add_ContentServiceServicer_to_server
 from btt.sdk.budget import Budget
 from btt.sdk.client import Client, Wallet
 from btt.sdk.content.feed import LINE
@@ -35,7 +34,7 @@ from btt.sdk.payment.capacity import Capacity
 from btt.sdk.tls import make_certificate
 from btt.services.content.catalogue import Catalogue
 from btt.services.content.publish import publish
-from btt.services.content.service import ContentServicer
+from btt.services.content.service import ContentServicer, register
 from btt.services.ledger import folder as ledger_folder
 from btt.services.ledger.books import Terms
 from btt.services.ledger.server import LedgerConfig, serve
@@ -80,7 +79,7 @@ async def economy(folder: Path) -> dict[str, Any]:
             tls=(state["key"].encode(), state["certificate"].encode()),
             serial=time.time_ns() // 1_000_000,
         )  # fmt: skip
-        await node.start(lambda r: add_ContentServiceServicer_to_server(service, r))
+        await node.start(lambda r: register(service, r))
         stack.push_async_callback(node.stop)
         state |= {"ledger": ledger.address.port, "node": node.port}
         (folder / "state").write_text(json.dumps(state))

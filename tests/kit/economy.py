@@ -32,7 +32,7 @@ from btt.sdk.money import BTT, Rate
 from btt.sdk.tls import TRANSPORT_OPTIONS, certificate_sha256, make_certificate, server_credentials
 from btt.services.content.catalogue import Catalogue
 from btt.services.content.publish import publish
-from btt.services.content.service import ContentServicer
+from btt.services.content.service import ContentServicer, register
 from btt.services.ledger.server import RunningLedger
 
 RUN = 1 << 20
@@ -233,9 +233,7 @@ class Economy:
         servicer = ContentServicer(catalogue)
         self.stack.callback(catalogue.close)
         self.stack.callback(servicer.close)
-        from btt.proto.content.v1.content_pb2_grpc import add_ContentServiceServicer_to_server
-
-        node = await self.node(lambda r: add_ContentServiceServicer_to_server(servicer, r), **options)
+        node = await self.node(lambda r: register(servicer, r), **options)
         node.servicer = servicer
         return node, infohashes
 

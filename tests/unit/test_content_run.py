@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import random
+
 from google.protobuf.message import DecodeError
 from hypothesis import given
 from hypothesis import strategies as st
 
 from btt.proto.content.v1 import content_pb2
-from btt.sdk.content.run import Run
+from btt.sdk.content.run import Run, serialise
+from btt.sdk.content.torrent import RUN
 from btt.sdk.payment.options import method_charge
 
 FETCH = "/btt.proto.content.v1.ContentService/Fetch"
@@ -30,6 +33,16 @@ def test_what_a_sender_sends_is_read_and_counted_as_it_was_meant(run: int, data:
     assert (parsed.run, bytes(parsed.data)) == (run, data)
     charge = method_charge(FETCH)
     assert charge.units_sent(message, wire) == charge.units(message) == charge.units(parsed)
+
+
+@given(st.integers(0, 2**32 - 1), st.binary(min_size=1, max_size=70_000))
+def test_a_run_is_written_as_the_generated_message_is(run: int, data: bytes) -> None:
+    assert serialise(run, data) == content_pb2.FetchResponse(run=run, data=data).SerializeToString()
+
+
+def test_a_run_of_full_size_is_written_so_too() -> None:
+    data = random.Random(1).randbytes(RUN)
+    assert serialise(1023, data) == content_pb2.FetchResponse(run=1023, data=data).SerializeToString()
 
 
 @given(

@@ -49,7 +49,7 @@ def guarded(handler: Handler, host: ServiceHost, limiter: Limiter) -> Handler:
                 async with aclosing(inner(given, context)) as messages:
                     async for message in messages:
                         if up.limits(name):
-                            await up.take(name, context.peer(), message.ByteSize())
+                            await up.take(name, context.peer(), _size(message))
                         yield message
 
         return stream
@@ -62,7 +62,7 @@ def guarded(handler: Handler, host: ServiceHost, limiter: Limiter) -> Handler:
                 given = incoming(request, context) if streamed else await taken(request, context)
                 message = await inner(given, context)
                 if up.limits(name):
-                    await up.take(name, context.peer(), message.ByteSize())
+                    await up.take(name, context.peer(), _size(message))
                 return message
 
         return unary
@@ -75,6 +75,10 @@ def guarded(handler: Handler, host: ServiceHost, limiter: Limiter) -> Handler:
     if handler.stream_unary:
         return grpc.stream_unary_rpc_method_handler(answering(handler.stream_unary, True), *coders)
     return grpc.unary_unary_rpc_method_handler(answering(handler.unary_unary, False), *coders)
+
+
+def _size(message: Any) -> int:
+    return len(message) if isinstance(message, bytes) else int(message.ByteSize())  # it may be serialised
 
 
 @contextmanager

@@ -1,8 +1,8 @@
-"""One received run, read in place.
+"""One run on the wire: written with one copy, and read in place.
 
-A generated message copies the megabyte when it is parsed and again each time its field is
-read; on the hot path of a fetch that is more than the write to disk costs. What a usual
-sender sends is read where it lies; anything else goes through the generated parser, so that
+A generated message copies the megabyte when it is made or parsed, and again when it is serialised
+or its field is read; on the hot path of a fetch that is more than the write to disk costs. What a
+usual sender sends is read where it lies; anything else goes through the generated parser, so that
 both always agree on what a message says.
 """
 
@@ -31,6 +31,26 @@ class Run(NamedTuple):
     def parse(cls, message: bytes) -> Run:
         """Reads a serialised FetchResponse; what is none becomes an empty run -1."""
         return _in_place(message) or _parsed(message)
+
+
+def serialise(run: int, data: bytes) -> bytes:
+    """Returns the same bytes as the generated FetchResponse.
+
+    Args:
+        run: Its number in the file, 32 bits.
+        data: Its bytes, at least one.
+    """
+    head = content_pb2.FetchResponse(run=run).SerializeToString()
+    return b"".join((head, bytes([_DATA]), _as_varint(len(data)), data))
+
+
+def _as_varint(value: int) -> bytes:
+    parts = bytearray()
+    while value > 0x7F:
+        parts.append(value & 0x7F | 0x80)
+        value >>= 7
+    parts.append(value)
+    return bytes(parts)
 
 
 def _in_place(message: bytes) -> Run | None:

@@ -5,18 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from btt.proto.content.v1 import content_pb2, content_pb2_grpc
 from btt.sdk.content.torrent import RUN
 from btt.sdk.plugin import Line, Price, ServiceContext, Unit, check_keys, read_rate
 from btt.services.content.catalogue import Catalogue
-from btt.services.content.service import ContentServicer
+from btt.services.content.service import SERVICE, ContentServicer, register
 
 if TYPE_CHECKING:
     import grpc.aio
 
 DEFAULT_RATE = "1 BTT / GiB"
-
-_SERVICE = content_pb2.DESCRIPTOR.services_by_name["ContentService"].full_name
 
 
 class ContentPlugin:
@@ -48,11 +45,11 @@ class ContentPlugin:
     def register(self, server: grpc.aio.Server) -> None:
         """Adds ContentService."""
         assert self._servicer is not None, "started before it is registered"
-        content_pb2_grpc.add_ContentServiceServicer_to_server(self._servicer, server)
+        register(self._servicer, server)
 
     def prices(self) -> Mapping[Line, Price]:
         """Bytes of runs; a run is what the caller verifies and pays at once."""
-        return {Line(_SERVICE, Unit.BYTE): Price(self._rate, verify_units=RUN)}
+        return {Line(SERVICE, Unit.BYTE): Price(self._rate, verify_units=RUN)}
 
     async def stop(self) -> None:
         """Ends the reading threads, then closes the catalogue."""

@@ -1,9 +1,10 @@
 """The gRPC side of the content service: quote, metadata, and runs of files.
 
 It holds no payment code: what is charged stands in the proto and is counted by interceptors,
-which need every message to be yielded. Files and database are read in a few threads of its
-own, a little ahead of the caller, so that neither a slow disk nor a slow caller holds up others.
-What all callers together may leave lying in memory that way is bounded.
+which need every message to be yielded. Runs are yielded as they go out, serialised. Files and
+database are read in a few threads of its own, a little ahead of the caller, so that neither a slow
+disk nor a slow caller holds up others. What all callers together may leave lying in memory that
+way is bounded.
 """
 
 from __future__ import annotations
@@ -13,9 +14,12 @@ import collections
 import functools
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+import grpc
 
 from btt.proto.content.v1 import content_pb2, content_pb2_grpc
+from btt.sdk.content.run import serialise
 from btt.sdk.content.torrent import RUN, Torrent
 from btt.sdk.errors import BttError, ContentUnavailable, ContentUnknown, InvalidRequest
 from btt.sdk.rpc import abort
@@ -29,6 +33,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+SERVICE: Final = content_pb2.DESCRIPTOR.services_by_name["ContentService"].full_name
 METADATA_PART = 64 << 10
 """Most bytes of one metadata message."""
 
@@ -82,12 +87,12 @@ class ContentServicer(content_pb2_grpc.ContentServiceServicer):
         for at in range(0, len(layers), METADATA_PART):
             yield content_pb2.GetMetadataResponse(layers=layers[at : at + METADATA_PART])
 
-    async def Fetch(  # noqa: N802
+    async def Fetch(  # type: ignore[override]  # noqa: N802
         self, request: content_pb2.FetchRequest, context: Context
-    ) -> AsyncIterator[content_pb2.FetchResponse]:
-        """Sends runs of one file in order."""
+    ) -> AsyncIterator[bytes]:
+        """Sends runs of one file in order, each a serialised FetchResponse."""
         source: OpenSource | None = None
-        reading: asyncio.Future[list[content_pb2.FetchResponse]] | None = None
+        reading: asyncio.Future[list[bytes]] | None = None
         batch = 1
         try:
             file = await self._run(self._find, request)
@@ -176,8 +181,27 @@ class ContentServicer(content_pb2_grpc.ContentServiceServicer):
         return sum(len(info) + len(layers) for info, layers in list(self._metadata.values()))
 
 
-def _read(source: OpenSource, runs: range) -> list[content_pb2.FetchResponse]:
-    return [content_pb2.FetchResponse(run=run, data=source.read(run)) for run in runs]
+def register(servicer: ContentServicer, server: grpc.aio.Server) -> None:
+    """Adds the service to a server, as generated code does, but for runs that are serialised already."""
+    handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
+        "Quote": grpc.unary_unary_rpc_method_handler(
+            servicer.Quote, content_pb2.QuoteRequest.FromString, content_pb2.QuoteResponse.SerializeToString
+        ),
+        "GetMetadata": grpc.unary_stream_rpc_method_handler(
+            servicer.GetMetadata,
+            content_pb2.GetMetadataRequest.FromString,
+            content_pb2.GetMetadataResponse.SerializeToString,
+        ),
+        "Fetch": grpc.unary_stream_rpc_method_handler(
+            servicer.Fetch, content_pb2.FetchRequest.FromString, bytes
+        ),
+    }
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
+    server.add_registered_method_handlers(SERVICE, handlers)
+
+
+def _read(source: OpenSource, runs: range) -> list[bytes]:
+    return [serialise(run, source.read(run)) for run in runs]
 
 
 def _close_opened(opening: asyncio.Future[OpenSource]) -> None:
@@ -185,7 +209,7 @@ def _close_opened(opening: asyncio.Future[OpenSource]) -> None:
         opening.result().close()
 
 
-def _forget(read: asyncio.Future[list[content_pb2.FetchResponse]]) -> None:
+def _forget(read: asyncio.Future[list[bytes]]) -> None:
     """Takes note of a failure that nobody will ask for, so that it is not logged as lost."""
     if not read.cancelled():
         read.exception()
