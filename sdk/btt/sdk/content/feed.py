@@ -1,7 +1,7 @@
 """What one node does for a transfer: take runs, verify, write, accept, pay.
 
 A run counts as accepted only once it verified against the infohash and was written.
-Runs are verified and written in threads while the next ones arrive. A broken session
+Runs are verified and written (`intake`) while the next ones arrive. A broken session
 or a node that was restarted is taken up again; a lie ends the business with that node.
 """
 
@@ -19,6 +19,7 @@ import grpc.aio
 
 from btt.proto.content.v1 import content_pb2
 from btt.sdk.channel import Line, Segment
+from btt.sdk.content.intake import AHEAD, Intake
 from btt.sdk.content.plan import Plan, Task
 from btt.sdk.content.run import Run
 from btt.sdk.content.store import Destination
@@ -36,7 +37,6 @@ from btt.sdk.keys import Address
 from btt.sdk.money import Amount, Rate, Unit
 from btt.sdk.payment.backoff import pause_s
 from btt.sdk.payment.session import PaymentSession
-from btt.sdk.payment.verdicts import Verdicts
 from btt.sdk.rpc import to_error
 
 LINE = Line("btt.proto.content.v1.ContentService", Unit.BYTE)
@@ -46,8 +46,6 @@ STREAMS = 4
 """Calls to a node that run at a time, for content of many files."""
 GROW_RUNS = 32
 """Runs that a channel which is used up grows by, at least."""
-AHEAD = 6
-"""Runs of one node that are being verified and written at a time."""
 TRIES = 12
 """Attempts without any progress before a node is given up."""
 SILENT_S = 30.0
@@ -291,51 +289,39 @@ class Feed:
     async def _call(
         self, session: PaymentSession, fetch: Fetch, segment: Segment, task: Task, reserved: list[int]
     ) -> None:
-        loop = asyncio.get_running_loop()
         work, plan, file = self._work, self._work.plan, task.file
         request = content_pb2.FetchRequest(
             infohash=work.torrent.infohash, file=file, first_run=task.start, runs=task.asked - task.start
         )
 
-        def room(_: object) -> None:
-            self._room.release()
+        def verify(run: Run) -> None:
+            if not work.torrent.verify_run(file, run.run, run.data):
+                verdicts.reject(run)
+                raise ContentMismatch(f"Run {run.run} of the content does not verify.")
 
-        async def take(message: Run, verdicts: Verdicts) -> None:
-            # Here, and not in a thread: hashlib gives up the interpreter for each of a run's 64 blocks,
-            # and threads that hash spend more time on getting it back than on hashing.
-            if not work.torrent.verify_run(file, message.run, message.data):
-                verdicts.reject(message)
-                raise ContentMismatch(f"Run {message.run} of the content does not verify.")
-            storing = loop.run_in_executor(
-                work.writer, work.destination.write_run, file, message.run, message.data
-            )
-            try:
-                await asyncio.shield(storing)
-            except asyncio.CancelledError:
-                # Another run's failure cancels this one, but what is written is kept, so it is paid.
-                while not storing.done():
-                    with contextlib.suppress(asyncio.CancelledError):
-                        await asyncio.wait([storing])
-                storing.result()
-            size = len(message.data)
+        def write(run: Run) -> None:
+            work.destination.write_run(file, run.run, run.data)
+
+        def accept(run: Run) -> None:
+            size = len(run.data)
             before = session.payer.tally.owed
             session.payer.release(segment, size)
             reserved[0] -= size
-            verdicts.accept(message)
+            verdicts.accept(run)
             self.spent += session.payer.tally.owed - before
             self.fetched += size
             work.stored(file, size)
 
         with session.verdicts() as verdicts:
-            async with asyncio.TaskGroup() as group:
+            async with Intake(
+                room=self._room, verify=verify, write=write, writer=work.writer, accept=accept
+            ) as intake:
                 try:
-                    async for message in fetch(request):
-                        if message.run != task.next or task.next >= task.asked:
+                    async for run in fetch(request):
+                        if run.run != task.next or task.next >= task.asked:
                             raise ContentMismatch("The node sent another run than was asked for.")
                         plan.arrived(task, time.monotonic())
-                        await self._room.acquire()
-                        # By callback: a task that is cancelled before it began runs no line of its own.
-                        group.create_task(take(message, verdicts)).add_done_callback(room)
+                        await intake.take(run)
                         if task.is_cut:
                             return
                 except grpc.aio.AioRpcError as failure:
