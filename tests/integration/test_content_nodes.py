@@ -263,6 +263,7 @@ async def test_what_is_on_disk_is_neither_fetched_nor_paid_again(economy, three,
             destination.scan()
             for run in range(0, RUNS, 2):
                 destination.write_run(0, run, DATA[run * RUN : (run + 1) * RUN])
+                destination.keep(0, run)
         receipt = await fetch(btt, quote, tmp_path)
     assert (tmp_path / "film.bin").read_bytes() == DATA
     assert receipt.fetched_bytes == len(DATA) - RUNS // 2 * RUN

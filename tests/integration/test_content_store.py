@@ -57,6 +57,11 @@ def part_of(torrent: Torrent) -> str:
     return f"film.bin.{torrent.infohash.hex()[:8]}.btt-part"
 
 
+def put(place: Destination, file: int, run: int, data: bytes) -> None:
+    place.write_run(file, run, data)
+    place.keep(file, run)
+
+
 def run_of(data: bytes, run: int) -> bytes:
     return data[run * RUN : (run + 1) * RUN]
 
@@ -64,7 +69,7 @@ def run_of(data: bytes, run: int) -> bytes:
 def fill(place: Destination, torrent: Torrent, file: int, data: bytes) -> None:
     for runs in place.missing(file):
         for run in runs:
-            place.write_run(file, run, run_of(data, run))
+            put(place, file, run, run_of(data, run))
 
 
 def everything(root: Path) -> list[str]:
@@ -83,7 +88,7 @@ def test_a_file_written_in_any_order_gets_its_name_when_whole(tmp_path: Path, si
         order = list(range(torrent.runs(0)))
         random.Random(1).shuffle(order)
         with ThreadPoolExecutor(4) as threads:
-            list(threads.map(lambda run: place.write_run(0, run, run_of(data, run)), order))
+            list(threads.map(lambda run: put(place, 0, run, run_of(data, run)), order))
         assert place.missing(0) == []
         assert everything(out) == [part_of(torrent)]
         assert place.finish(0) == out / "film.bin" == place.path
@@ -115,7 +120,7 @@ def test_a_second_attempt_keeps_what_verifies_and_nothing_else(tmp_path: Path) -
     with Destination(tmp_path / "out", torrent) as place:
         place.scan()
         for run in (0, 2, 3, 5):
-            place.write_run(0, run, run_of(data, run))
+            put(place, 0, run, run_of(data, run))
     part = tmp_path / "out" / part_of(torrent)
     with part.open("r+b") as broken:  # as a crash may leave it
         broken.seek(2 * RUN + 5)
@@ -149,7 +154,7 @@ def test_a_folder_resumes_file_by_file(tmp_path: Path) -> None:
             fill(place, torrent, entry.index, data_of(entry.length))
         for entry in torrent.files[:2]:
             place.finish(entry.index)
-        place.write_run(large.index, 1, run_of(data_of(large.length), 1))
+        put(place, large.index, 1, run_of(data_of(large.length), 1))
     with Destination(out, torrent) as place:
         place.scan()
         assert [place.is_finished(f.index) for f in torrent.files[:3]] == [True, True, False]
@@ -197,11 +202,11 @@ def test_other_content_of_the_same_name_leaves_a_part_alone(tmp_path: Path, name
     with Destination(out, one) as place:
         place.scan()
         for run in range(6):
-            place.write_run(0, run, run_of(data[0], run))
+            put(place, 0, run, run_of(data[0], run))
     with Destination(out, other) as place:
         place.scan()
         assert place.missing(0) == [range(9)]
-        place.write_run(0, 0, run_of(data[1], 0))
+        put(place, 0, 0, run_of(data[1], 0))
     for torrent, content, missing in ((one, data[0], range(6, 8)), (other, data[1], range(1, 9))):
         with Destination(out, torrent) as place:
             place.scan()
@@ -359,7 +364,7 @@ def test_a_link_that_appears_during_the_fetch_is_not_followed(tmp_path: Path) ->
         (out / "album" / "b").symlink_to(outside)
         entry = next(f for f in torrent.files if f.path[0] == "b" and f.length)
         with pytest.raises(ConfigError):
-            place.write_run(entry.index, 0, data_of(entry.length)[:RUN])
+            put(place, entry.index, 0, data_of(entry.length)[:RUN])
     assert everything(outside) == []
 
 
@@ -413,7 +418,7 @@ def test_a_full_disk_keeps_what_arrived(tmp_path: Path, monkeypatch: pytest.Monk
     real = os.pwrite
     with Destination(tmp_path / "out", torrent) as place:
         place.scan()
-        place.write_run(0, 0, run_of(data, 0))
+        put(place, 0, 0, run_of(data, 0))
 
         def full(fd: int, data: bytes, at: int) -> int:
             if at == RUN:
@@ -422,7 +427,7 @@ def test_a_full_disk_keeps_what_arrived(tmp_path: Path, monkeypatch: pytest.Monk
 
         monkeypatch.setattr(os, "pwrite", full)
         with pytest.raises(StorageError, match="full"):
-            place.write_run(0, 1, run_of(data, 1))
+            put(place, 0, 1, run_of(data, 1))
         assert place.missing(0) == [range(1, 3)]
     monkeypatch.undo()
     with Destination(tmp_path / "out", torrent) as place:
@@ -451,7 +456,7 @@ def test_too_little_space_is_said_before_anything_is_paid(
     with Destination(tmp_path / "out", torrent) as place:
         place.scan()
         for run in range(3):
-            place.write_run(0, run, run_of(data, run))
+            put(place, 0, run, run_of(data, run))
     real = os.fstatvfs
 
     class Small:
@@ -507,13 +512,13 @@ def test_the_order_of_use_is_checked(tmp_path: Path) -> None:
         place.scan()
     with place:
         with pytest.raises(ValueError, match="scan"):
-            place.write_run(0, 0, run_of(data, 0))
+            put(place, 0, 0, run_of(data, 0))
         place.scan()
         with pytest.raises(ValueError, match="length"):
-            place.write_run(0, 0, b"short")
+            put(place, 0, 0, b"short")
         with pytest.raises(IndexError):
-            place.write_run(0, 2, run_of(data, 0))
-        place.write_run(0, 0, run_of(data, 0))
+            put(place, 0, 2, run_of(data, 0))
+        put(place, 0, 0, run_of(data, 0))
         with pytest.raises(ValueError, match="missing"):
             place.finish(0)
         fill(place, torrent, 0, data)
@@ -527,9 +532,9 @@ def test_a_run_that_comes_twice_is_harmless_even_after_the_end(tmp_path: Path) -
     with Destination(tmp_path / "out", torrent) as place:
         place.scan()
         fill(place, torrent, 0, data)
-        place.write_run(0, 0, bytes(RUN))  # not written: the run is there
+        put(place, 0, 0, bytes(RUN))  # not written: the run is there
         place.finish(0)
-        place.write_run(0, 1, run_of(data, 1))
+        put(place, 0, 1, run_of(data, 1))
     assert place.path.read_bytes() == data
     assert everything(tmp_path / "out") == ["film.bin"]
 
@@ -647,3 +652,23 @@ async def test_leaving_a_transfer_that_checks_ends_the_check(
             await checking.wait()
             raise RuntimeError("left")
     assert reads == [0]
+
+
+def test_what_is_written_and_not_kept_is_missing_and_a_later_attempt_judges_it_by_itself(
+    tmp_path: Path,
+) -> None:
+    data = data_of(3 * RUN)
+    torrent = single(tmp_path, data)
+    with Destination(tmp_path / "out", torrent) as place:
+        place.scan()
+        put(place, 0, 0, run_of(data, 0))
+        place.write_run(0, 1, bytes(RUN))  # it did not verify
+        place.write_run(0, 2, run_of(data, 2))  # nobody has looked at it yet
+        assert place.missing(0) == [range(1, 3)]
+        with pytest.raises(ValueError, match="missing runs"):
+            place.finish(0)
+    with Destination(tmp_path / "out", torrent) as place:
+        place.scan()
+        assert place.missing(0) == [range(1, 2)]
+        put(place, 0, 1, run_of(data, 1))
+        assert place.finish(0).read_bytes() == data

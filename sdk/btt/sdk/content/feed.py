@@ -303,6 +303,7 @@ class Feed:
             work.destination.write_run(file, run.run, run.data)
 
         def accept(run: Run) -> None:
+            work.destination.keep(file, run.run)
             size = len(run.data)
             before = session.payer.tally.owed
             session.payer.release(segment, size)

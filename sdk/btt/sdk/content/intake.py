@@ -1,4 +1,7 @@
-"""What one call brings: verified, written, and only then accepted.
+"""What one call brings: verified and written, and only then accepted.
+
+Both at once: a newcomer's pieces go in lockstep, and each waits for them. What does not verify is
+written too, but never counted as there, so a later attempt finds a hole that holds something.
 
 By callbacks and not by tasks: a run takes a millisecond, and a task for each costs a tenth of that.
 """
@@ -23,14 +26,14 @@ class Intake:
     """Takes the runs of one call; an async context manager around the loop that reads them.
 
     What fails here breaks that loop off, and is raised instead of it. Whatever breaks the loop off, it
-    is left when all that had verified is written and accepted: what is kept is paid.
+    is left when all that verifies is written and accepted: what is kept is paid.
 
     Args:
         room: Bounds what the calls to one node have under way here; of `AHEAD`.
         verify: Says whether a run is what was asked for, or raises why not.
         write: Puts it on the disk; called in a thread.
         writer: That thread.
-        accept: Called once it is there.
+        accept: Called once it has verified and is written.
     """
 
     def __init__(
@@ -51,6 +54,7 @@ class Intake:
         self._under_way = 0
         self._ended = asyncio.Event()
         self._error: Exception | None = None
+        self._wrong: Run | None = None
         self._reader: asyncio.Task[Any] | None = None
         self._broke_off = False
 
@@ -84,11 +88,16 @@ class Intake:
             self._end()
             return
         try:
-            self._verify(run)
             self._writer.submit(self._store, run)
         except Exception as error:  # noqa: BLE001 - it is raised where the loop ends
             self._fail(error)
             self._end()
+            return
+        try:
+            self._verify(run)
+        except Exception as error:  # noqa: BLE001 - as above
+            self._wrong = run  # the only one: none begins after it
+            self._fail(error)
 
     def _store(self, run: Run) -> None:
         """Writes a run, in the thread."""
@@ -103,7 +112,8 @@ class Intake:
         try:
             if failure is not None:
                 raise failure
-            self._accept(run)
+            if run is not self._wrong:
+                self._accept(run)
         except Exception as error:  # noqa: BLE001 - as above
             self._fail(error)
         self._end()

@@ -167,12 +167,12 @@ class Destination:
         return found
 
     def write_run(self, file: int, run: int, data: bytes | bytearray | memoryview) -> None:
-        """Writes one run at its place; many threads may write at once.
+        """Writes one run, which counts for nothing before `keep`; many threads may write at once.
 
         Args:
             file: Index of the file.
             run: Number of the run.
-            data: Its bytes, verified by the caller. A run that is there already is not written again.
+            data: Its bytes. A run that is kept already is not written again.
 
         Raises:
             ConfigError: If the place cannot be written.
@@ -192,6 +192,11 @@ class Destination:
             done = part.direct.write(data, run * RUN)
             while done < len(data):
                 done += os.pwrite(part.fd, memoryview(data)[done:], run * RUN + done)
+
+    def keep(self, file: int, run: int) -> None:
+        """Counts a run as there: it has verified, and it is written."""
+        have = self._have[file]
+        assert have is not None, "scan comes before writing"
         have[run] = 1
 
     def finish(self, file: int) -> Path:
