@@ -428,3 +428,21 @@ def test_a_file_closed_during_a_read_stays_open_until_the_read_ends(
     opened.close()
     with pytest.raises(ContentUnavailable):
         opened.read(0)
+
+
+def test_every_method_of_the_proto_is_registered() -> None:
+    added: dict[str, Any] = {}
+
+    class Server:
+        def add_generic_rpc_handlers(self, handlers: Any) -> None:
+            added["generic"] = handlers
+
+        def add_registered_method_handlers(self, name: str, handlers: dict[str, Any]) -> None:
+            added[name] = handlers
+
+    register(ContentServicer.__new__(ContentServicer), Server())  # type: ignore[arg-type]
+    proto = content_pb2.DESCRIPTOR.services_by_name["ContentService"]
+    [name] = added.keys() - {"generic"}
+    assert (name, set(added[name])) == (proto.full_name, {method.name for method in proto.methods})
+    for method in proto.methods:
+        assert added[name][method.name].response_streaming == method.server_streaming

@@ -452,7 +452,7 @@ async def test_what_was_added_elsewhere_may_be_delivered_and_is_paid_from_the_bu
     assert (receipt.counts_agree, receipt.captured) == (True, OWED(5 * RUN))
 
 
-@pytest.mark.parametrize("kind", ["One", "Many"])
+@pytest.mark.parametrize("kind", ["One", "Many", "ManyChecked"])
 async def test_what_the_budget_cannot_pay_is_not_accepted_though_the_channel_holds_it(probe, economy, kind):
     wallet = await economy.wallet()
     async with economy.client(probe, wallet, budget=f"{2 * UNIT} base units") as btt:
@@ -464,9 +464,12 @@ async def test_what_the_budget_cannot_pay_is_not_accepted_though_the_channel_hol
             for size in (RUN // 2, RUN, RUN):
                 if kind == "One":
                     got += len((await stub.One(pb.Ask(size=size))).data)
-                else:
-                    async for message in stub.Many(pb.Ask(messages=1, size=size)):
+                    continue
+                with session.verdicts() as verdicts:
+                    async for message in getattr(stub, kind)(pb.Ask(messages=1, size=size)):
                         got += len(message.data)
+                        if kind == "ManyChecked":
+                            verdicts.accept(message)
         assert session.error is None
     [receipt] = btt.receipts
     assert (got, receipt.captured) == (RUN // 2 + RUN, OWED(got))

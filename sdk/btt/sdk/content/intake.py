@@ -110,9 +110,9 @@ class Intake:
 
     def _stored(self, run: Run, failure: Exception | None) -> None:
         try:
-            if failure is not None:
-                raise failure
             if run is not self._wrong:
+                if failure is not None:
+                    raise failure
                 self._accept(run)
         except Exception as error:  # noqa: BLE001 - as above
             self._fail(error)

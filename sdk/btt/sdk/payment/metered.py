@@ -215,7 +215,9 @@ class MeteredCall:
         elif self._fee:
             units += self._take_fee()
         self._received(units)
-        if self._session.payer.is_over:
+        # Who sets aside what it asks for, and accepts no more, judges by itself what else comes.
+        sets_aside = self._verdicts is not None and self._session.payer.is_reserved
+        if self._session.payer.is_over and not sets_aside:
             # Its owner has put more into the channel by other means, and the node goes on.
             await self._session.capacity.cover(units)
             if self._session.payer.is_over:
