@@ -1,17 +1,19 @@
 """How fast content arrives, verified and paid, and what paying costs: `python -m bench.content`.
 
-Four contestants in alternating rounds move one file over loopback to a disk and sync it:
+These contestants in alternating rounds move one file over loopback to a disk and sync it:
 
 - `btt`: a ledger, a node and a dApp with a new wallet; default price and credit.
+- `btt, known`: the same with a wallet that has fetched the file there before, so that it is lent more.
 - `unpaid`: the same service and transfer without payment.
 - `bare gRPC`: the same messages over TLS, no hash, no payment.
 - `libtorrent`: a tuned seeder and leecher of the same torrent, no `seed_mode`.
 - with `--nodes N` also `btt, N nodes`: the same dApp fetches from all of N nodes at once.
 
 Ratios: `vs_bare_grpc` and `vs_libtorrent` compare the rates, `payment_cpu_overhead` is how
-much more CPU time a paid GiB takes than an unpaid one, all processes together and with the
-channel opened and closed; `nodes_vs_one` is the rate from N nodes against that from one: on one
-machine they share its cores and its disk, so this is what sharing costs, not what it brings.
+much more CPU time a newcomer's paid GiB takes than an unpaid one, all processes together and with
+the channel opened and closed. The two beginning with `known_payer` say the same of a payer that
+the node knows. `nodes_vs_one` is the rate from N nodes against that from one: on one machine they
+share its cores and its disk, so this is what sharing costs, not what it brings.
 `--memory` shows instead that peaks do not grow with the file, and `--kinds` what paying costs by
 each kind of call (`bench.kinds`).
 """
@@ -73,12 +75,14 @@ class Field:
         self._loop = loop
         self._source = source
         self._infohash = infohash
+        self._known = source.with_name("known payer's wallet")
 
     def contestants(self) -> dict[str, Callable[[Path], Run]]:
         """Returns them all by name."""
         many = {f"btt, {self._count} nodes": self.paid_many} if self._count > 1 else {}
         return {
             "btt": self.paid,
+            "btt, known": self.known,
             **many,
             "unpaid": self.unpaid,
             "bare gRPC": lambda folder: self._checked(bare_grpc.contestant(self._source, folder), folder),
@@ -96,14 +100,18 @@ class Field:
         return len(self._net.node_addresses)
 
     def paid(self, folder: Path) -> Run:
-        """The product."""
-        return self._paid(folder, 1)
+        """The product, for a newcomer."""
+        return self._paid(folder, 1, folder / "wallet")
+
+    def known(self, folder: Path) -> Run:
+        """The product, for a wallet that has paid the node before; the first run is the newcomer's."""
+        return self._paid(folder, 1, self._known)
 
     def paid_many(self, folder: Path) -> Run:
         """The product, from all nodes at once."""
-        return self._paid(folder, self._count)
+        return self._paid(folder, self._count, folder / "wallet")
 
-    def _paid(self, folder: Path, count: int) -> Run:
+    def _paid(self, folder: Path, count: int, wallet: Path) -> Run:
         ledger, *nodes = self._net.pids
         roles = [("node", nodes[0]), *((f"node {n + 1}", nodes[n]) for n in range(1, count))]
         run = paid.contestant(
@@ -114,6 +122,7 @@ class Field:
             infohash=self._infohash,
             fund=self._fund,
             servers=[*roles, ("ledger", ledger)],
+            wallet=wallet,
         )
         return self._checked(run, folder)
 
@@ -168,6 +177,8 @@ async def measure_speed(size: int, rounds: int, *, nodes: int = 1, quiet: bool) 
             for node in range(1, nodes):
                 await net.add(infohash, node=node)
             field = Field(net, asyncio.get_running_loop(), source, infohash)
+            with tempfile.TemporaryDirectory(dir=folder) as before:
+                await asyncio.to_thread(field.known, Path(before))
             return await asyncio.to_thread(
                 alternate,
                 field.contestants(),
@@ -200,13 +211,19 @@ async def measure_memory(sizes: tuple[int, ...], *, quiet: bool) -> dict[int, Ru
 
 def ratios(results: Results[Run]) -> dict[str, Ratio]:
     """Returns the claims of this module."""
-    more = results.paired("btt", "unpaid", lambda run: run.cpu_per_gib)
-    many = next((name for name in results.runs if name.startswith("btt, ")), None)
+    many = next((name for name in results.runs if name.endswith("nodes")), None)
+
+    def overhead(name: str) -> Ratio:
+        more = results.paired(name, "unpaid", lambda run: run.cpu_per_gib)
+        return Ratio(more.median - 1, more.low - 1, more.high - 1)
+
     return {
         **({"nodes_vs_one": results.paired(many, "btt")} if many else {}),
         "vs_bare_grpc": results.paired("btt", "bare gRPC"),
         "vs_libtorrent": results.paired("btt", "libtorrent"),
-        "payment_cpu_overhead": Ratio(more.median - 1, more.low - 1, more.high - 1),
+        "payment_cpu_overhead": overhead("btt"),
+        "known_payer_vs_libtorrent": results.paired("btt, known", "libtorrent"),
+        "known_payer_cpu_overhead": overhead("btt, known"),
     }
 
 

@@ -1,7 +1,7 @@
-"""The product: a dApp with a new wallet fetches from a node over the SDK, and pays.
+"""The product: a dApp fetches from a node over the SDK, and pays.
 
 Ledger and node are those of a devnet, in processes of their own. The client is a process
-too: it makes an account that nobody has seen before, quotes, and waits. What is timed is
+too: it takes its wallet, or makes one that nobody has seen before, quotes, and waits. What is timed is
 the fetch from its first line, which opens channel and session, to the file under its name
 and every base unit paid and settled. CPU time is counted longer, up to the closed channel.
 """
@@ -23,9 +23,15 @@ from btt.sdk.memory import keep_freed_memory
 BUDGET = "50 BTT"
 
 
-async def _fetch(nodes: str, ledger: str, infohash: str, folder: Path) -> None:
-    wallet = Wallet(folder / "wallet", PrivateKey.generate())
-    wallet.folder.mkdir()
+def _wallet(folder: Path) -> Wallet:
+    folder.mkdir(exist_ok=True)
+    secret = folder / "secret"
+    if not secret.exists():
+        secret.write_bytes(PrivateKey.generate().secret)
+    return Wallet(folder, PrivateKey(secret.read_bytes()))
+
+
+async def _fetch(nodes: str, ledger: str, infohash: str, folder: Path, wallet: Wallet) -> None:
     say("account", address=str(wallet.account.address))
     await asyncio.to_thread(heard)
     client = Client.connect(nodes, ledger=ledger, wallet=wallet, budget=Budget(BUDGET))
@@ -63,8 +69,9 @@ def contestant(
     infohash: str,
     fund: Callable[[str], None],
     servers: Sequence[tuple[str, int]],
+    wallet: Path,
 ) -> Run:
-    """Lets a new client fetch the file from nodes.
+    """Lets a client fetch the file from nodes.
 
     Args:
         source: The file that the nodes sell.
@@ -74,10 +81,12 @@ def contestant(
         infohash: Of the file, hex.
         fund: Gives an account money.
         servers: Role and process id of each node and the ledger.
+        wallet: Folder of its wallet, which is made if it is missing.
     """
     watched = [Watched(role, pid) for role, pid in servers]
     try:
-        with Child("client", "bench.ours.paid", [",".join(nodes), ledger, infohash, str(folder)]) as client:
+        arguments = [",".join(nodes), ledger, infohash, str(folder), str(wallet)]
+        with Child("client", "bench.ours.paid", arguments) as client:
             fund(client.expect("account")["address"])
             client.tell("funded")
             client.expect("ready")
@@ -93,9 +102,11 @@ def _main() -> None:
     parser.add_argument("ledger")
     parser.add_argument("infohash")
     parser.add_argument("folder", type=Path)
+    parser.add_argument("wallet", type=Path)
     arguments = parser.parse_args()
     keep_freed_memory()
-    asyncio.run(_fetch(arguments.nodes, arguments.ledger, arguments.infohash, arguments.folder))
+    wallet = _wallet(arguments.wallet)
+    asyncio.run(_fetch(arguments.nodes, arguments.ledger, arguments.infohash, arguments.folder, wallet))
 
 
 if __name__ == "__main__":

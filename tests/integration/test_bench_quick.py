@@ -34,7 +34,10 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
 
 
 def test_it_reports_every_claim_with_its_spread(report: dict[str, dict[str, object]]) -> None:
-    claims = {"vs_bare_grpc", "vs_libtorrent", "payment_cpu_overhead"}
+    claims = {
+        *("vs_bare_grpc", "vs_libtorrent", "payment_cpu_overhead"),
+        *("known_payer_vs_libtorrent", "known_payer_cpu_overhead"),
+    }
     assert report["ratios"].keys() == report["spread"].keys() == claims
     assert all(isinstance(ratio, float) for ratio in report["ratios"].values())
 
@@ -42,7 +45,7 @@ def test_it_reports_every_claim_with_its_spread(report: dict[str, dict[str, obje
 def test_every_contestant_delivered_the_whole_file_in_every_round(
     report: dict[str, dict[str, list[dict[str, object]]]],
 ) -> None:
-    assert report["runs"].keys() == {"btt", "unpaid", "bare gRPC", "libtorrent"}
+    assert report["runs"].keys() == {"btt", "btt, known", "unpaid", "bare gRPC", "libtorrent"}
     for runs in report["runs"].values():
         assert [run["bytes"] for run in runs] == [8 << 20] * 2
 
@@ -50,7 +53,7 @@ def test_every_contestant_delivered_the_whole_file_in_every_round(
 def test_the_product_was_paid_in_full_and_every_process_was_counted(
     report: dict[str, dict[str, list[dict[str, dict[str, float]]]]],
 ) -> None:
-    for run in report["runs"]["btt"]:
+    for run in report["runs"]["btt"] + report["runs"]["btt, known"]:
         assert run["extra"]["paid"] == -(-(8 << 20) * 10**6 // 2**30)
         for counted in (run["cpu"], run["anonymous"]):
             assert counted.keys() == {"client", "node", "ledger"}
