@@ -62,6 +62,25 @@ async def test_who_comes_in_one_turn_shares_a_commit(books: Books) -> None:
     assert books.commits == 1
 
 
+async def test_who_was_alone_is_written_at_once_and_a_crowd_together_again(books: Books) -> None:
+    await books.group.run(put(0))
+    before = books.commits
+    is_quick = group_commit.IN_PLACE_S > 0
+    lone = books.group.run(put(1))
+    assert lone.done() == is_quick, "a slow disk gets it in its thread"
+    await lone
+    assert books.commits - before == 1
+    for first in (2, 12, 22):
+        before = books.commits
+        await asyncio.gather(*(books.group.run(put(n)) for n in range(first, first + 10)))
+        assert books.commits - before <= (2 if first == 2 else 1)
+    assert sorted(books.stored()) == list(range(32))
+    await books.group.run(put(32))
+    again = books.group.run(put(33))
+    assert again.done() == is_quick
+    await again
+
+
 async def test_a_result_is_there_when_it_is_committed(books: Books) -> None:
     async def save(number: int) -> None:
         await books.group.run(put(number))

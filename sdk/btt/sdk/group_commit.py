@@ -2,7 +2,8 @@
 
 What is asked for in one turn of the event loop is committed together, and so is what gathers while
 a commit is under way. Nobody hears "saved" before it is. On a quick disk a group is written in
-place: handing it to a thread and back would take longer, and payment waits for it.
+place: handing it to a thread and back would take longer, and payment waits for it. Who was alone
+lately is written at once, and not at the end of the turn.
 """
 
 from __future__ import annotations
@@ -48,6 +49,8 @@ class GroupCommit:
         self._gathered: list[_Waiting] = []
         self._loop: asyncio.AbstractEventLoop | None = None
         self._under_way = False
+        self._alone = False
+        self._early = 0
         self._closed = False
         self._sync_s = 0.0
 
@@ -85,6 +88,9 @@ class GroupCommit:
         self._gathered.append((job, value, done))
         if self._loop is not loop or len(self._gathered) == 1:
             self._loop = loop
+            if self._alone and not self._under_way:
+                self._alone, self._early = False, 1
+                self._begin()
             loop.call_soon(self._dispatch)
         return done
 
@@ -106,7 +112,15 @@ class GroupCommit:
         self._gathered = []
 
     def _dispatch(self) -> None:
-        if self._under_way or not self._gathered or self._closed:
+        if self._under_way or self._closed:
+            return
+        if came := self._early + len(self._gathered):
+            self._alone = came == 1
+        self._early = 0
+        self._begin()
+
+    def _begin(self) -> None:
+        if not self._gathered:
             return
         batch, self._gathered = self._gathered[:_MOST], self._gathered[_MOST:]
         if self._sync_s < IN_PLACE_S:
