@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from btt.sdk.channel import Durable, Standing, Strangers
@@ -119,6 +119,7 @@ class TestStrangers:
         assert strangers.lend("a", 10, HOUR)
         assert not strangers.lend("a", 1, HOUR)
 
+    @example(318, 240, [(0, 78, 0), (1, 231, 0), (1, 11, 15_000), (1, 10, -1)])
     @settings(max_examples=80, deadline=None)
     @given(
         st.integers(1, 1000),

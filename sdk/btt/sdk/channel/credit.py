@@ -134,7 +134,8 @@ class Strangers:
                 if len(self._networks) >= self.MAX_NETWORKS:
                     return False
             bucket = self._networks[network] = _Bucket(self._per_network)
-        if self._total.available(now_ms) < amount or bucket.available(now_ms) < amount:
+        # Both are asked, so that both have seen this time, should it go back.
+        if min(self._total.available(now_ms), bucket.available(now_ms)) < amount:
             return False
         self._total.take(amount)
         bucket.take(amount)
