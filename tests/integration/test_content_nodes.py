@@ -188,7 +188,9 @@ async def test_a_node_that_goes_away_midway_is_replaced_by_the_others(economy, t
     assert len(btt.receipts) == 2
     for closed in btt.receipts:
         assert closed.counts_agree
-    assert sum([await earned(economy, node) for node in rest]) <= OWED(len(DATA))
+    # Each channel is rounded up by itself.
+    brought = sum(OWED(part.fetched_bytes) for part in receipt.parts)
+    assert sum([await earned(economy, node) for node in rest]) <= brought < OWED(len(DATA)) + 3
 
 
 async def test_nodes_without_the_content_or_gone_or_dear_are_counted_by_cause(economy, three, tmp_path):

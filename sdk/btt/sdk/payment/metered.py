@@ -215,17 +215,21 @@ class MeteredCall:
         elif self._fee:
             units += self._take_fee()
         self._received(units)
-        # Who sets aside what it asks for, and accepts no more, judges by itself what else comes.
-        sets_aside = self._verdicts is not None and self._session.payer.is_reserved
-        if self._session.payer.is_over and not sets_aside:
-            # Its owner has put more into the channel by other means, and the node goes on.
-            await self._session.capacity.cover(units)
-            if self._session.payer.is_over:
-                raise BudgetExceeded("The channel is used up, as far as the budget reaches.")
+        if self._session.payer.is_over:
+            await self._catch_up(units)
         if self._verdicts is None:
             self.accepted(units)
         elif not self._decided:
             self._verdicts.expect(message, self, units)
+
+    async def _catch_up(self, units: Units) -> None:
+        """Makes payable what a node sent because the channel was topped up elsewhere, too."""
+        payer = self._session.payer
+        if self._verdicts is not None and payer.is_reserved:
+            return  # who sets aside what it asks for accepts no more
+        await self._session.capacity.cover(units)
+        if payer.is_over:
+            raise BudgetExceeded("The channel is used up, as far as the budget reaches.")
 
     def accepted(self, units: Units) -> None:
         """Counts the units of a message as payable."""
