@@ -5,6 +5,8 @@ These contestants in alternating rounds move one file over loopback to a disk an
 - `btt`: a ledger, a node and a dApp with a new wallet; default price and credit.
 - `btt, known`: the same with a wallet that has fetched the file there before, so that it is lent more.
 - `unpaid`: the same service and transfer without payment.
+- `least`: that, and for each update that the rules of credit ask for a signature, a commit on
+  either side and a message; nothing else of the product.
 - `bare gRPC`: the same messages over TLS, no hash, no payment.
 - `libtorrent`: a tuned seeder and leecher of the same torrent, no `seed_mode`.
 - with `--nodes N` also `btt, N nodes`: the same dApp fetches from all of N nodes at once.
@@ -12,8 +14,9 @@ These contestants in alternating rounds move one file over loopback to a disk an
 Ratios: `vs_bare_grpc` and `vs_libtorrent` compare the rates, `payment_cpu_overhead` is how
 much more CPU time a newcomer's paid GiB takes than an unpaid one, all processes together and with
 the channel opened and closed. The two beginning with `known_payer` say the same of a payer that
-the node knows. `nodes_vs_one` is the rate from N nodes against that from one: on one machine they
-share its cores and its disk, so this is what sharing costs, not what it brings.
+the node knows, and the two beginning with `least` what no payment under these rules can fall
+below. `nodes_vs_one` is the rate from N nodes against that from one: on one machine they share its
+cores and its disk, so this is what sharing costs, not what it brings.
 `--memory` shows instead that peaks do not grow with the file, and `--kinds` what paying costs by
 each kind of call (`bench.kinds`).
 """
@@ -32,6 +35,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import uvloop
@@ -49,7 +53,7 @@ from bench.harness import (
     workspace,
 )
 from bench.kinds import kind_ratios, measure_kinds
-from bench.ours import paid, unpaid
+from bench.ours import least, paid, unpaid
 from bench.peers import bare_grpc, libtorrent_pair
 from btt.sdk.testing import Devnet
 
@@ -84,7 +88,8 @@ class Field:
             "btt": self.paid,
             "btt, known": self.known,
             **many,
-            "unpaid": self.unpaid,
+            "unpaid": lambda folder: self._bare(unpaid, folder),
+            "least": lambda folder: self._bare(least, folder),
             "bare gRPC": lambda folder: self._checked(bare_grpc.contestant(self._source, folder), folder),
             "libtorrent": lambda folder: self._checked(
                 libtorrent_pair.contestant(self._source, self._torrent, folder), folder
@@ -126,9 +131,9 @@ class Field:
         )
         return self._checked(run, folder)
 
-    def unpaid(self, folder: Path) -> Run:
-        """The product without payment."""
-        run = unpaid.contestant(
+    def _bare(self, module: ModuleType, folder: Path) -> Run:
+        """The product's service and transfer without the product's payment."""
+        run = module.contestant(
             self._source, folder, catalogue=self._net.node_folder / "content", torrent=self._torrent
         )
         return self._checked(run, folder)
@@ -224,6 +229,8 @@ def ratios(results: Results[Run]) -> dict[str, Ratio]:
         "payment_cpu_overhead": overhead("btt"),
         "known_payer_vs_libtorrent": results.paired("btt, known", "libtorrent"),
         "known_payer_cpu_overhead": overhead("btt, known"),
+        "least_vs_unpaid": results.paired("least", "unpaid"),
+        "least_cpu_overhead": overhead("least"),
     }
 
 

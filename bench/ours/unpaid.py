@@ -11,6 +11,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
 from pathlib import Path
 from types import SimpleNamespace, TracebackType
 from typing import Any, Self
@@ -29,16 +31,26 @@ from btt.sdk.tls import TRANSPORT_OPTIONS, make_certificate, pinned_channel, ser
 from btt.services.content.catalogue import Catalogue
 from btt.services.content.service import ContentServicer, register
 
+Accepted = Callable[[object], None]
+Gate = Callable[[int], Awaitable[None]]
 NAME = "unpaid.btt"
 RATE = Rate(0, 1, Unit.BYTE)
 
 
-async def _serve(catalogue: Path) -> None:
+async def serve(catalogue: Path, *more: grpc.GenericRpcHandler, gate: Gate | None = None) -> None:
+    """Serves the content until the harness says otherwise.
+
+    Args:
+        catalogue: Folder of the catalogue.
+        more: Handlers of further methods.
+        gate: Awaited before each message of a fetch leaves, with the number of those before it.
+    """
     key, certificate = make_certificate(NAME)
     opened = Catalogue(catalogue)
-    servicer = ContentServicer(opened)
+    servicer = ContentServicer(opened) if gate is None else _Gated(opened, gate)
     server = grpc.aio.server(options=TRANSPORT_OPTIONS)
     register(servicer, server)
+    server.add_generic_rpc_handlers(more)
     port = server.add_secure_port("127.0.0.1:0", server_credentials(key, certificate))
     await server.start()
     say("ready", port=port, certificate=certificate.decode("ascii"))
@@ -48,7 +60,32 @@ async def _serve(catalogue: Path) -> None:
     opened.close()
 
 
+def _ignore(message: object) -> None:
+    pass
+
+
+async def _nothing() -> None:
+    pass
+
+
+class _Gated(ContentServicer):
+    def __init__(self, catalogue: Catalogue, gate: Gate) -> None:
+        super().__init__(catalogue)
+        self._gate = gate
+
+    async def Fetch(self, request: Any, context: Any) -> AsyncIterator[bytes]:  # type: ignore[override]  # noqa: N802
+        sent = 0
+        async with aclosing(super().Fetch(request, context)) as messages:  # type: ignore[type-var]
+            async for message in messages:
+                await self._gate(sent)
+                sent += 1
+                yield message
+
+
 class _Verdicts:
+    def __init__(self, accepted: Accepted) -> None:
+        self.accept = accepted
+
     def __enter__(self) -> Self:
         return self
 
@@ -57,10 +94,8 @@ class _Verdicts:
     ) -> None:
         pass
 
-    def accept(self, message: object) -> None:
-        pass
-
-    reject = accept
+    def reject(self, message: object) -> None:
+        raise AssertionError("an honest server's message was rejected")
 
 
 class _Payer:
@@ -77,16 +112,31 @@ class _Payer:
     release = reserve
 
 
-async def _fetch(torrent: Path, folder: Path, port: int, certificate: bytes) -> None:
+async def fetch(
+    torrent: Path,
+    folder: Path,
+    channel: grpc.aio.Channel,
+    *,
+    accepted: Accepted = _ignore,
+    settle: Callable[[], Awaitable[None]] = _nothing,
+) -> None:
+    """Fetches what a torrent describes when the harness says so, and tells it.
+
+    Args:
+        torrent: The torrent file.
+        folder: Where it goes.
+        channel: To the server.
+        accepted: Called for each message that verified.
+        settle: Awaited at the end, and part of what is timed.
+    """
     parsed, _ = Torrent.from_torrent(torrent.read_bytes())  # noqa: ASYNC240 - nothing runs yet
-    channel = pinned_channel("127.0.0.1", port, certificate, NAME)
     await channel.channel_ready()
     sheet = SimpleNamespace(prices={LINE: SimpleNamespace(rate=RATE)})
     session: Any = SimpleNamespace(
         channel=channel,
         offer=SimpleNamespace(sheet=sheet, digest=bytes(32), node=Address(bytes(20))),
         payer=_Payer(),
-        verdicts=_Verdicts,
+        verdicts=lambda: _Verdicts(accepted),
     )
 
     async def open_session(need: int) -> Any:
@@ -99,11 +149,16 @@ async def _fetch(torrent: Path, folder: Path, port: int, certificate: bytes) -> 
     async with Transfer(parsed, folder, [Source(seller, RATE)], token="") as transfer:
         async for _ in transfer.progress():
             pass
+    await settle()
     seconds = time.perf_counter() - start
     assert transfer.receipt is not None
     say("done", seconds=seconds, bytes=transfer.receipt.fetched_bytes)
     await asyncio.to_thread(heard)
-    await channel.close()
+
+
+async def _fetch(torrent: Path, folder: Path, port: int, certificate: bytes) -> None:
+    async with pinned_channel("127.0.0.1", port, certificate, NAME) as channel:
+        await fetch(torrent, folder, channel)
 
 
 def contestant(source: Path, folder: Path, *, catalogue: Path, torrent: Path) -> Run:
@@ -135,7 +190,7 @@ def _main() -> None:
     keep_freed_memory()
     if arguments.role == "serve":
         # The node's own loop; a dApp has asyncio's.
-        uvloop.run(_serve(arguments.path))
+        uvloop.run(serve(arguments.path))
     else:
         certificate = arguments.certificate.encode("ascii")
         asyncio.run(_fetch(arguments.path, arguments.folder, arguments.port, certificate))
