@@ -14,8 +14,8 @@ import os
 import re
 import struct
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -28,7 +28,8 @@ LONGEST_MS: Final = 100 * 366 * 86_400_000
 _DURATION: Final = re.compile(r"([0-9]{1,12})\s*(ms|s|m|h|d)")
 _MILLISECONDS: Final = {"ms": 1, "s": 1000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
 _OFFSET: Final = struct.Struct("<q")
-_LOOK_S: Final = 0.05
+_LOOK_S: Final = 0.2
+"""Seconds between two looks of a process at whether another one has moved the clock."""
 
 
 class Clock:
@@ -68,6 +69,7 @@ class SharedClock(Clock):
                 f"The devnet's clock {path} cannot be read: {error.strerror}.",
                 hint=f"Start a devnet with `btt devnet up`, or unset {VARIABLE}.",
             ) from error
+        self._moves: dict[asyncio.AbstractEventLoop, _Moves] = {}
 
     @classmethod
     def create(cls, path: Path) -> SharedClock:
@@ -99,8 +101,50 @@ class SharedClock(Clock):
     async def sleep(self, seconds: float) -> None:
         """Waits until the devnet's time is so many seconds further, however it got there."""
         until = self() + seconds * 1000
-        while (left := until - self()) > 0:  # noqa: ASYNC110 - other processes move it, and set no event
-            await asyncio.sleep(min(left / 1000, _LOOK_S))
+        with self._watched() as moves:
+            while (left := until - self()) > 0:
+                await moves.wait(left / 1000)
+
+    @contextmanager
+    def _watched(self) -> Iterator[_Moves]:
+        loop = asyncio.get_running_loop()
+        moves = self._moves.get(loop)
+        if moves is None:
+            moves = self._moves[loop] = _Moves(self, loop)
+        moves.sleepers += 1
+        try:
+            yield moves
+        finally:
+            moves.sleepers -= 1
+            if not moves.sleepers:
+                self._moves.pop(loop).end()
+
+
+class _Moves:
+    """Looks, for all who sleep in one loop, whether the clock was moved: another process tells nobody."""
+
+    def __init__(self, clock: SharedClock, loop: asyncio.AbstractEventLoop) -> None:
+        self.sleepers = 0
+        self._clock = clock
+        self._loop = loop
+        self._offset_ms = clock.offset_ms
+        self._moved = loop.create_future()
+        self._timer = loop.call_later(_LOOK_S, self._look)
+
+    async def wait(self, seconds: float) -> None:
+        """Returns after so many seconds of this machine, or once the clock was moved."""
+        await asyncio.wait([self._moved], timeout=seconds)
+
+    def end(self) -> None:
+        """Looks no more."""
+        self._timer.cancel()
+
+    def _look(self) -> None:
+        if self._clock.offset_ms != self._offset_ms:
+            self._offset_ms = self._clock.offset_ms
+            self._moved.set_result(None)
+            self._moved = self._loop.create_future()
+        self._timer = self._loop.call_later(_LOOK_S, self._look)
 
 
 class FakeClock(Clock):

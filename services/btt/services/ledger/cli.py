@@ -112,6 +112,8 @@ def serve(
     burst: Annotated[int, typer.Option(min=1, help="Requests of one key at once.")] = 1000,
 ) -> None:
     """Run a ledger until SIGTERM or SIGINT; prints one JSON line when it is ready."""
+    import uvloop
+
     from btt.sdk.errors import InvalidRequest
     from btt.sdk.keys import Address
     from btt.services.ledger.server import LedgerConfig
@@ -132,7 +134,7 @@ def serve(
         rate=rate,
         burst=burst,
     )
-    asyncio.run(_serve(config, clock, stdin_lifeline=stdin_lifeline))
+    uvloop.run(_serve(config, clock, stdin_lifeline=stdin_lifeline))
 
 
 async def _serve(config: object, clock: Path | None, *, stdin_lifeline: bool) -> None:
