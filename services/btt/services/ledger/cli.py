@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import signal
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -112,8 +113,6 @@ def serve(
     burst: Annotated[int, typer.Option(min=1, help="Requests of one key at once.")] = 1000,
 ) -> None:
     """Run a ledger until SIGTERM or SIGINT; prints one JSON line when it is ready."""
-    import uvloop
-
     from btt.sdk.errors import InvalidRequest
     from btt.sdk.keys import Address
     from btt.services.ledger.server import LedgerConfig
@@ -134,7 +133,10 @@ def serve(
         rate=rate,
         burst=burst,
     )
-    uvloop.run(_serve(config, clock, stdin_lifeline=stdin_lifeline))
+    run = asyncio.run
+    with suppress(ModuleNotFoundError):  # quicker, where the installation for operators is
+        from uvloop import run
+    run(_serve(config, clock, stdin_lifeline=stdin_lifeline))
 
 
 async def _serve(config: object, clock: Path | None, *, stdin_lifeline: bool) -> None:
