@@ -55,9 +55,11 @@ class News:
 
 @dataclass(slots=True)
 class _Waiting:
-    ready: asyncio.Future[None]
+    ready: asyncio.Future[bool]
+    """True once it may leave, False when no payment came in time."""
     call_id: bytes
     units: Units
+    patience: asyncio.TimerHandle = field(init=False)
 
 
 class Session:
@@ -163,29 +165,36 @@ class Session:
         if not self._waiting and meter.fits(units) and meter.affordable(units):
             self._deliver(call_id, units)
             return
-        waiting = _Waiting(asyncio.get_running_loop().create_future(), call_id, units)
-        self._waiting.append(waiting)
-        if len(self._waiting) == 1:  # behind another nothing changes
-            self.advance()
-        try:
-            while not waiting.ready.done():
-                heard = self._heard
-                # The clock starts again whenever the payer gets on: a slow line is no default.
-                done, _ = await asyncio.wait([waiting.ready], timeout=self._grace_s)
-                if not done and heard == self._heard:
-                    break
-            else:
-                waiting.ready.result()
-                return
-        finally:
-            waiting.ready.cancel()
-            if waiting in self._waiting:
-                self._waiting.remove(waiting)
-                self.advance()
+        if await self._paid_in_time(call_id, units):
+            return
         if not self.is_in_order:
             await self._unpaid(self)
         self._alive()
         raise PaymentRequired(f"No payment came within {self._grace_s:g} seconds.")
+
+    async def _paid_in_time(self, call_id: bytes, units: Units) -> bool:
+        waiting = _Waiting(asyncio.get_running_loop().create_future(), call_id, units)
+        self._waiting.append(waiting)
+        if len(self._waiting) == 1:  # behind another nothing changes
+            self.advance()
+        self._be_patient(waiting)
+        try:
+            return await waiting.ready
+        finally:
+            waiting.patience.cancel()
+            if waiting in self._waiting:
+                self._waiting.remove(waiting)
+                self.advance()
+
+    def _be_patient(self, waiting: _Waiting) -> None:
+        loop = asyncio.get_running_loop()
+        waiting.patience = loop.call_later(self._grace_s, self._look_after, waiting, self._heard)
+
+    def _look_after(self, waiting: _Waiting, heard: int) -> None:
+        if heard != self._heard:
+            self._be_patient(waiting)  # the payer gets on: a slow line is no default
+        elif not waiting.ready.done():
+            waiting.ready.set_result(False)
 
     @property
     def is_in_order(self) -> bool:
@@ -226,7 +235,7 @@ class Session:
                 else:
                     try:
                         self._deliver(head.call_id, head.units)
-                        head.ready.set_result(None)
+                        head.ready.set_result(True)
                     except BttError as error:
                         head.ready.set_exception(error)
             self._waiting.popleft()

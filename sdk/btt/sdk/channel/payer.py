@@ -206,8 +206,9 @@ class Payer:
     @property
     def _outstanding(self) -> int:
         """Base units that the payee has sent on credit, as far as it has arrived."""
-        undecided = sum(self.tally.cost(s, n) for s, n in self._undecided.items() if n)
-        return self.tally.owed + undecided - self.signed
+        tally = self.tally
+        undecided = sum([tally.cost(s, n) for s, n in self._undecided.items() if n])
+        return tally.owed + undecided - self.signed
 
     def intend(self, cumulative: int) -> Intent:
         """Makes the intent to sign, to be saved.

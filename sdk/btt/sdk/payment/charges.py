@@ -121,10 +121,11 @@ class Bills:
         charge: Of the method.
     """
 
-    __slots__ = ("_allowed", "_billed", "_charge")
+    __slots__ = ("_allowed", "_billed", "_charge", "_is_bound")
 
     def __init__(self, charge: MethodCharge) -> None:
         self._charge = charge
+        self._is_bound = any(field.cap is not None for field in charge.fields)
         self._allowed = [0] * len(charge.fields)
         self._billed = [0] * len(charge.fields)
 
@@ -140,6 +141,8 @@ class Bills:
         Raises:
             Overbilled: It is more than the requests allow.
         """
+        if not self._is_bound:
+            return
         for index, field in enumerate(self._charge.fields):
             if field.cap is not None:
                 self._billed[index] += field.count(message)
@@ -168,7 +171,7 @@ class Bills:
 
 def total(counted: Iterable[tuple[object, int]]) -> int:
     """Returns the sum of units over all lines."""
-    return sum(units for _, units in counted)
+    return sum([units for _, units in counted])
 
 
 def _units(fields: tuple[FieldCharge, ...], message: Message) -> Counted:
