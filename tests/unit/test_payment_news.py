@@ -22,7 +22,7 @@ from btt.sdk.channel import (
     signing_point,
 )
 from btt.sdk.channel.payee import REMEMBERED_CALLS
-from btt.sdk.errors import InvalidRequest, SessionEnded
+from btt.sdk.errors import InvalidRequest, PaymentRequired, SessionEnded
 from btt.sdk.keys import Address, PrivateKey
 from btt.sdk.money import Rate, Unit
 from btt.sdk.signing import ChannelUpdate, sign
@@ -35,13 +35,14 @@ SHEET = PriceSheet(b"1" * 32, {LINE: Price(Rate(1, 1, Unit.BYTE), UNIT)})
 SEGMENT = Segment(SHEET.digest, LINE)
 CREDIT = 1000
 POINT = signing_point(CREDIT, UNIT)
+GRACE_S = 60
 
 
 class Live:
     """A session with one call that runs, of a payer that has paid a while."""
 
     def __init__(self, standing: Standing) -> None:
-        self.standing, self.paid = standing, 0
+        self.standing, self.paid, self.strikes = standing, 0, 0
         payee = Payee(
             ledger_id=LEDGER, channel_id=CHANNEL, key=KEY.public, deposit=100_000, best=None, tally=Tally(),
             standing=standing,
@@ -54,11 +55,14 @@ class Live:
             payee=payee,
             offer=SimpleNamespace(sheet=SHEET, digest=SHEET.digest),
             epoch=1,
-            grace_s=60,
-            unpaid=None,
+            grace_s=GRACE_S,
+            unpaid=self.choked,
             app=None,
         )
         self.session.begin(CALL)
+
+    async def choked(self, session: Session) -> None:
+        self.strikes += 1
 
     async def save(self, checked, tally, written_off):
         return Durable.write(checked, lambda _: None)
@@ -97,14 +101,14 @@ async def live():
 
 @pytest.fixture
 async def timers(live, monkeypatch):
-    """What is to happen `TELL_S` from now, instead of its happening."""
-    loop, set_up = asyncio.get_running_loop(), []
+    """What is to happen `TELL_S` or `GRACE_S` from now, by that time, instead of its happening."""
+    loop, set_up = asyncio.get_running_loop(), {TELL_S: [], GRACE_S: []}
     call_later = loop.call_later
 
     def later(delay, call, *args):
-        if delay != TELL_S:
+        if delay not in set_up:
             return call_later(delay, call, *args)
-        set_up.append(partial(call, *args))
+        set_up[delay].append(partial(call, *args))
         return SimpleNamespace(cancel=lambda: None)
 
     monkeypatch.setattr(loop, "call_later", later)
@@ -167,11 +171,11 @@ async def test_a_payer_that_should_sign_by_itself_is_reminded_of_what_waits_all_
     assert not await live.told()
     first.cancel()
     await asyncio.wait([first])
-    assert len(timers) == 1
-    timers.pop()()  # it is about the first one, which waits no more
+    assert len(timers[TELL_S]) == 1
+    timers[TELL_S].pop()()  # it is about the first one, which waits no more
     assert not await live.told()
-    assert len(timers) == 1
-    timers.pop()()
+    assert len(timers[TELL_S]) == 1
+    timers[TELL_S].pop()()
     assert await live.told()
     live.session.advance()
     assert not await live.told(), "it has heard of this"
@@ -204,3 +208,18 @@ async def test_what_a_payer_does_not_read_is_bounded(live):
         live.session.settle(OTHER, {})
     assert len((await live.session.news()).settlements) == REMEMBERED_CALLS
     live.session.settle(OTHER, {})
+
+
+async def test_p7_a_message_waits_as_long_as_the_payer_gets_on_and_then_its_payer_is_choked(live, timers):
+    await (await live.send(CREDIT))
+    waiting = await live.send(3 * UNIT)
+    await live.pay(UNIT)
+    timers[GRACE_S].pop()()
+    await asyncio.sleep(0)
+    assert not waiting.done(), "it has paid, though too little: its time begins again"
+    timers[GRACE_S].pop()()
+    with pytest.raises(PaymentRequired, match="60 seconds"):
+        await waiting
+    assert live.strikes == 1
+    await live.pay(2 * UNIT)
+    await (await live.send(3 * UNIT)), "what waited in vain holds no credit"
