@@ -25,7 +25,8 @@ from typing import Any, Final
 
 import coincurve
 
-from bench.harness import MIB, private_bytes, workspace
+from bench.harness import MIB, workspace
+from bench.processes import private_bytes
 from bench.transfers import FUNDS, HOUR_MS, accounts
 from btt.proto.ledger.v1 import ledger_pb2 as pb
 from btt.sdk.keys import PrivateKey

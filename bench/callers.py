@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING
 
 import grpc.aio
 
-from bench.harness import Child, Watched, heard, say
 from bench.operations import Operations, percentile
 from bench.ours.ledger import check
+from bench.processes import Child, Watched, heard, say
 from bench.transfers import streams
 from btt.proto.ledger.v1 import ledger_pb2 as pb
 from btt.proto.ledger.v1.ledger_pb2_grpc import LedgerServiceStub

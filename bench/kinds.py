@@ -13,8 +13,9 @@ from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from bench.harness import GIB, Child, Ratio, Results, cpu_seconds, workspace
+from bench.harness import GIB, Ratio, Results, workspace
 from bench.ours.ping import NAME, pb, rpc
+from bench.processes import Child, cpu_seconds
 from btt.sdk.budget import Budget
 from btt.sdk.client import Client, Wallet
 from btt.sdk.keys import PrivateKey

@@ -36,11 +36,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from bench.callers import call
-from bench.harness import Child, Contestant, Ratio, Results, alternate, as_json, random_file, workspace
+from bench.harness import Contestant, Ratio, Results, alternate, as_json, random_file, workspace
 from bench.operations import Operations, missed, report
 from bench.ours.ledger import books, in_process, make
 from bench.peers import bare_rpc
 from bench.peers.raw_ledger import BATCH, raw
+from bench.processes import Child
 
 CLIENTS: Final = 256
 CALLERS: Final = 64

@@ -28,8 +28,9 @@ from typing import Any
 
 import uvloop
 
-from bench.harness import Child, anonymous_bytes, cpu_seconds, workspace
+from bench.harness import workspace
 from bench.ours.ping import NAME, pb, rpc
+from bench.processes import Child, anonymous_bytes, cpu_seconds
 from btt.sdk.budget import Budget
 from btt.sdk.client import Client, Wallet
 from btt.sdk.keys import PrivateKey

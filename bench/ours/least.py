@@ -20,8 +20,9 @@ import grpc
 import grpc.aio
 import uvloop
 
-from bench.harness import Child, Run, measure
+from bench.harness import Run, measure
 from bench.ours import unpaid
+from bench.processes import Child
 from btt.sdk.channel.credit import EARNED_PERCENT
 from btt.sdk.database import open_books
 from btt.sdk.keys import PrivateKey
@@ -82,7 +83,7 @@ class _Payer:
     def __init__(self, books: _Books, stream: Any) -> None:
         self._books = books
         self._stream = stream
-        self._accepted = self._paid = 0
+        self._accepted = self._paid = self._updates = 0
         self._due = asyncio.Event()
 
     def accepted(self, message: object) -> None:
@@ -100,14 +101,16 @@ class _Payer:
         pieces = self._accepted
         self._books.save(pieces)
         self._paid = pieces
+        self._updates += 1
         await self._stream.write(pieces.to_bytes(8, "big") + _UPDATES.sign(_KEY, pieces))
 
-    async def end(self) -> None:
+    async def end(self) -> dict[str, int]:
         if self._paid < self._accepted:
             await self._pay()
         await self._stream.done_writing()
         async for _ in self._stream:
             pass
+        return {"paid": self._paid, "updates": self._updates}
 
 
 async def _serve(catalogue: Path, folder: Path) -> None:

@@ -19,8 +19,8 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Final
 
-from bench.harness import heard, say
 from bench.operations import Clock, Operations
+from bench.processes import heard, say
 from bench.transfers import FUNDS, accounts, signed, streams
 from btt.proto.ledger.v1 import ledger_pb2 as pb
 from btt.sdk.clock import SYSTEM

@@ -14,7 +14,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from bench.harness import Child, Run, Watched, heard, measure, say
+from bench.harness import Run, measure
+from bench.processes import Child, Watched, heard, say
 from btt.sdk.budget import Budget
 from btt.sdk.client import Client, Wallet
 from btt.sdk.keys import PrivateKey

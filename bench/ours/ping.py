@@ -23,7 +23,7 @@ import structlog
 import uvloop
 from grpc_tools import protoc
 
-from bench.harness import ROOT, heard, say
+from bench.processes import ROOT, heard, say
 from btt.node import folder as node_folder
 from btt.node.runtime import Node
 from btt.sdk.keys import Address

@@ -20,7 +20,8 @@ from typing import Any, Self
 import grpc.aio
 import uvloop
 
-from bench.harness import Child, Run, heard, measure, say
+from bench.harness import Run, measure
+from bench.processes import Child, heard, say
 from btt.sdk.content.feed import LINE, Source
 from btt.sdk.content.torrent import Torrent
 from btt.sdk.content.transfer import Transfer
@@ -64,8 +65,8 @@ def _ignore(message: object) -> None:
     pass
 
 
-async def _nothing() -> None:
-    pass
+async def _nothing() -> dict[str, int]:
+    return {}
 
 
 class _Gated(ContentServicer):
@@ -118,7 +119,7 @@ async def fetch(
     channel: grpc.aio.Channel,
     *,
     accepted: Accepted = _ignore,
-    settle: Callable[[], Awaitable[None]] = _nothing,
+    settle: Callable[[], Awaitable[dict[str, int]]] = _nothing,
 ) -> None:
     """Fetches what a torrent describes when the harness says so, and tells it.
 
@@ -127,7 +128,7 @@ async def fetch(
         folder: Where it goes.
         channel: To the server.
         accepted: Called for each message that verified.
-        settle: Awaited at the end, and part of what is timed.
+        settle: Awaited at the end, and part of what is timed; returns what to tell besides.
     """
     parsed, _ = Torrent.from_torrent(torrent.read_bytes())  # noqa: ASYNC240 - nothing runs yet
     await channel.channel_ready()
@@ -149,10 +150,10 @@ async def fetch(
     async with Transfer(parsed, folder, [Source(seller, RATE)], token="") as transfer:
         async for _ in transfer.progress():
             pass
-    await settle()
+    told = await settle()
     seconds = time.perf_counter() - start
     assert transfer.receipt is not None
-    say("done", seconds=seconds, bytes=transfer.receipt.fetched_bytes)
+    say("done", seconds=seconds, bytes=transfer.receipt.fetched_bytes, **told)
     await asyncio.to_thread(heard)
 
 

@@ -17,7 +17,8 @@ from pathlib import Path
 import grpc
 import grpc.aio
 
-from bench.harness import MIB, Child, Run, heard, measure, say
+from bench.harness import MIB, Run, measure
+from bench.processes import Child, heard, say
 from btt.proto.content.v1 import content_pb2, content_pb2_grpc
 from btt.sdk.memory import keep_freed_memory
 from btt.sdk.tls import make_certificate, server_credentials

@@ -14,8 +14,8 @@ import grpc
 import grpc.aio
 
 from bench.callers import call
-from bench.harness import Child, heard, say
 from bench.operations import Operations
+from bench.processes import Child, heard, say
 from btt.proto.ledger.v1 import ledger_pb2 as pb
 from btt.sdk.signing import Receipt
 from btt.sdk.tls import make_certificate, server_credentials

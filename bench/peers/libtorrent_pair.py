@@ -17,7 +17,8 @@ from typing import Any
 
 import libtorrent as lt
 
-from bench.harness import MIB, Child, Run, heard, measure, say
+from bench.harness import MIB, Run, measure
+from bench.processes import Child, heard, say
 
 # Larger buffers than the defaults. Queue and threads were the fastest of four tried (1.2 x the next).
 SETTINGS: dict[str, Any] = {

@@ -37,6 +37,7 @@ def test_it_reports_every_claim_with_its_spread(report: dict[str, dict[str, obje
     claims = {
         *("vs_bare_grpc", "vs_libtorrent", "payment_cpu_overhead"),
         *("known_payer_vs_libtorrent", "known_payer_cpu_overhead"),
+        *("least_vs_unpaid", "least_cpu_overhead"),
     }
     assert report["ratios"].keys() == report["spread"].keys() == claims
     assert all(isinstance(ratio, float) for ratio in report["ratios"].values())
@@ -45,7 +46,7 @@ def test_it_reports_every_claim_with_its_spread(report: dict[str, dict[str, obje
 def test_every_contestant_delivered_the_whole_file_in_every_round(
     report: dict[str, dict[str, list[dict[str, object]]]],
 ) -> None:
-    assert report["runs"].keys() == {"btt", "btt, known", "unpaid", "bare gRPC", "libtorrent"}
+    assert report["runs"].keys() == {"btt", "btt, known", "unpaid", "least", "bare gRPC", "libtorrent"}
     for runs in report["runs"].values():
         assert [run["bytes"] for run in runs] == [8 << 20] * 2
 
@@ -58,6 +59,13 @@ def test_the_product_was_paid_in_full_and_every_process_was_counted(
         for counted in (run["cpu"], run["anonymous"]):
             assert counted.keys() == {"client", "node", "ledger"}
             assert all(value > 0 for value in counted.values())
+
+
+def test_the_least_payment_keeps_the_rules_of_credit(
+    report: dict[str, dict[str, list[dict[str, dict[str, float]]]]],
+) -> None:
+    for run in report["runs"]["least"]:
+        assert run["extra"] == {"paid": 8, "updates": 8}, "a newcomer pays each piece before the next one"
 
 
 def test_the_benchmark_of_the_platform_reports_what_a_call_and_a_stream_cost(tmp_path: Path) -> None:
