@@ -24,6 +24,7 @@ from btt.sdk.errors import (
     IdentityError,
     InsufficientFunds,
     InvalidRequest,
+    LedgerUnreachable,
     RateLimited,
     SignatureInvalid,
     SignerMismatch,
@@ -41,6 +42,7 @@ from btt.services.ledger.hub import MOST_PER_KEY, MOST_STRANGERS, MOST_WATCHERS,
 from btt.services.ledger.journal import EntryRef
 from btt.services.ledger.store import Store
 from btt.services.ledger.voice import Voice
+from kit.hanging import ends
 
 START = 1_800_000_000_000
 HOUR, WINDOW = 3_600_000, 5000
@@ -418,6 +420,19 @@ class TestWatch:
             await asyncio.wait_for(serving.__aexit__(None, None, None), 30)
             with pytest.raises(Draining):
                 await following
+
+    async def test_who_listens_to_a_silence_hears_of_it(
+        self, ledger: LedgerClient, monkeypatch: Any
+    ) -> None:
+        pages = ledger.watch(ALICE)
+        await anext(pages)
+        with monkeypatch.context() as soon:
+            soon.setattr("btt.sdk.ledger.client._SILENT_S", 0.05)
+            async with ends("watching a ledger that stands still"):
+                with pytest.raises(LedgerUnreachable, match="silent"):
+                    await anext(pages)
+        again = ledger.watch(ALICE, after_seq=1)
+        assert (await anext(again)).seen_seq == 1
 
     async def test_a_liar(self, ledger: LedgerClient, monkeypatch: Any) -> None:
         def lie(self: Voice, name: str, content: Any) -> Any:

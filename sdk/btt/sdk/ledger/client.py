@@ -6,6 +6,7 @@ or a top-up is the same request only with the same `request_id` and `valid_until
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from collections.abc import AsyncIterator
 from typing import Final
@@ -35,6 +36,8 @@ from btt.sdk.signing import (
 )
 
 _WATCH_MS: Final = 1_800_000
+_SILENT_S: Final = 90.0
+"""A ledger that is there tells its watchers so every 30 seconds."""
 
 
 class LedgerClient(Gathering):
@@ -307,8 +310,8 @@ class LedgerClient(Gathering):
             Events in order; a page without events says that the ledger is alive.
 
         Raises:
-            LedgerUnreachable: The connection broke; go on with the last `seen_seq`, or from the
-                beginning when `recovered` is another than before.
+            LedgerUnreachable: The connection broke, or nothing came for 90 seconds; go on with the last
+                `seen_seq`, or from the beginning when `recovered` is another than before.
         """
         subject = bytes(12) + key.address.data if channel_id is None else channel_id
         if self._lost_sight:
@@ -318,7 +321,10 @@ class LedgerClient(Gathering):
             signed, digest = self._query(key, subject, self.now_ms(), valid_ms=_WATCH_MS)
             stream = self._stub.Watch(pb.WatchRequest(query=signed, after_seq=after_seq))
             try:
-                async for response in stream:
+                # A network or a ledger that stands still breaks no connection on which we only listen.
+                while isinstance(
+                    response := await asyncio.wait_for(stream.read(), _SILENT_S), pb.WatchResponse
+                ):
                     page = await self._opened(response.events, "LedgerEvents", pb.LedgerEvents())
                     if self.recovered != recovered:
                         raise LedgerUnreachable("The ledger was recovered; its journal is another one.")
@@ -326,6 +332,9 @@ class LedgerClient(Gathering):
                         raise IdentityError("The ledger answered another question.")
                     after_seq = page.seen_seq
                     yield page
+            except TimeoutError:
+                self._lost_sight = True
+                raise LedgerUnreachable("The ledger fell silent.") from None
             except grpc.aio.AioRpcError as failure:
                 self._lost_sight = True
                 raise explain(failure) from None
