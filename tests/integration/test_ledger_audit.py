@@ -533,6 +533,25 @@ def test_an_export_that_does_not_fit_on_the_disk_leaves_nothing(
     assert sorted(path.name for path in target.parent.iterdir()) == ["journal", "journal.new"]
 
 
+def test_an_audit_without_room_says_whose_files_do_not_fit(home: Path, tmp_path: Path, capsys: Any) -> None:
+    target, room = tmp_path / "journal", tmp_path / "room"
+    room.mkdir()
+    export.export(home, target)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("tempfile.tempdir", str(room))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+        try:
+            status = cli(["ledger", "audit", str(target)])
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    told = capsys.readouterr().err
+    assert status == 1
+    assert "The audit cannot write its temporary files: File too large." in told
+    assert not list(room.iterdir())
+    assert cli(["ledger", "audit", str(target)]) == 0
+
+
 def test_a_damaged_export(home: Path, tmp_path: Path, capsys: Any) -> None:
     description, entries = entries_of(home)
     path = tmp_path / "journal"

@@ -421,9 +421,7 @@ class TestWatch:
             with pytest.raises(Draining):
                 await following
 
-    async def test_who_listens_to_a_silence_hears_of_it(
-        self, ledger: LedgerClient, monkeypatch: Any
-    ) -> None:
+    async def test_who_listens_to_a_silence_hears_of_it(self, ledger: LedgerClient, monkeypatch: Any) -> None:
         pages = ledger.watch(ALICE)
         await anext(pages)
         with monkeypatch.context() as soon:

@@ -13,14 +13,10 @@ and requests that the ledger refused or never took are not in a journal.
 from __future__ import annotations
 
 import sqlite3
-import struct
-import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
-from pathlib import Path
-from types import TracebackType
-from typing import IO, Final, Self
+from typing import Final
 
 from btt.sdk.errors import BttError, InvalidRequest, InvariantBroken
 from btt.sdk.keys import PublicKey
@@ -29,6 +25,7 @@ from btt.sdk.money import SUPPLY
 from btt.sdk.signing import LedgerRecovery, document_digest, verify
 from btt.services.ledger import books, genesis, journal, rows, rules
 from btt.services.ledger.books import Account, Effect, Request, Terms
+from btt.services.ledger.digests import Digests
 from btt.services.ledger.journal import NO_HASH, Entry, EntryRef, Head, Kind
 from btt.services.ledger.machine import Channel, Phase
 from btt.services.ledger.proving import ProvenVerifier, Provers
@@ -43,10 +40,8 @@ _ANY: Final = Terms(
     max_locked=SUPPLY,
     max_open_channels=2**62,
 )
-_PARTS: Final = 256
 _SHORT: Final = 4096
 """Entries that one process has verified before others would have started."""
-_DIGEST: Final = struct.Struct(">32sQ")
 
 
 class AuditFailed(InvariantBroken):
@@ -93,42 +88,6 @@ class Report:
     accounts: int
     open_channels: int
     locked: int
-
-
-class _Digests:
-    """Finds digests that occur twice, in flat memory."""
-
-    def __init__(self) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="btt-audit-")
-        self._parts: list[IO[bytes]] = [
-            (Path(self._folder.name) / str(n)).open("w+b", buffering=4096) for n in range(_PARTS)
-        ]
-
-    def add(self, digest: bytes, seq: int) -> None:
-        self._parts[digest[0]].write(_DIGEST.pack(digest, seq))
-
-    def first_repeat(self) -> int | None:
-        """Returns the number of the first entry whose digest was there before."""
-        first: int | None = None
-        for part in self._parts:
-            part.seek(0)
-            seen: set[bytes] = set()
-            for digest, seq in _DIGEST.iter_unpack(part.read()):
-                if digest in seen:
-                    first = seq if first is None else min(first, seq)
-                    break
-                seen.add(digest)
-        return first
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for part in self._parts:
-            part.close()
-        self._folder.cleanup()
 
 
 class Auditor:
@@ -302,9 +261,10 @@ def audit(description: bytes, entries: Iterable[Entry], *, workers: int = 0) -> 
     Raises:
         AuditFailed: An entry is wrong; the first such.
         ConfigError: The description is none.
+        StorageError: There is no room for temporary files.
     """
     auditor = Auditor(description)
-    with _Digests() as digests:
+    with Digests() as digests:
         try:
             for entry in _ahead(auditor, _Counted(entries), workers):
                 auditor.take(entry)
