@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sqlite3
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable
+import tracemalloc
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, closing
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 
 from btt.proto.ledger.v1 import ledger_pb2 as pb
+from btt.sdk.cli.receipts import show_receipts
 from btt.sdk.errors import (
     ConfigError,
     IdentityError,
@@ -375,6 +377,53 @@ def test_kept_receipts_stay(tmp_path: Path, monkeypatch: Any) -> None:
     db.close()
     with pytest.raises(ConfigError):
         EvidenceStore(tmp_path / "receipts.db")
+
+
+def _update(ledger_id: bytes, seq: int) -> Evidence:
+    update = ChannelUpdate(channel=seq.to_bytes(32, "big"), cumulative=1)
+    said = Receipt(
+        request_digest=update.digest(ledger_id),
+        seq=seq,
+        entry_hash=bytes(32),
+        time_ms=1,
+        code=0,
+        epoch=1,
+        operator_key_id=ALICE.address,
+    )
+    kind = int(pb.ENTRY_KIND_UPDATE)
+    return Evidence(kind, update.encode(), bytes(98), SignedReceipt(said, bytes(65)))
+
+
+def test_the_receipts_of_years_are_exported_in_little_memory(tmp_path: Path) -> None:
+    ledger_id, target, count = bytes(32), tmp_path / "out", 4000
+    with closing(EvidenceStore(tmp_path / keeping.RECEIPTS)) as store:
+        store.keep(
+            pb.EvidenceHeader(ledger_id=ledger_id), (_update(ledger_id, seq) for seq in range(1, count + 1))
+        )
+    tracemalloc.start()
+    try:
+        show_receipts(tmp_path, ledger_id, export=target, as_json=True)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    _, found = evidence.load(target, ledger_id)
+    assert len(list(found)) == count
+    assert peak < 250 * count
+
+
+def test_an_export_takes_no_file_of_somebody_elses(tmp_path: Path) -> None:
+    other, header = tmp_path / "out.new", pb.EvidenceHeader(ledger_id=bytes(32))
+    other.write_text("somebody's")
+
+    def breaks_off() -> Iterator[Evidence]:
+        yield _update(bytes(32), 1)
+        raise StorageError("the disk failed")
+
+    with pytest.raises(StorageError):
+        evidence.export(tmp_path / "out", header, breaks_off())
+    assert list(tmp_path.iterdir()) == [other]
+    evidence.export(tmp_path / "out", header, ())
+    assert other.read_text() == "somebody's"
 
 
 def test_what_an_older_program_kept_is_kept_on(tmp_path: Path) -> None:

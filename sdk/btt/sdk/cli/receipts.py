@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from contextlib import closing
+from contextlib import ExitStack, closing
 from itertools import chain
 from pathlib import Path
 
@@ -39,22 +39,23 @@ def show_receipts(
         StorageError: The disk failed.
     """
     header: EvidenceHeader | None = None
-    found: list[Evidence] = []
-    if (folder / RECEIPTS).exists():
-        with closing(EvidenceStore(folder / RECEIPTS)) as store:
+    told = unshown
+    with ExitStack() as stack:
+        if (folder / RECEIPTS).exists():
+            store = stack.enter_context(closing(EvidenceStore(folder / RECEIPTS)))
             header = store.header(ledger_id)
-            found = list(store.operations(ledger_id))
-    told = chain(found, unshown)
-    if export is not None:
-        if header is None:
-            raise ConfigError("The ledger was never heard of here; there is nothing to export.")
-        count = write(export, header, told)
-        typer.echo(json.dumps({"operations": count}) if as_json else f"Wrote {count} operations to {export}.")
-    elif as_json:
-        typer.echo(json.dumps([_as_dict(one) for one in told]))
-    else:
-        for one in told:
-            typer.echo(str(one))
+            told = chain(store.operations(ledger_id), unshown)  # one by one: a node keeps them for ever
+        if export is not None:
+            if header is None:
+                raise ConfigError("The ledger was never heard of here; there is nothing to export.")
+            count = write(export, header, told)
+            done = f"Wrote {count} operations to {export}."
+            typer.echo(json.dumps({"operations": count}) if as_json else done)
+        elif as_json:
+            typer.echo(json.dumps([_as_dict(one) for one in told]))
+        else:
+            for one in told:
+                typer.echo(str(one))
 
 
 def _as_dict(one: Evidence) -> dict[str, object]:

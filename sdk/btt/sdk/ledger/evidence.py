@@ -11,7 +11,6 @@ bytes: first an EvidenceHeader, which says who signs for the ledger, then Acknow
 
 from __future__ import annotations
 
-import os
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from typing import IO, Final, TypeVar
 from google.protobuf.message import DecodeError
 
 from btt.proto.ledger.v1 import ledger_pb2 as pb
+from btt.sdk.disk import appearing
 from btt.sdk.errors import (
     BttError,
     ConfigError,
@@ -257,25 +257,18 @@ def export(target: Path, header: pb.EvidenceHeader, operations: Iterable[Evidenc
         How many operations it holds.
 
     Raises:
-        ConfigError: The file exists.
+        ConfigError: The file exists, or cannot be made.
         StorageError: The disk failed.
     """
-    if target.exists():
-        raise ConfigError(f"The file {target} exists already.")
     count = 0
-    unfinished = target.with_name(target.name + ".new")
     try:
-        with unfinished.open("wb") as file:
+        with appearing(target) as unfinished, unfinished.open("wb") as file:
             file.write(MAGIC)
             _write(file, header.SerializeToString())
             for operation in operations:
                 _write(file, operation.write().SerializeToString())
                 count += 1
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.rename(target)
     except OSError as error:
-        unfinished.unlink(missing_ok=True)
         raise StorageError(f"The evidence could not be written to {target}: {error}.") from error
     return count
 

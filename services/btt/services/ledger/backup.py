@@ -9,9 +9,10 @@ from __future__ import annotations
 from contextlib import closing
 from pathlib import Path
 
+from btt.sdk.disk import appearing
 from btt.services.ledger import rows
 from btt.services.ledger.check import check_books
-from btt.services.ledger.export import appearing, existing_database
+from btt.services.ledger.export import existing_database
 from btt.services.ledger.journal import Head
 from btt.services.ledger.reading import connect, storage
 

@@ -6,8 +6,6 @@ canonical description, then one serialised JournalEntry each.
 
 from __future__ import annotations
 
-import os
-import secrets
 import sqlite3
 import struct
 from collections.abc import Iterable, Iterator
@@ -18,7 +16,7 @@ from typing import IO, Final
 from google.protobuf.message import DecodeError
 
 from btt.proto.ledger.v1 import ledger_pb2 as pb
-from btt.sdk.disk import sync
+from btt.sdk.disk import appearing
 from btt.sdk.errors import ConfigError, StorageError
 from btt.services.ledger import mark, rows
 from btt.services.ledger.check import entries as stored_entries
@@ -58,36 +56,6 @@ def existing_database(place: Path) -> Path:
     if head != _SQLITE:
         raise ConfigError(f"{path} is no ledger's database.", hint=_NAME_A_DATABASE)
     return path
-
-
-@contextmanager
-def appearing(target: Path, *, mode: int = 0o666) -> Iterator[Path]:
-    """Gives the path to write a new file at, which then appears whole under its name, or not at all.
-
-    Args:
-        target: Where it is to be.
-        mode: Who may read it, as `os.open` takes it.
-
-    Raises:
-        ConfigError: It exists, or cannot be made.
-    """
-    if target.exists():
-        raise ConfigError(f"The file {target} exists already.", hint="Choose another place for it.")
-    unfinished = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
-    try:
-        os.close(os.open(unfinished, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode))
-    except OSError as error:
-        raise ConfigError(
-            f"The file {target} cannot be written: {error.strerror}.", hint="Choose another place for it."
-        ) from None
-    try:
-        yield unfinished
-        sync(unfinished)
-        unfinished.rename(target)
-        sync(target.parent)
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
-        raise
 
 
 def write(target: IO[bytes], description: bytes, entries: Iterable[pb.JournalEntry]) -> int:
