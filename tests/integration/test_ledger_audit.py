@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
@@ -625,6 +626,38 @@ def ledger_id(home: Path) -> bytes:
     with closing(sqlite3.connect(home / "ledger.sqlite3")) as connection:
         found: bytes = connection.execute("SELECT ledger_id FROM ledger").fetchone()[0]
         return found
+
+
+@pytest.mark.parametrize("command", ["serve", "recover"])
+def test_a_lock_that_cannot_be_made_is_a_failing_disk(home: Path, command: str, capsys: Any) -> None:
+    lock = home / f"{DATABASE}.lock"
+    lock.unlink(missing_ok=True)
+    lock.mkdir()
+    assert cli(["ledger", command, str(home)]) == 1
+    assert f"The ledger's lock {lock} cannot be taken: Is a directory." in capsys.readouterr().err
+
+
+def test_a_file_system_without_locks_is_not_another_process(
+    home: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(store.fcntl, "flock", refuse)
+    assert cli(["ledger", "serve", str(home)]) == 1
+    assert "cannot be taken: No locks available." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["init", "{}", "--name", "new", "--max-open-channels", str(2**63)],
+        ["serve", "{}", "--listen", "127.0.0.1:²"],
+    ],
+)
+def test_a_number_that_is_none_is_a_usage_error(tmp_path: Path, words: list[str]) -> None:
+    assert cli(["ledger", *(word.format(tmp_path / "new") for word in words)]) == 2
+    assert not list(tmp_path.iterdir())
 
 
 class TestMark:

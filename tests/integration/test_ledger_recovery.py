@@ -913,6 +913,7 @@ def test_no_two_recoveries_begin_the_same_number_of_epoch(ledger: Lost) -> None:
     """Not even from the same backup, with nobody who knows of the others, and their marks lost as well."""
     everything_since(ledger)
     ledger.lose()
+    (ledger.home / "recovered-epoch-2.copy").mkdir()  # somebody was careful
     epochs = []
     for _ in range(4):
         report = recover(ledger.home, source=ledger.backup, finish=True)

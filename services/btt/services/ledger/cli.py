@@ -38,7 +38,7 @@ def init(
         "990000000000 BTT"
     ),
     max_open_channels: Annotated[
-        int, typer.Option(min=1, help="Most open channels of one account.")
+        int, typer.Option(min=1, max=10**9, help="Most open channels of one account.")
     ] = 10_000,
     min_update_delta: Annotated[
         str, typer.Option(help="Smallest raise of an update kept for an open channel.")
@@ -122,7 +122,7 @@ def serve(
     except InvalidRequest as error:
         raise typer.BadParameter(error.message, param_hint="--auditor") from None
     host, _, port = listen.rpartition(":")
-    if not host or not port.isdigit() or int(port) > 65535:
+    if not host or not port.isdecimal() or int(port) > 65535:
         raise typer.BadParameter("write it like 127.0.0.1:7400", param_hint="--listen")
     config = LedgerConfig(
         folder=folder,

@@ -108,7 +108,8 @@ class LedgerFolder:
 
     def recovered_epochs(self) -> list[int]:
         """Returns the epochs that recoveries in this folder began: no other may have their numbers."""
-        return [int(path.name[len(RECOVERED) :]) for path in self.path.glob(f"{RECOVERED}*")]
+        ends = (path.name.removeprefix(RECOVERED) for path in self.path.glob(f"{RECOVERED}*"))
+        return [int(end) for end in ends if end.isdecimal()]  # somebody may keep a copy beside
 
     def following_key(self) -> PrivateKey:
         """Returns the key that the ledger will be handed to; made and kept at the first call.

@@ -424,13 +424,19 @@ def take_lock(path: Path) -> int:
 
     Raises:
         ConfigError: Another process has it.
+        StorageError: The lock cannot be made.
     """
-    lock = os.open(path.with_name(path.name + ".lock"), os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    place, lock = path.with_name(path.name + ".lock"), -1
     try:
+        lock = os.open(place, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(lock)
-        raise ConfigError(
-            f"Another process runs the ledger at {path}.", hint="A ledger has one writer; stop the other one."
-        ) from None
+    except OSError as error:
+        if lock >= 0:
+            os.close(lock)
+        if isinstance(error, BlockingIOError):
+            raise ConfigError(
+                f"Another process runs the ledger at {path}.",
+                hint="A ledger has one writer; stop the other one.",
+            ) from None
+        raise StorageError(f"The ledger's lock {place} cannot be taken: {error.strerror}.") from error
     return lock
