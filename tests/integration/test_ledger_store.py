@@ -14,7 +14,7 @@ import pytest
 from btt.sdk.errors import BttError, ConfigError, InvariantBroken, StorageError
 from btt.sdk.keys import PrivateKey
 from btt.sdk.signing import ChannelClose, ChannelCommit, ChannelRefund, ChannelUpdate, Transfer, sign
-from btt.services.ledger import books, store
+from btt.services.ledger import books, genesis, store
 from btt.services.ledger.books import Terms
 from btt.services.ledger.journal import EntryRef, Kind, Posting, Side
 from btt.services.ledger.overlay import Batch
@@ -150,6 +150,13 @@ def test_the_id_is_the_hash_of_what_the_ledger_is(path: Path, tmp_path: Path) ->
     assert other("test", OPERATOR, bytes) == same
     assert len({same, other("text", OPERATOR, bytes), other("test", BOB, bytes)}) == 3
     assert other("test", OPERATOR, lambda n: b"\1" * n) != same
+
+
+@pytest.mark.parametrize("name", ["", "a\nb", "\udcff", 33 * "ü"])
+def test_a_name_that_does_not_do(name: str) -> None:
+    with pytest.raises(ConfigError, match="printable and takes 1 to 64 bytes"):
+        genesis.describe(name, operator_key=OPERATOR.public.data, nonce=bytes(32))
+    assert genesis.describe(32 * "ü", operator_key=OPERATOR.public.data, nonce=bytes(32))
 
 
 def test_create_never_overwrites_and_forgets_broken_attempts(path: Path, tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def describe(name: str, *, operator_key: bytes, nonce: bytes) -> bytes:
     """Returns the canonical description of a new ledger.
 
     Args:
-        name: For people; 1 to 64 printable characters.
+        name: For people; printable, 1 to 64 bytes in UTF-8.
         operator_key: 33 bytes.
         nonce: 32 random bytes.
 
@@ -53,9 +53,9 @@ def describe(name: str, *, operator_key: bytes, nonce: bytes) -> bytes:
     Raises:
         ConfigError: The name does not do.
     """
-    text = name.encode()
+    text = name.encode(errors="replace")
     if not 0 < len(text) <= LONGEST_NAME or not name.isprintable():
-        raise ConfigError(f"A ledger's name has 1 to {LONGEST_NAME} printable characters.")
+        raise ConfigError(f"A ledger's name is printable and takes 1 to {LONGEST_NAME} bytes in UTF-8.")
     return b"".join(
         (
             bytes((len(text),)),
