@@ -731,6 +731,23 @@ class TestMark:
         path.unlink()
         assert mark.read(path) is None
 
+    @pytest.mark.parametrize("count", [1, 2, 3])
+    def test_the_first_write_after_a_start_leaves_the_newest_mark(self, tmp_path: Path, count: int) -> None:
+        path = tmp_path / "mark"
+        writer = mark.MarkWriter(path, interval=0.0)
+        for seq in range(1, count + 1):
+            writer.note(Head(1, seq, bytes(32), NOW))
+        writer.close()
+        before = path.read_bytes().ljust(1024, b"\0")
+        writer = mark.MarkWriter(path)
+        writer.note(Head(1, 9, bytes(32), NOW))
+        writer.close()
+        after = path.read_bytes().ljust(1024, b"\0")
+        path.write_bytes(bytes(0 if old != new else new for old, new in zip(before, after, strict=True)))
+        found = mark.read(path)  # what it wrote was torn
+        assert found is not None
+        assert found.seq == count
+
     def test_it_is_on_the_disk(self, tmp_path: Path, monkeypatch: Any) -> None:
         synced: list[int] = []
         real = os.fsync

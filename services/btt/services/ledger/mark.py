@@ -55,11 +55,17 @@ def read(path: Path) -> Mark | None:
         return None
     except OSError as error:
         raise StorageError(f"The ledger's mark {path} cannot be read: {error}.") from error
-    found = [mark for n in (0, 1) if (mark := _decode(data[n * _SLOT_SIZE :])) is not None]
-    if not found:
+    newest, _ = _newest(data)
+    if newest is None:
         raise StorageError(f"The ledger's mark {path} is damaged.")
+    return newest
+
+
+def _newest(data: bytes) -> tuple[Mark | None, int]:
+    """Returns the newest mark of a file, and the slot it is in."""
+    found = [(mark, slot) for slot in (0, 1) if (mark := _decode(data[slot * _SLOT_SIZE :])) is not None]
     # A ledger that was recovered goes on from an older entry, in a newer epoch.
-    return max(found, key=lambda mark: (mark.epoch, mark.seq))
+    return max(found, key=lambda one: (one[0].epoch, one[0].seq), default=(None, 1))
 
 
 def _decode(data: bytes) -> Mark | None:
@@ -86,12 +92,13 @@ class MarkWriter:
         self._interval = interval
         self._clock = clock
         self._next = 0.0
-        self._slot = 0
         self._pending: Head | None = None
         try:
             self._file = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+            _, newest = _newest(os.pread(self._file, 2 * _SLOT_SIZE, 0))
         except OSError as error:
             raise StorageError(f"The ledger's mark {path} cannot be written: {error}.") from error
+        self._slot = newest ^ 1
 
     @property
     def dirty(self) -> bool:
