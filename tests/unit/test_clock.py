@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import heapq
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ import pytest
 from btt.sdk import clock as clocks
 from btt.sdk.clock import SYSTEM, FakeClock, SharedClock
 from btt.sdk.errors import ConfigError
+from kit.hanging import ends
 
 DAY = 86_400_000
 
@@ -84,6 +86,32 @@ async def test_a_fake_clock_wakes_those_whose_time_has_come_and_no_other() -> No
         assert woken == [1, 2]
         clock.advance(1_000)
     assert woken == [1, 2, 3]
+
+
+async def test_a_clock_that_another_thread_moves_while_somebody_lies_down(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock, push = FakeClock(0), heapq.heappush
+
+    def between(heap: list[object], entry: object) -> None:
+        clock.advance(1_000)
+        push(heap, entry)
+
+    monkeypatch.setattr(clocks.heapq, "heappush", between)
+    async with ends("sleeping until a time that has passed"):
+        await clock.sleep(1)
+
+
+async def test_many_who_sleep_share_one_look_and_leave_none_behind(tmp_path: Path) -> None:
+    clock = SharedClock.create(tmp_path / "clock")
+    sleepers = [asyncio.create_task(clock.sleep(DAY / 1000)) for _ in range(3)]
+    await asyncio.sleep(0)
+    assert len(clock._moves) == 1
+    sleepers[0].cancel()
+    SharedClock(clock.path).advance(DAY)  # as another process does
+    async with ends("sleeping on a clock that was moved"):
+        await asyncio.gather(*sleepers[1:])
+    assert not clock._moves
 
 
 async def test_who_was_cancelled_is_not_woken() -> None:

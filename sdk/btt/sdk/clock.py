@@ -183,8 +183,10 @@ class FakeClock(Clock):
             return
         sleeper: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._count += 1
-        heapq.heappush(self._sleepers, (self._now_ms + seconds * 1000, self._count, sleeper))
-        await sleeper
+        until = self._now_ms + seconds * 1000
+        heapq.heappush(self._sleepers, (until, self._count, sleeper))
+        if until > self._now_ms:  # else another thread moved it meanwhile, and may not have seen us
+            await sleeper
 
 
 def _wake(sleeper: asyncio.Future[None]) -> None:
