@@ -534,6 +534,23 @@ def test_an_export_that_does_not_fit_on_the_disk_leaves_nothing(
     assert sorted(path.name for path in target.parent.iterdir()) == ["journal", "journal.new"]
 
 
+def test_a_backup_without_room_says_where(home: Path, tmp_path: Path, capsys: Any) -> None:
+    target = tmp_path / "out" / "copy.db"
+    target.parent.mkdir()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with closing(connect(home / DATABASE, read_only=True)) as reader:
+        reader.execute("SELECT count(*) FROM sqlite_master").fetchone()  # so that its index file is there
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+        try:
+            status = cli(["ledger", "backup", str(home), str(target)])
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert status == 1
+    assert f"The books could not be copied to {target}: disk I/O error." in capsys.readouterr().err
+    assert not list(target.parent.iterdir())
+    assert cli(["ledger", "backup", str(home), str(target)]) == 0
+
+
 def test_an_audit_without_room_says_whose_files_do_not_fit(home: Path, tmp_path: Path, capsys: Any) -> None:
     target, room = tmp_path / "journal", tmp_path / "room"
     room.mkdir()

@@ -6,10 +6,12 @@ part of the copy, makes a restored ledger refuse to start where it was known to 
 
 from __future__ import annotations
 
+import sqlite3
 from contextlib import closing
 from pathlib import Path
 
 from btt.sdk.disk import appearing
+from btt.sdk.errors import StorageError
 from btt.services.ledger import rows
 from btt.services.ledger.check import check_books
 from btt.services.ledger.export import existing_database
@@ -39,8 +41,14 @@ def backup(place: Path, target: Path) -> Head:
         closing(connect(database, read_only=True)) as source,
         closing(connect(unfinished)) as copy,
     ):
-        source.backup(copy)  # in one step: one moment of the books, and no writer waits
-        copy.execute("PRAGMA journal_mode = DELETE")
+        try:
+            source.backup(copy)  # in one step: one moment of the books, and no writer waits
+            copy.execute("PRAGMA journal_mode = DELETE")
+        except sqlite3.Error as error:
+            raise StorageError(
+                f"The books could not be copied to {target}: {error}.",
+                hint="Make room, or choose another place for it.",
+            ) from error
         check_books(copy)
         head, _ = rows.read_head(copy)
     return head
