@@ -14,7 +14,9 @@ from btt.node.limits.bucket import BURST_S, Bucket
 from btt.node.limits.gate import Gate
 from btt.node.limits.limiter import Limiter
 from btt.node.plugins.guard import guarded
+from btt.node.plugins.scope import Scope, follow_tasks
 from btt.node.values import parse_speed, speed_text
+from kit.hanging import ends
 
 MIB = 1 << 20
 
@@ -146,6 +148,22 @@ async def test_who_leaves_the_queue_holds_up_nobody(time):
     await asyncio.sleep(0)
     await asyncio.sleep(0)
     assert gate._flows == {}
+
+
+async def test_a_service_that_ends_takes_nobody_elses_turn_with_it(time):
+    gate = Gate(clock=time, sleep=time.sleep)
+    gate.limit(1000, {})
+    await gate.take("a", "x", 1000)
+    ending = Scope(lambda error: None)
+    unfollow = follow_tasks(asyncio.get_running_loop())
+    first = ending.run(gate.take("a", "x", 10), name="first to wait")
+    other = asyncio.create_task(gate.take("b", "y", 10))
+    await asyncio.sleep(0)
+    assert await ending.end(1) == []
+    unfollow()
+    assert first.cancelled()
+    async with ends("who waits beside a service that has ended"):
+        await other
 
 
 async def test_both_directions_are_bounded_apart(time):

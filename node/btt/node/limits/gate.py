@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
+from contextvars import Context
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -86,7 +87,8 @@ class Gate:
         passed = asyncio.get_running_loop().create_future()
         queue.waiting.append((amount, passed))
         if self._pump is None:
-            self._pump = asyncio.create_task(self._run())
+            # Of no service: it must not end with the one whose call happens to begin it.
+            self._pump = asyncio.create_task(self._run(), context=Context())
         await passed
 
     def _wait(self, service: str) -> float:
