@@ -306,7 +306,9 @@ async def test_a_service_is_switched_off_and_on_while_the_node_runs(economy, nod
             assert not probe.stopped, "a paid call runs"
             assert (await node.offers.current()).sheet.prices == {}
             assert running_facts(node.folder.path)["services"]["probe"]["state"] == "draining"
-            retiring = list(node.reloader._retiring)
+            retiring = list(node.reloader._retiring.values())
+            assert not (await node.reload()).error
+            assert list(node.reloader._retiring.values()) == retiring, "it is stopped once"
             probe.servicer.let.release()
             probe.servicer.let.release()
             assert await running == [1, 1]
@@ -320,6 +322,56 @@ async def test_a_service_is_switched_off_and_on_while_the_node_runs(economy, nod
         ProbePlugin.made.servicer.let.release()
         async with client_of(economy, node, wallet) as btt:
             assert await rows(await btt.session(100_000)) == [1]
+
+
+async def test_a_service_that_is_switched_on_again_before_its_last_call_ended_goes_on(economy, node):
+    wallet = await economy.wallet()
+    path = node.folder.path
+    async with node:
+        probe, host = ProbePlugin.made, node.services.registry.hosts["probe"]
+        async with client_of(economy, node, wallet) as btt:
+            running = asyncio.create_task(rows(await btt.session(100_000), messages=2))
+            await probe.servicer.began.acquire()
+            edit(path, {"services.probe.enabled": False})
+            assert not (await node.reload()).error
+            # Refused: what was switched off goes on ending.
+            edit(path, {"services.probe": {"enabled": True, "rate": "1 BTT / row"}})
+            assert "more than anyone may owe" in (await node.reload()).error
+            assert host.state is State.DRAINING
+            edit(path, {"services.probe.rate": "0.000003 BTT / row"})
+            told = await node.reload()
+            assert (told.error, told.restart) == ("", ())
+            assert running_facts(path)["services"]["probe"]["state"] == "serving"
+            assert (await node.offers.current()).sheet.prices[ROWS].rate == Rate(3, 1, Unit.COUNT)
+            for _ in range(3):
+                probe.servicer.let.release()
+            async with client_of(economy, node, wallet) as another:
+                assert await rows(await another.session(100_000)) == [1]
+            assert await running == [1, 1]
+        assert not node.reloader._retiring
+        assert not probe.stopped
+        assert set(node.services.supervisor._tasks) == {"probe"}
+
+
+async def test_a_service_that_is_switched_on_again_while_it_stops_starts_anew(economy, node, monkeypatch):
+    stopping, let = asyncio.Event(), asyncio.Event()
+
+    async def stop(plugin):
+        stopping.set()
+        await let.wait()
+
+    monkeypatch.setattr(ProbePlugin, "stop", stop)
+    async with node:
+        probe = ProbePlugin.made
+        edit(node.folder.path, {"services.probe.enabled": False})
+        assert not (await node.reload()).error
+        await stopping.wait()
+        edit(node.folder.path, {"services.probe.enabled": True})
+        again = asyncio.create_task(node.reload())
+        let.set()
+        assert not (await again).error
+        assert node.services.registry.hosts["probe"].state is State.SERVING
+        assert ProbePlugin.made is not probe
 
 
 class Second:

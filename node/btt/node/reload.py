@@ -8,7 +8,7 @@ the watch over channels are built on (`payments.grace`, `payments.min_challenge`
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -130,7 +130,7 @@ class Reloader:
         self._node = node
         self.held = node.folder.config
         self._lock = asyncio.Lock()
-        self._retiring: set[asyncio.Task[None]] = set()
+        self._retiring: dict[str, asyncio.Task[None]] = {}
 
     async def reload(self) -> Reloaded:
         """Reads the file and the environment, and takes what changed."""
@@ -147,8 +147,10 @@ class Reloader:
         keys = list(changed_keys(held, new))
         restart = [key for key in keys if needs_restart(key)]
         # Whatever may be wrong comes first, so that a wrong configuration changes nothing.
+        await self._stopped(new)
         made = services.configure(new.services)
         begun = {host.name: new.services[host.name] for host in made}
+        back = self._bring_back(new)
         try:
             # A service starts with what it may keep and send; of all else the old holds meanwhile.
             self.apply_limits(held.model_copy(update={"services": held.services | begun}))
@@ -158,6 +160,8 @@ class Reloader:
         except BttError:
             for host in reversed(made):
                 await host.stop()
+            for host in back:
+                self._retire(host)
             self.apply_limits(held)
             raise
         for host in stuck:
@@ -171,10 +175,12 @@ class Reloader:
         )
         self.apply_limits(new)
         self._apply_payments()
-        for host in made:
+        for host in (*made, *back):
             self._node.services.supervisor.follow(host)
         for host in services.hosts.values():
-            if host.state is not State.STOPPED and not new.services.get(host.name, _OFF).enabled:
+            if host.state is State.STOPPED or host.name in self._retiring:
+                continue
+            if not new.services.get(host.name, _OFF).enabled:
                 self._retire(host)
         await self._node.reprice()
         kept = {name: new.services[name] for name in new.services if name not in {h.name for h in stuck}}
@@ -201,24 +207,25 @@ class Reloader:
         Raises:
             ConfigError: One does not do.
         """
-        services, held = self._node.services.registry, self.held
+        services = self._node.services.registry
         credit_before = services.credit_limit
         changed = self._changed_services(new)
         stuck = [host for host in changed if not self._takes(host)]
-        done: list[tuple[ServiceHost, ServiceSection]] = []
+        done: list[tuple[ServiceHost, Mapping[str, Any]]] = []
         try:
             services.credit_limit = new.payments.credit_limit
             for host in changed:
                 if host not in stuck:
+                    before = host.config
                     services.reload(host.name, new.services[host.name].options)
-                    done.append((host, held.services[host.name]))
+                    done.append((host, before))
             services.check_credit(new.payments.credit_limit)
             for host in made:
                 services.register(host)
         except BttError:
             services.credit_limit = credit_before
-            for host, section in done:
-                services.reload(host.name, section.options)
+            for host, before in done:
+                services.reload(host.name, before)
             for host in made:
                 host.begin_drain()
             raise
@@ -237,6 +244,25 @@ class Reloader:
     def _takes(self, host: ServiceHost) -> bool:
         return host.state is State.SERVING and isinstance(host.plugin, Reloadable)
 
+    async def _stopped(self, new: NodeConfig) -> None:
+        """Waits for services that are switched on again while they stop, which takes seconds."""
+        hosts = self._node.services.registry.hosts
+        while stopping := [
+            task
+            for name, task in self._retiring.items()
+            if new.services.get(name, _OFF).enabled and not hosts[name].running
+        ]:
+            await asyncio.wait(stopping)
+
+    def _bring_back(self, new: NodeConfig) -> list[ServiceHost]:
+        """Services that are switched on again before their last calls ended go on as they are."""
+        hosts = self._node.services.registry.hosts
+        back = [hosts[name] for name in self._retiring if new.services.get(name, _OFF).enabled]
+        for host in back:
+            self._retiring.pop(host.name).cancel()
+            host.end_drain()
+        return back
+
     def _retire(self, host: ServiceHost) -> None:
         async def retire() -> None:
             await host.drain()
@@ -245,8 +271,12 @@ class Reloader:
         self._node.services.supervisor.leave(host)
         host.begin_drain()
         task = asyncio.create_task(retire(), name=f"retire {host.name}")
-        self._retiring.add(task)
-        task.add_done_callback(self._retiring.discard)
+        self._retiring[host.name] = task
+        task.add_done_callback(lambda done: self._retired(host.name, done))
+
+    def _retired(self, name: str, done: asyncio.Task[None]) -> None:
+        if self._retiring.get(name) is done:
+            del self._retiring[name]
 
     def apply_limits(self, config: NodeConfig) -> None:
         """Makes the limits of a configuration hold."""
@@ -269,6 +299,7 @@ class Reloader:
 
     async def close(self) -> None:
         """Waits no longer for services that are being switched off."""
-        for task in self._retiring:
+        retiring = list(self._retiring.values())
+        for task in retiring:
             task.cancel()
-        await asyncio.gather(*self._retiring, return_exceptions=True)
+        await asyncio.gather(*retiring, return_exceptions=True)

@@ -1,6 +1,6 @@
 """The life of one service: what may follow what, and what happens when it fails.
 
-    DISCOVERED -> LOADED -> CONFIGURED -> STARTING -> SERVING -> DRAINING -> STOPPED
+    DISCOVERED -> LOADED -> CONFIGURED -> STARTING -> SERVING <-> DRAINING -> STOPPED
                                  any of them -> FAILED(reason) -> LOADED, after a while
 
 Whatever a service does, its methods answer, the others go on, and the node can stop: it is given
@@ -57,7 +57,7 @@ _NEXT: Final[Mapping[State, frozenset[State]]] = {
     State.CONFIGURED: frozenset({State.STARTING, State.STOPPED, State.FAILED}),
     State.STARTING: frozenset({State.SERVING, State.DRAINING, State.STOPPED, State.FAILED}),
     State.SERVING: frozenset({State.DRAINING, State.STOPPED, State.FAILED}),
-    State.DRAINING: frozenset({State.STOPPED, State.FAILED}),
+    State.DRAINING: frozenset({State.SERVING, State.STOPPED, State.FAILED}),
     State.STOPPED: frozenset({State.LOADED}),
     State.FAILED: frozenset({State.LOADED, State.STOPPED}),
 }
@@ -292,6 +292,11 @@ class ServiceHost:
         """Takes no new calls from now on."""
         if State.DRAINING in _NEXT[self.state]:
             self._to(State.DRAINING)
+
+    def end_drain(self) -> None:
+        """Takes new calls again; those that ran meanwhile never noticed."""
+        if self.state is State.DRAINING:
+            self._to(State.SERVING)
 
     async def drain(self, seconds: float | None = None) -> None:
         """Takes no new calls, and lets those that run end.
