@@ -174,6 +174,18 @@ def test_a_payer_begins_so_many_calls_a_minute_and_is_told_when_the_next_may():
         rates.take("s", payer(1), limits)
 
 
+def test_a_clock_that_is_set_back_keeps_no_payer_waiting():
+    now = 3_600_000
+    rates, limits = Rates(lambda: now), Limits(calls_per_minute=1)
+    for number in range(MAX_BUCKETS):
+        rates.take("", payer(number), limits)
+    now = 0
+    rates.take("", payer(1), limits)
+    with pytest.raises(RateLimited):
+        rates.take("", payer(1), limits)
+    rates.take("", payer(MAX_BUCKETS), limits)
+
+
 def test_the_buckets_of_payers_are_bounded():
     now = 0
     rates, limits = Rates(lambda: now), Limits(calls_per_minute=60)

@@ -35,7 +35,10 @@ class Rates:
             return
         now = self._clock()
         each = MINUTE_MS / limits.calls_per_minute
-        full_at = max(now, self._full_at.get((service, payer), 0)) + each
+        full_at = self._full_at.get((service, payer), 0)
+        if full_at > now + MINUTE_MS:
+            full_at = now  # the clock was set back
+        full_at = max(now, full_at) + each
         if full_at - now > MINUTE_MS:
             what = f"calls of {service}" if service else "paid calls"
             raise RateLimited(
@@ -43,7 +46,7 @@ class Rates:
                 retry_after=(full_at - now - MINUTE_MS) / 1000,
             )
         if len(self._full_at) >= MAX_BUCKETS:
-            self._full_at = {key: at for key, at in self._full_at.items() if at > now}
+            self._full_at = {key: at for key, at in self._full_at.items() if now < at <= now + MINUTE_MS}
             if len(self._full_at) >= MAX_BUCKETS:
                 raise RateLimited("The node is asked by too many payers.")
         self._full_at[service, payer] = full_at
