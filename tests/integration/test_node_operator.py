@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import datetime
 import json
 from dataclasses import replace
 
@@ -644,6 +645,19 @@ def test_what_is_no_key_cannot_be_unset_and_a_wrong_one_that_was_written_can(eco
     command(node_app, "config", "unset", "payments.grce", "--node", path.parent)
     command(node_app, "config", "unset", "payments", "--node", path.parent)
     assert path.read_text() == before
+
+
+def test_a_service_whose_package_is_gone_can_be_switched_off(economy, tmp_path):
+    path = tmp_path / "node"
+    command(node_app, "init", path, "--ledger", economy.running.address)
+    edit(path, {"services.gone": {"enabled": True, "since": datetime.date(2030, 1, 31)}})
+    with pytest.raises(ConfigError, match='"gone" is configured but not installed'):
+        command(node_app, "config", "check", "--node", path)
+    assert 'services.gone.since = "2030-01-31"' in command(node_app, "config", "show", "--node", path)
+    command(service_app, "disable", "gone", "--node", path)
+    command(node_app, "config", "check", "--node", path)
+    command(service_app, "disable", "--all", "--node", path)
+    assert not any(section.enabled for section in NodeFolder.open(path).config.services.values())
 
 
 def test_a_node_with_a_wrong_price_is_not_made(economy, tmp_path):

@@ -229,6 +229,10 @@ def test_a_service_that_is_not_installed(tmp_path):
         ConfigError, match=r'"prob" is configured but not installed.*Did you mean "probe".*when a node starts'
     ):
         make(tmp_path, {"prob": ON}, probe=Plugin)
+    with pytest.raises(ConfigError, match=r'"prob" is configured but not installed'):
+        make(tmp_path, {"prob": ServiceSection()}, probe=Plugin)
+    # An operator who removed its package can switch it off, and start.
+    assert make(tmp_path, {"prob": ServiceSection(enabled=False)}, probe=Plugin).hosts == {}
 
 
 def test_a_service_that_is_off_is_not_imported(tmp_path):

@@ -177,7 +177,8 @@ class Registry:
         """
         made = []
         for name, section in sections.items():
-            if name not in self._plugins:
+            # One that is switched off in so many words may be gone; else its name may be misspelt.
+            if name not in self._plugins and (section.enabled or "enabled" not in section.model_fields_set):
                 near = did_you_mean(name, list(self._plugins))
                 raise ConfigError(
                     f'The service "{name}" is configured but not installed.',

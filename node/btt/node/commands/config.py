@@ -42,10 +42,11 @@ def show(
             {"key": one.key, "value": one.value, "origin": one.origin, "needs_restart": one.restart}
             for one in found
         ]
-        typer.echo(json.dumps({"config": rows}))
+        typer.echo(json.dumps({"config": rows}, default=str))
         return
     for one in found:
-        line = f"{one.key}{'*' if one.restart else ''} = {json.dumps(one.value, ensure_ascii=False)}"
+        value = json.dumps(one.value, ensure_ascii=False, default=str)
+        line = f"{one.key}{'*' if one.restart else ''} = {value}"
         typer.echo(f"{line}  ({one.origin})" if origin else line)
 
 
