@@ -19,10 +19,12 @@ from btt.node.commands.doctor import app as doctor_app
 from btt.node.config import LogSection
 from btt.node.doctor import Result, examine
 from btt.node.editing import edit
+from btt.node.folder import NodeFolder
 from btt.node.logs import configure
 from btt.node.metrics import NodeMetrics
 from btt.node.payments.session import Session
 from btt.node.runtime import Node
+from btt.node.status import SERVING, read_status
 from btt.sdk.budget import Budget
 from btt.sdk.client import Client
 from btt.sdk.errors import ConfigError, ContentUnknown
@@ -190,6 +192,15 @@ async def test_the_doctor_finds_an_address_that_means_this_machine(economy, tmp_
         assert (port.result, "node.advertise" in port.do) == (Result.WARNING, True)
         edit(folder.path, {"node.advertise": "127.0.0.1"})
         assert (await examined(folder, economy.clock))["port"].result is Result.OK
+
+
+async def test_the_status_of_a_node_whose_address_for_others_leads_nowhere_from_here(economy, tmp_path):
+    folder = make_folder(economy, tmp_path / "node")
+    edit(folder.path, {"node.advertise": "node.invalid"})
+    async with Node(NodeFolder.open(folder.path), clock=economy.clock) as node:
+        status = await read_status(folder.path)
+    assert (status.state, status.address) == (SERVING, node.address)
+    assert status.address.host == "node.invalid"
 
 
 async def test_the_doctor_finds_a_wrong_clock_either_way(economy, tmp_path):

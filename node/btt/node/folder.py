@@ -149,10 +149,15 @@ class Running:
         os.pwrite(self._handle, text.ljust(_TOLD_BYTES), 0)
 
 
-def running_address(path: Path) -> NodeAddress | None:
-    """Returns where the node of a folder said that it listens, or None if no process holds it."""
+def running_address(path: Path, fact: str = "address") -> NodeAddress | None:
+    """Returns where the node of a folder said that it listens, or None if no process holds it.
+
+    Args:
+        path: Of the folder.
+        fact: "address" for where others find it, "local" for this machine.
+    """
     try:
-        return NodeAddress.parse(str((running_facts(path) or {})["address"]))
+        return NodeAddress.parse(str((running_facts(path) or {})[fact]))
     except (KeyError, InvalidRequest):
         return None
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from contextlib import AsyncExitStack, suppress
+from dataclasses import replace
 from typing import Final, Self, cast
 
 import grpc.aio
@@ -333,11 +334,10 @@ class Node:
     async def _tell(self, running: Running, port: int, services: registry.Registry) -> None:
         node = self.folder.config.node
         host, _ = parse_listen(node.listen)
-        self.address = NodeAddress(
-            self.folder.identity.address, node.advertise or _ANYWHERE.get(host, host), port
-        )
+        local = NodeAddress(self.folder.identity.address, _ANYWHERE.get(host, host), port)
+        self.address = replace(local, host=node.advertise or local.host)
         self._running = running
-        running.tell(address=str(self.address))
+        running.tell(address=str(self.address), local=str(local))
         for service in platform_names():
             await self.health.set(service, health_pb2.HealthCheckResponse.SERVING)
         await self.services.serve(running)

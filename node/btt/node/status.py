@@ -100,7 +100,9 @@ async def read_status(path: Path, *, timeout: float = 5.0) -> Status:
     if not (path / CONFIG).exists():
         raise ConfigError(f"There is no node in {path}.", hint="Make one with `btt node init`.")
     address = running_address(path)
-    state = NOT_RUNNING if address is None else await _ask(path, address, timeout)
+    # The address for others may lead nowhere from here, as behind a router.
+    local = running_address(path, "local")
+    state = NOT_RUNNING if local is None else await _ask(path, local, timeout)
     earnings, prices = await asyncio.to_thread(_read_books, path / BOOKS)
     return Status(state, address, prices, earnings)
 
