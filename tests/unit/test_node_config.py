@@ -92,6 +92,13 @@ def test_reads_the_file(tmp_path: Path):
         ({"node": {"listen": "7800"}}, ["node.listen", '"0.0.0.0:7800"']),
         ({"node": {"listen": "::1:7800"}}, ["node.listen"]),
         ({"node": {"listen": "127.0.0.1:65536"}}, ["node.listen"]),
+        ({"node": {"listen": "127.0.0.1:000001234567"}}, ["node.listen"]),
+        ({"node": {"listen": "a..b:7800"}}, ["node.listen"]),
+        ({"node": {"advertise": "203.0.113.5:7800"}}, ["node.advertise", "without a port"]),
+        ({"node": {"advertise": "[2001:db8::1]"}}, ["node.advertise", "an IP address"]),
+        ({"node": {"advertise": "my host"}}, ["node.advertise", "a host name"]),
+        ({"payments": {"max_lifetime": "999999999999d"}}, ["payments.max_lifetime", "a century"]),
+        ({"payments": {"grace": "25h"}}, ["grace", '"60s"']),
         ({"limits": {"calls": 0}}, ["limits.calls"]),
         ({"limits": {"deadline": 60}}, ["limits.deadline", '"30s"']),
         ({"apps": {"allow": ["Tnobody"]}}, ["apps.allow", "Tnobody", '"unknown"']),
@@ -125,9 +132,33 @@ def test_the_environment_wins_over_the_file(monkeypatch):
     assert found.services["content"].options == {"rate": "9 BTT / GiB"}
 
 
+@pytest.mark.parametrize("host", ["", "node.example.org", "203.0.113.5", "2001:db8::1", "localhost"])
+def test_hosts_by_which_others_reach_a_node(host):
+    assert made(node={"advertise": host}).node.advertise == host
+
+
+def test_every_kind_of_key_can_stand_in_the_environment(monkeypatch):
+    for key, value in (
+        ("LEDGER__ADDRESS", LEDGER.replace("7400", "7401")), ("PAYMENTS__PAYEE", str(OPERATOR)),
+        ("APPS__ALLOW", f'["unknown", "{OPERATOR}"]'), ("LIMITS__CALLS", "7"), ("LIMITS__UP", "1 MiB/s"),
+        ("SERVICES__CONTENT__LIMITS__CALLS", "8"), ("SERVICES__CONTENT__QUOTA", "1 GiB"),
+    ):  # fmt: skip
+        monkeypatch.setenv(f"BTT_NODE__{key}", value)
+    found = made()
+    assert found.ledger.address.port == 7401
+    assert found.payments.payee == OPERATOR
+    assert found.apps.allow == ("unknown", str(OPERATOR))
+    assert (found.limits.calls, found.limits.up) == (7, 1 << 20)
+    assert (found.services["content"].limits.calls, found.services["content"].quota) == (8, 1 << 30)
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [
+        ("BTT_NODE__LEDGER__ADDRESS", ["BTT_NODE__LEDGER__ADDRESS", "btt-ledger://"]),
+        ("BTT_NODE__APPS__ALLOW", ["BTT_NODE__APPS__ALLOW", 'write a list, such as ["unknown"]']),
+        ("BTT_NODE__PAYMENTS", ["BTT_NODE__PAYMENTS", "dictionary"]),
+        ("BTT_NODE__SERVICES", ["BTT_NODE__SERVICES", "dictionary"]),
         ("BTT_NODE__PAYMENTS__CREDIT_LIMIT", ["BTT_NODE__PAYMENTS__CREDIT_LIMIT", '"0.5 BTT"']),
         ("BTT_NODE__PAYMENTS__CREDT_LIMIT", ["BTT_NODE__PAYMENTS__CREDT_LIMIT", '"credit_limit"']),
         ("BTT_NODE__PAYMNTS__CREDIT_LIMIT", ["BTT_NODE__PAYMNTS__CREDIT_LIMIT", '"payments"']),

@@ -26,9 +26,8 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from btt.node.admission.apps import ANY, parse_app
 from btt.node.admission.limits import Limits
-from btt.node.values import listen_text, parse_amount, parse_size, parse_speed, parsed
+from btt.node.values import Host, Milliseconds, Money, Size, Speed, listen_text, parse_list, parsed
 from btt.sdk.channel import BanPolicy
-from btt.sdk.clock import parse_duration
 from btt.sdk.errors import ConfigError, InvalidRequest
 from btt.sdk.identity import ChannelTerms
 from btt.sdk.keys import Address
@@ -38,10 +37,8 @@ from btt.sdk.plugin import did_you_mean
 
 ENV_PREFIX: Final = "BTT_NODE__"
 
-Money = Annotated[Amount, BeforeValidator(parse_amount)]
-Milliseconds = Annotated[int, BeforeValidator(parse_duration)]
 _address = parsed(Address.parse)
-App = Annotated[str, AfterValidator(parse_app)]
+Apps = Annotated[tuple[Annotated[str, AfterValidator(parse_app)], ...], BeforeValidator(parse_list)]
 
 
 class _Section(BaseModel):
@@ -58,7 +55,7 @@ class NodeSection(_Section):
     """
 
     listen: Annotated[str, BeforeValidator(listen_text)] = "127.0.0.1:7800"
-    advertise: str = ""
+    advertise: Host = ""
     name: str = Field(default="", max_length=64)
 
 
@@ -105,8 +102,8 @@ class PaymentsSection(_Section):
             raise ValueError('min_challenge must be above 0 and below 49 days; write min_challenge = "1h"')
         if not 0 < self.min_lifetime < self.max_lifetime:
             raise ValueError("min_lifetime must be above 0 and below max_lifetime")
-        if self.grace < 1000:
-            raise ValueError('grace must be at least a second; write grace = "60s"')
+        if not 1000 <= self.grace <= 86_400_000:
+            raise ValueError('grace must be between a second and a day; write grace = "60s"')
         # A session may begin while half of min_lifetime is left, and must not be closed under way.
         if not 0 < self.close_margin <= self.min_lifetime // 2:
             raise ValueError("close_margin must be above 0 and at most half of min_lifetime")
@@ -147,10 +144,6 @@ class BansSection(_Section):
         return self
 
 
-Speed = Annotated[int, BeforeValidator(parse_speed)]
-Size = Annotated[int, BeforeValidator(parse_size)]
-
-
 class LogSection(_Section):
     """What is logged.
 
@@ -181,8 +174,8 @@ class AppsSection(_Section):
         deny: The same; it wins.
     """
 
-    allow: tuple[App, ...] = (ANY,)
-    deny: tuple[App, ...] = ()
+    allow: Apps = (ANY,)
+    deny: Apps = ()
 
 
 class LimitsSection(_Section):
@@ -288,6 +281,7 @@ class NodeConfig(BaseSettings):
     model_config = SettingsConfigDict(
         env_prefix=ENV_PREFIX,
         env_nested_delimiter="__",
+        enable_decoding=False,  # a variable is written as the file is, and not in JSON
         extra="forbid",
         frozen=True,
         arbitrary_types_allowed=True,

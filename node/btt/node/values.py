@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
+import tomllib
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
+from pydantic import AfterValidator, BeforeValidator
+
+from btt.sdk.clock import LONGEST_MS, parse_duration
 from btt.sdk.errors import InvalidRequest
 from btt.sdk.money import Amount
 
@@ -49,10 +54,52 @@ def parse_listen(text: str) -> tuple[str, int]:
         not colon
         or not bare
         or (":" in bare and not host.startswith("["))
-        or not (port.isascii() and port.isdigit() and int(port[:6]) < 65536)
+        or not _is_host(bare)
+        or not (port.isascii() and port.isdigit() and len(port) < 6 and int(port) < 65536)
     ):
         raise ValueError('write it like "0.0.0.0:7800"')
     return bare, int(port)
+
+
+_NAME = re.compile(r"[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63})*\.?")
+
+
+def _is_host(text: str) -> bool:
+    try:
+        ipaddress.IPv6Address(text)
+    except ValueError:
+        return len(text) < 254 and _NAME.fullmatch(text) is not None
+    return True
+
+
+def host_text(text: str) -> str:
+    """Checks a host name or an IP address, and leaves it as it is.
+
+    Raises:
+        ValueError: It is neither.
+    """
+    if not _is_host(text):
+        raise ValueError('write a host name or an IP address, without a port, like "node.example.org"')
+    return text
+
+
+def at_most_a_century(milliseconds: int) -> int:
+    """Checks a duration: longer ones do not fit into what is signed, or into a timer.
+
+    Raises:
+        ValueError: It is longer.
+    """
+    if milliseconds > LONGEST_MS:
+        raise ValueError("a century is the longest")
+    return milliseconds
+
+
+def parse_list(text: object) -> object:
+    """Reads a list that stands in the environment as it does in the file; leaves all else as it is."""
+    try:
+        return tomllib.loads(f"list = {text}")["list"] if isinstance(text, str) else text
+    except tomllib.TOMLDecodeError:
+        return text
 
 
 def listen_text(text: object) -> str:
@@ -123,3 +170,10 @@ def size_text(size: int) -> str:
     """Writes bytes as they are read."""
     unit = next(unit for unit in ("TiB", "GiB", "MiB", "KiB", "B") if size % _SIZES[unit] == 0)
     return f"{size // _SIZES[unit]} {unit}" if size else ""
+
+
+Money = Annotated[Amount, BeforeValidator(parse_amount)]
+Milliseconds = Annotated[int, BeforeValidator(parse_duration), AfterValidator(at_most_a_century)]
+Speed = Annotated[int, BeforeValidator(parse_speed)]
+Size = Annotated[int, BeforeValidator(parse_size)]
+Host = Annotated[str, AfterValidator(lambda text: text and host_text(text))]
