@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import logging
@@ -24,8 +25,8 @@ def log():
     kept, root = structlog.get_config(), logging.getLogger()
     handlers, level = root.handlers[:], root.level
 
-    def start(**section):
-        stream = io.StringIO()
+    def start(to=None, **section):
+        stream = to or io.StringIO()
         configure(LogSection(**section), stream)
         return stream
 
@@ -95,6 +96,29 @@ def test_what_is_public_stays(log):
     assert (line["channel"], line["address"], line["payer"]) == (HEX, ledger, str(KEY.address))
     assert line["level"] == "info"
     assert line["timestamp"]
+
+
+class Full(io.StringIO):
+    """A file on a disk without room."""
+
+    room = False
+
+    def write(self, text):
+        if not self.room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return super().write(text)
+
+    def flush(self):
+        self.write("")
+
+
+def test_a_log_that_cannot_be_written_ends_no_work(log):
+    stream = log(to=Full(), format="json")
+    for logger in (structlog.get_logger(), logging.getLogger("library")):
+        logger.error("lost")
+    stream.room = True
+    structlog.get_logger().error("kept")
+    assert [json.loads(line)["event"] for line in stream.getvalue().splitlines()] == ["kept"]
 
 
 def test_the_level_changes_while_it_runs(log):

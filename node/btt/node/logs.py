@@ -11,7 +11,8 @@ import logging
 import re
 import sys
 from collections.abc import Mapping, MutableMapping
-from typing import Any, Final, TextIO
+from contextlib import suppress
+from typing import Any, Final, TextIO, cast
 
 import structlog
 
@@ -79,6 +80,21 @@ class Level:
         return event
 
 
+class _Dropping:
+    """A stream whose disk may be full, or whose terminal gone: that a line is lost ends no work."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> None:
+        with suppress(OSError):
+            self._stream.write(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._stream.flush()
+
+
 LEVEL: Final = Level("info")
 """Of this process."""
 
@@ -91,6 +107,7 @@ def configure(section: LogSection, stream: TextIO = sys.stderr) -> None:
         stream: Where it goes.
     """
     LEVEL.set(section.level)
+    lines = _Dropping(stream)
     human = section.format == "human" or (section.format == "auto" and stream.isatty())
     renderer: Any = (
         structlog.dev.ConsoleRenderer(colors=stream.isatty())
@@ -107,10 +124,10 @@ def configure(section: LogSection, stream: TextIO = sys.stderr) -> None:
     ]
     structlog.configure(
         processors=[*shared, renderer],
-        logger_factory=structlog.PrintLoggerFactory(stream),
+        logger_factory=structlog.PrintLoggerFactory(cast("TextIO", lines)),
     )
     # What libraries say goes the same way.
-    handler = logging.StreamHandler(stream)
+    handler = logging.StreamHandler(lines)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(foreign_pre_chain=shared[1:], processors=[_bare, renderer])
     )
