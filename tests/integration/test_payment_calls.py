@@ -266,6 +266,29 @@ async def test_free_calls_of_every_kind_are_counted_by_method_and_network(monkey
         await call("other", kinds[0], here)
 
 
+async def test_free_calls_that_do_not_end_are_bounded():
+    let = asyncio.Event()
+
+    async def stream(request, context):
+        yield pb.Plain()
+        await let.wait()
+
+    now, caller = 0, _Caller("ipv4:192.0.2.1:5")
+    limit = FreeLimit(lambda: now)
+    charge = replace(method_charge("/probe.v1.ProbeService/Free"), free_calls_per_minute=2)
+    made = bounded(grpc.unary_stream_rpc_method_handler(stream), charge, limit, lambda _: nullcontext())
+    held = [made.unary_stream(pb.Ask(), caller) for _ in range(2)]
+    for call in held:
+        await anext(call)
+    now = 60_000
+    with pytest.raises(_Told, match=r"More than 2 calls.* at once"):
+        await anext(made.unary_stream(pb.Ask(), caller))
+    await held[0].aclose()
+    await anext(made.unary_stream(pb.Ask(), caller))
+    let.set()
+    assert [message async for message in held[1]] == []
+
+
 def ticket(session, call_id):
     return ((TOKEN_KEY, session.token), (CALL_KEY, call_id), (PROOF_KEY, session.proof(call_id)))
 

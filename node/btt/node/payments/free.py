@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractContextManager
-from typing import Any
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Final
 
 import grpc
 import structlog
@@ -16,9 +17,12 @@ from btt.sdk.rpc import abort
 
 log = structlog.get_logger(__name__)
 
+_PAY: Final = "/btt.proto.payment.v1.PaymentService/Pay"
+"""Lasts as long as a session, of which a channel has one."""
+
 
 class FreeLimit:
-    """Counts free calls a minute, per method and network.
+    """Counts free calls, per method and network: as many may run at once as may begin in a minute.
 
     Args:
         clock: Unix milliseconds.
@@ -30,6 +34,27 @@ class FreeLimit:
         self._clock = clock
         self._minute = 0
         self._calls: dict[tuple[str, str], int] = {}
+        self._running: Counter[tuple[str, str]] = Counter()
+
+    @contextmanager
+    def enter(self, charge: MethodCharge, network: str) -> Iterator[None]:
+        """Counts one call for the time of the block.
+
+        Raises:
+            RateLimited: There were too many this minute, or are now.
+        """
+        self.take(charge, network)
+        key = (charge.path, network)
+        most = charge.free_calls_per_minute
+        if self._running[key] >= most and charge.path != _PAY:
+            raise RateLimited(f"More than {most} calls of {charge.path} at once.")
+        self._running[key] += 1
+        try:
+            yield
+        finally:
+            self._running[key] -= 1
+            if not self._running[key]:
+                del self._running[key]
 
     def take(self, charge: MethodCharge, network: str) -> None:
         """Counts one call.
@@ -67,8 +92,7 @@ def bounded(
         async def stream(request: Any, context: Any) -> AsyncIterator[Any]:
             sent = 0
             try:
-                limit.take(charge, network_of(context.peer()))
-                with enter(context):
+                with limit.enter(charge, network_of(context.peer())), enter(context):
                     async for message in inner(request, context):
                         sent += message.ByteSize()
                         _bound(sent, charge)
@@ -86,8 +110,7 @@ def bounded(
 
     async def unary(request: Any, context: Any) -> Any:
         try:
-            limit.take(charge, network_of(context.peer()))
-            with enter(context):
+            with limit.enter(charge, network_of(context.peer())), enter(context):
                 message = await inner_unary(request, context)
             _bound(message.ByteSize(), charge)
         except BttError as error:
