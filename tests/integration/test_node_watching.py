@@ -7,6 +7,7 @@ import json
 import logging
 import socket
 import sys
+import threading
 import urllib.request
 from dataclasses import replace
 
@@ -32,6 +33,7 @@ from btt.sdk.money import Rate
 from btt.services.content.catalogue import Catalogue
 from btt.services.content.publish import publish
 from kit.economy import RUN, content
+from kit.hanging import HANGS_S
 
 
 def make_folder(economy, path, **tables):
@@ -126,6 +128,24 @@ async def test_metrics_say_what_the_books_say_and_name_no_peer(economy, tmp_path
     assert float(lines[unknown]) == 1
     assert str(wallet.account.public.address) not in text
     assert wallet.account.public.address.data.hex() not in text
+
+
+async def test_numbers_that_take_long_to_read_hold_up_no_payment(economy, tmp_path, monkeypatch):
+    reading, paid, in_time = threading.Event(), threading.Event(), []
+
+    def long(db):
+        reading.set()
+        in_time.append(paid.wait(2))
+        return ()
+
+    monkeypatch.setattr("btt.node.samples.read_entries", long)
+    async with Node(make_folder(economy, tmp_path / "node"), clock=economy.clock) as node:
+        asked = asyncio.create_task(node._samples())
+        await asyncio.to_thread(reading.wait, HANGS_S)
+        await node.store.last_serial()
+        paid.set()
+        assert await asked
+    assert in_time == [True]
 
 
 async def test_metrics_of_a_service_are_bounded_and_survive_its_restart():

@@ -27,6 +27,20 @@ def reading(folder: Path) -> Iterator[sqlite3.Connection]:
         raise ConfigError(f"There is no node in {folder}.", hint="Make one with `btt node init`.")
     path = folder / BOOKS
     PayeeStore(path).close()  # made if the node never ran, and of this version
+    with reading_file(path) as db:
+        yield db
+
+
+@contextmanager
+def reading_file(path: Path) -> Iterator[sqlite3.Connection]:
+    """Opens books that are there, by a connection of its own: who reads long holds up no payment.
+
+    Args:
+        path: The SQLite file.
+
+    Raises:
+        StorageError: They cannot be read.
+    """
     try:
         # Reading the write-ahead log needs its index, which a read-only connection may not make.
         with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True, timeout=10)) as db:

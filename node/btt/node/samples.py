@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import sqlite3
+import asyncio
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from btt.node.books import reading_file
 from btt.node.earnings import By, read_entries, told_by, total_of
-from btt.node.payments.store import CLOSED
+from btt.node.payments.store import Earnings, read_earnings
 from btt.node.plugins.host import State
 
 if TYPE_CHECKING:
@@ -18,20 +20,15 @@ if TYPE_CHECKING:
 
 async def read_samples(node: Node) -> list[Sample]:
     """Returns what Prometheus is told about a node, apart from its calls."""
-
-    def earned(db: sqlite3.Connection) -> Sums:
-        return total_of(told_by(read_entries(db), By.DAY))
-
-    sums = await node.store.run(earned)
-    channels = [record for record, _ in await node.store.channels(closed=True)]
-    opened = [record for record in channels if record.state != CLOSED]
+    sums, books = await asyncio.to_thread(_earned, node.folder.books)
+    opened = [record for record, _ in await node.store.channels()]
     now = node.clock()
     samples: list[Sample] = [
         ("btt_revenue_base_units", {"state": state}, amount) for state, amount in asdict(sums).items()
     ]
     samples += [
         ("btt_channels", {"state": "open"}, len(opened)),
-        ("btt_channels", {"state": "closed"}, len(channels) - len(opened)),
+        ("btt_channels", {"state": "closed"}, books.closed_channels),
         ("btt_channel_capacity_base_units", {}, sum(record.deposit for record in opened)),
         ("btt_unpaid_base_units", {}, sum(max(0, s.payee.meter.excess) for s in node.sessions.all())),
         ("btt_sessions", {}, len(node.sessions.all())),
@@ -53,3 +50,8 @@ async def read_samples(node: Node) -> list[Sample]:
             ("btt_plugin_state", {"service": name, "state": state}, host.state is state) for state in State
         ]
     return samples
+
+
+def _earned(path: Path) -> tuple[Sums, Earnings]:
+    with reading_file(path) as db:
+        return total_of(told_by(read_entries(db), By.DAY)), read_earnings(db)

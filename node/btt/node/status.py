@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from google.protobuf.message import DecodeError
 
+from btt.node.books import reading_file
 from btt.node.folder import BOOKS, CERTIFICATE, CONFIG, running_address
 from btt.node.payments.store import Earnings, read_best_updates, read_earnings
 from btt.proto.ledger.v1.ledger_pb2 import EntryKind
@@ -150,11 +151,9 @@ def read_updates(path: Path) -> list[Evidence]:
 @contextmanager
 def _books(path: Path) -> Iterator[sqlite3.Connection]:
     try:
-        # Reading the write-ahead log needs its index, which a read-only connection may not make.
-        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True, timeout=10)) as db:
-            db.execute("PRAGMA query_only = ON")
+        with reading_file(path) as db:
             yield db
-    except (sqlite3.Error, DecodeError) as error:
+    except DecodeError as error:
         raise StorageError(f"The node's books cannot be read ({error}).") from error
 
 
