@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import datetime
+import errno
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import grpc.aio
@@ -12,9 +16,12 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from typer.testing import CliRunner
 
+from btt.node import editing
 from btt.node import folder as node_folder
 from btt.node import service as node_service
 from btt.node.cli import app as node_app
+from btt.node.commands import options
+from btt.node.commands.options import change
 from btt.node.commands.service import app as service_app
 from btt.node.editing import edit
 from btt.node.folder import NodeFolder, running_facts
@@ -30,6 +37,7 @@ from btt.sdk.errors import (
     PriceChanged,
     RateLimited,
     ServiceUnavailable,
+    StorageError,
     TermsRefused,
 )
 from btt.sdk.money import Rate, Unit
@@ -645,6 +653,41 @@ def test_what_is_no_key_cannot_be_unset_and_a_wrong_one_that_was_written_can(eco
     command(node_app, "config", "unset", "payments.grce", "--node", path.parent)
     command(node_app, "config", "unset", "payments", "--node", path.parent)
     assert path.read_text() == before
+
+
+def test_commands_that_change_something_at_the_same_time_change_both(economy, tmp_path, monkeypatch):
+    path = tmp_path / "node"
+    command(node_app, "init", path, "--ledger", economy.running.address)
+    write, both = editing.write_private, threading.Barrier(2)
+
+    def slow(*words):
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both.wait(0.2)  # lets the other one come as far as this, if nothing keeps it
+        write(*words)
+
+    monkeypatch.setattr(editing, "write_private", slow)
+    with ThreadPoolExecutor() as threads:
+        list(threads.map(lambda key: change(path, {key: 7}, as_json=True), ("limits.calls", "bans.after")))
+    config = NodeFolder.open(path).config
+    assert (config.limits.calls, config.bans.after) == (7, 7)
+
+
+def test_a_refused_change_that_cannot_be_undone_leaves_a_whole_file(economy, tmp_path, monkeypatch):
+    path = tmp_path / "node"
+    command(node_app, "init", path, "--ledger", economy.running.address)
+    monkeypatch.setattr(options, "_refused", lambda *_: "It does not do.")
+    write, calls = editing.write_private, []
+
+    def once(*words):
+        calls.append(words)
+        if len(calls) > 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(*words)
+
+    monkeypatch.setattr(editing, "write_private", once)
+    with pytest.raises(StorageError, match="No space left"):
+        change(path, {"limits.calls": 7}, as_json=True)
+    assert NodeFolder.open(path).config.limits.calls == 7
 
 
 def test_a_service_whose_package_is_gone_can_be_switched_off(economy, tmp_path):

@@ -5,11 +5,13 @@ What would not do is never written; a node that runs is told, and what it says t
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import time
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,7 +23,7 @@ from btt.node.folder import CONFIG, running_facts, write_private
 from btt.node.reload import Reloaded
 from btt.sdk.errors import ConfigError, StorageError
 
-_ANSWER_S: Final = 10.0
+_ANSWER_S: Final = 60.0  # above what a service may take to start, and another one to stop
 _LOOK_S: Final = 0.02
 
 
@@ -49,10 +51,31 @@ def edit(folder: Path, changes: Mapping[str, Any]) -> None:
     except OSError as error:
         raise StorageError(f"{path} cannot be read ({error.strerror}).") from error
     node_config.parse(tomllib.loads(text), source=str(path))
+    write(folder, text.encode())
+
+
+def write(folder: Path, text: bytes) -> None:
+    """Replaces the file; whoever looks meanwhile, or after a crash, sees one or the other.
+
+    Raises:
+        StorageError: The disk failed; nothing has changed.
+    """
+    path = folder / CONFIG
     try:
-        write_private(path, text.encode())
+        write_private(path, text)
     except OSError as error:
         raise StorageError(f"{path} cannot be written ({error.strerror}).") from error
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Waits for other commands that change the file, and keeps them waiting, so that no change is lost."""
+    handle = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _put(document: Any, parts: Sequence[str], value: Any) -> None:
@@ -120,7 +143,10 @@ def reload_node(folder: Path) -> Reloaded | None:
             found = facts["reloaded"]
             return Reloaded(tuple(found["applied"]), tuple(found["restart"]), found["error"])
         time.sleep(_LOOK_S)
-    raise ConfigError("The node did not answer.", hint="Look into its log.")
+    raise ConfigError(
+        "The node did not answer; what was written stays, and it may still take it.",
+        hint="Look into its log.",
+    )
 
 
 def wait_until_stopped(folder: Path, seconds: float | None) -> bool:

@@ -48,23 +48,25 @@ def change(folder: Path | None, changes: dict[str, Any], *, as_json: bool) -> No
     Raises:
         ConfigError: They do not do; nothing has changed.
     """
-    from btt.node.editing import edit, reload_node
+    from btt.node.editing import alone, edit, reload_node, write
     from btt.node.folder import CONFIG
     from btt.sdk.errors import ConfigError
 
     path = existing(folder)
-    before = (path / CONFIG).read_bytes()
-    edit(path, changes)
-    error = _refused(path, changes)
-    told = reload_node(path) if not error else None
-    error = error or (told.error if told is not None else "")
-    if error:
-        (path / CONFIG).write_bytes(before)
-        raise ConfigError(f"Nothing has changed. {error}")
+    with alone(path):
+        before = (path / CONFIG).read_bytes()
+        edit(path, changes)
+        error = _refused(path, changes)
+        told = reload_node(path) if not error else None
+        error = error or (told.error if told is not None else "")
+        if error:
+            write(path, before)
+            raise ConfigError(f"Nothing has changed. {error}")
+        wrote = (path / CONFIG).read_bytes() != before
     if as_json:
         typer.echo(json.dumps({"running": told is not None, **(told.as_json() if told else {})}))
         return
-    typer.echo(_says(told, wrote=(path / CONFIG).read_bytes() != before))
+    typer.echo(_says(told, wrote=wrote))
 
 
 def _refused(path: Path, changes: dict[str, Any]) -> str:
