@@ -26,7 +26,7 @@ from btt.node.commands.service import app as service_app
 from btt.node.editing import edit
 from btt.node.folder import NodeFolder, running_facts
 from btt.node.payments.bans import Failure
-from btt.node.plugins.host import State
+from btt.node.plugins.host import LEAK_S, START_S, STOP_S, State
 from btt.node.runtime import Node
 from btt.sdk.budget import Budget
 from btt.sdk.client import Client
@@ -653,6 +653,37 @@ def test_what_is_no_key_cannot_be_unset_and_a_wrong_one_that_was_written_can(eco
     command(node_app, "config", "unset", "payments.grce", "--node", path.parent)
     command(node_app, "config", "unset", "payments", "--node", path.parent)
     assert path.read_text() == before
+
+
+async def test_what_is_changed_while_a_node_starts_holds_once_it_serves(economy, node):
+    reloading = asyncio.create_task(node.reload())
+    await asyncio.sleep(0)
+    edit(node.folder.path, {"limits.calls": 7})
+    async with node:
+        assert (await reloading).applied == ("limits.calls",)
+        assert node.admission._node.calls == 7
+
+
+async def test_a_disk_without_room_for_what_a_node_tells_keeps_it_from_nothing(economy, node, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    async with node:
+        monkeypatch.setattr(node_folder.os, "pwrite", full)
+        edit(node.folder.path, {"limits.calls": 7})
+        assert (await node.reload()).applied == ("limits.calls",)
+    assert all(task.done() for task in node._tasks)
+
+
+async def test_a_lock_that_cannot_be_opened_is_no_defect(economy, node):
+    (node.folder.path / node_folder.LOCK).mkdir()
+    with pytest.raises(StorageError, match="cannot be opened"):
+        async with node:
+            pass
+
+
+def test_commands_wait_for_a_service_as_long_as_the_node_does():
+    assert START_S + STOP_S + LEAK_S < editing._ANSWER_S
 
 
 def test_commands_that_change_something_at_the_same_time_change_both(economy, tmp_path, monkeypatch):

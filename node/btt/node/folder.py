@@ -11,7 +11,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -103,8 +103,12 @@ class NodeFolder:
 
         Raises:
             ConfigError: Another process runs it.
+            StorageError: Its lock cannot be opened.
         """
-        handle = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            handle = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise StorageError(f"{self.path / LOCK} cannot be opened ({error.strerror}).") from error
         try:
             if not _take(handle):
                 raise ConfigError(
@@ -146,7 +150,9 @@ class Running:
         """Writes down where the node listens, and what else changes while it runs."""
         self._facts |= facts
         text = json.dumps(self._facts).encode()
-        os.pwrite(self._handle, text.ljust(_TOLD_BYTES), 0)
+        # Some file systems need room even to write over; without it a node goes on, and stops, all the same.
+        with suppress(OSError):
+            os.pwrite(self._handle, text.ljust(_TOLD_BYTES), 0)
 
 
 def running_address(path: Path, fact: str = "address") -> NodeAddress | None:

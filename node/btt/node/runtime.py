@@ -102,6 +102,7 @@ class Node:
         self._patience = patience
         self._running: Running | None = None
         self._reloads = 0
+        self._started = asyncio.Event()
         self._hurry = asyncio.Event()
         self._stack = AsyncExitStack()
         self._tasks: list[asyncio.Task[None]] = []
@@ -119,6 +120,7 @@ class Node:
         async with AsyncExitStack() as stack:
             await self._start(stack)
             self._stack = stack.pop_all()
+        self._started.set()
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -225,7 +227,8 @@ class Node:
         self.sessions.reprice(max(offer.sheet.unit_charge for offer in self.offers.usable()))
 
     async def reload(self) -> Reloaded:
-        """Reads the configuration again, and takes what can be taken without a restart."""
+        """Reads the configuration again, and takes what can be taken without a restart, once it serves."""
+        await self._started.wait()
         result = await self.reloader.reload()
         if self._running is not None:
             self._reloads += 1
