@@ -230,7 +230,7 @@ class Direction:
 async def test_calls_of_every_kind_pass_the_limiter_both_ways(kind):
     incoming, outgoing = kind.split("_")
     limiter = SimpleNamespace(up=Direction(), down=Direction())
-    host = SimpleNamespace(name="probe", begin_call=lambda: None, end_call=lambda: None)
+    host = SimpleNamespace(name="probe", begin_call=lambda: None, end_call=lambda _: None)
     context = SimpleNamespace(peer=lambda: "ipv4:192.0.2.1:5")
 
     async def read(given):

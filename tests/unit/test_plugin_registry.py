@@ -12,6 +12,7 @@ from btt.node.admission import Limits
 from btt.node.config import ServiceSection
 from btt.node.limits.limiter import Limiter
 from btt.node.metrics import NodeMetrics
+from btt.node.plugins.guard import _call
 from btt.node.plugins.host import State, Surroundings
 from btt.node.plugins.scope import follow_tasks
 from btt.node.quota import Quotas
@@ -20,6 +21,7 @@ from btt.sdk.errors import ConfigError, ServiceUnavailable
 from btt.sdk.money import BTT, Rate
 from btt.sdk.plugin import Line, Price, Unit, check_keys
 from btt.services.content.plugin import ContentPlugin
+from kit.hanging import ends
 from kit.probe import CALL_PRICES, FEES, UP_BYTES, Calls, Probe, pb, rpc
 
 SERVICE = "probe.v1.ProbeService"
@@ -243,6 +245,34 @@ def test_a_service_that_is_off_is_not_imported(tmp_path):
     made = make(tmp_path, {"probe": ServiceSection()}, probe=Never)
     assert made.hosts == {}
     assert not (tmp_path / "probe").exists()
+
+
+async def test_a_call_from_before_a_restart_is_counted_no_more(tmp_path):
+    made = await register(make(tmp_path, probe=Plugin))
+    host = made.hosts["probe"]
+
+    async def call(let):
+        with _call(host):
+            await let.wait()
+
+    lets = [asyncio.Event(), asyncio.Event()]
+    old = asyncio.create_task(call(lets[0]))
+    await asyncio.sleep(0)
+    host.fail("it broke")
+    await host.stop()
+    async with ends("a drain without a call"):
+        await host.drain()
+    host.configure()
+    await made.begin(host)
+    new = asyncio.create_task(call(lets[1]))
+    await asyncio.sleep(0)
+    lets[0].set()
+    await old
+    assert host.running == 1
+    lets[1].set()
+    await new
+    assert host.running == 0
+    await host.stop()
 
 
 async def test_a_service_that_is_started_again_has_the_limits_that_hold(tmp_path):

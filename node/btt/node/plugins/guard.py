@@ -83,7 +83,7 @@ def _size(message: Any) -> int:
 
 @contextmanager
 def _call(host: ServiceHost) -> Iterator[None]:
-    host.begin_call()
+    begun = host.begin_call()
     try:
         yield
     except (BttError, grpc.aio.AbortError):
@@ -92,4 +92,4 @@ def _call(host: ServiceHost) -> Iterator[None]:
         log.exception("service.raised", service=host.name)
         raise InternalError("The service failed at this call.") from error
     finally:
-        host.end_call()
+        host.end_call(begun)

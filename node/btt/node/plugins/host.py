@@ -257,8 +257,11 @@ class ServiceHost:
 
     # Serving
 
-    def begin_call(self) -> None:
+    def begin_call(self) -> Scope:
         """A call comes in.
+
+        Returns:
+            What it is counted with, for its end.
 
         Raises:
             ServiceUnavailable: It does not serve now.
@@ -269,10 +272,17 @@ class ServiceHost:
         self.running += 1
         self._idle.clear()
         self._scope.enter()
+        return self._scope
 
-    def end_call(self) -> None:
-        """A call ended, one way or another."""
-        self.running = max(0, self.running - 1)
+    def end_call(self, begun: Scope) -> None:
+        """A call ended, one way or another; one from before a restart is counted no more.
+
+        Args:
+            begun: As its beginning returned it.
+        """
+        if begun is not self._scope:
+            return
+        self.running -= 1
         if not self.running:
             self._idle.set()
 
@@ -321,6 +331,7 @@ class ServiceHost:
             log.error("service.tasks_refuse", service=self.name, tasks=[task.get_name() for task in left])
         self._scope = Scope(weakly(self._background_failed))
         self.plugin, self._blocked, self.running = None, 0, 0
+        self._idle.set()
         if State.STOPPED in _NEXT[self.state]:
             self._to(State.STOPPED, self.reason)
 
