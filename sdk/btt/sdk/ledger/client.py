@@ -321,10 +321,12 @@ class LedgerClient(Gathering):
             signed, digest = self._query(key, subject, self.now_ms(), valid_ms=_WATCH_MS)
             stream = self._stub.Watch(pb.WatchRequest(query=signed, after_seq=after_seq))
             try:
-                # A network or a ledger that stands still breaks no connection on which we only listen.
-                while isinstance(
-                    response := await asyncio.wait_for(stream.read(), _SILENT_S), pb.WatchResponse
-                ):
+                while True:
+                    # A network or a ledger that stands still breaks no connection on which we only listen.
+                    async with asyncio.timeout(_SILENT_S):
+                        response = await stream.read()
+                    if not isinstance(response, pb.WatchResponse):
+                        break
                     page = await self._opened(response.events, "LedgerEvents", pb.LedgerEvents())
                     if self.recovered != recovered:
                         raise LedgerUnreachable("The ledger was recovered; its journal is another one.")

@@ -243,12 +243,11 @@ class PaymentSession:
 
     async def _sign(self, stream: PayStream) -> None:
         while True:
-            if self._is_held:
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._wake.wait(), STALL_S)
-                self._stalled = not self._wake.is_set()
-            else:
-                await self._wake.wait()
+            try:
+                async with asyncio.timeout(STALL_S if self._is_held else None):
+                    await self._wake.wait()
+            except TimeoutError:
+                self._stalled = True
             self._wake.clear()
             if (deposit := self.capacity.news()) is not None:
                 await stream.write(payment_pb2.PayRequest(deposit=deposit))
