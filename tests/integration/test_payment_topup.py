@@ -28,6 +28,7 @@ from btt.sdk.money import BTT
 from btt.sdk.payment import pending, topups
 from btt.sdk.payment.history import known_endpoint, trust_endpoint
 from btt.sdk.payment.purse import Purse
+from btt.sdk.payment.session import PaymentSession
 from btt.sdk.payment.store import PayerStore
 from kit.economy import CONTENT_PRICE, RUN, content
 from kit.probe import BYTES, PRICES, Probe, pb, rpc
@@ -147,6 +148,14 @@ async def test_what_a_budget_spent_stays_spent_when_another_takes_the_channel_ov
             await (await btt.session(UNIT)).capacity.provide(2 * UNIT, least=2 * UNIT)
 
 
+async def take(btt: Client, runs: int, *, need: int = UNIT) -> PaymentSession:
+    session = await btt.session(need)
+    for _ in range(runs):
+        await rpc.ProbeServiceStub(session.channel).One(pb.Ask(size=RUN))
+    await session.settle()
+    return session
+
+
 @pytest.mark.parametrize("reaches", [False, True])
 async def test_a_lost_answer_tops_up_once(probe, economy, monkeypatch, reaches):
     wallet, granted = await economy.wallet(), 4 * UNIT
@@ -258,6 +267,21 @@ async def test_an_account_without_the_money_is_said_and_nothing_stays_reserved(p
         assert btt.books.left(btt._budget.name, 5 * BTT) == 5 * BTT - UNIT
         await rpc.ProbeServiceStub(session.channel).One(pb.Ask(size=RUN))
     assert btt.receipts[0].captured == UNIT
+
+
+async def test_a_budget_that_was_lowered_binds_what_is_locked_already(probe, economy):
+    wallet = await economy.wallet()
+    async with named(economy, probe, wallet, "1 BTT", keep_channels=True) as btt:
+        await take(btt, 2, need=8 * UNIT)
+    async with named(economy, probe, wallet, f"{3 * UNIT} base units", keep_channels=True) as btt:
+        session = await take(btt, 1)
+        with pytest.raises(BudgetExceeded):
+            await session.provide(UNIT)
+    assert (btt.receipts[0].paid, btt.receipts[0].counts_agree) == (OWED(3 * RUN), True)
+    async with named(economy, probe, wallet, f"{UNIT} base units") as btt:
+        with pytest.raises(BudgetExceeded):
+            await btt.session(UNIT)
+    assert (await economy.ledger.account(wallet.account)).available == 100 * BTT - OWED(3 * RUN)
 
 
 async def test_a_request_that_came_too_late_is_made_again(probe, economy, monkeypatch):

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from btt.sdk.budget import Budget
 from btt.sdk.errors import BudgetExceeded
 from btt.sdk.keys import Address
+from btt.sdk.money import Amount
 from btt.sdk.payment.store import PayerStore, StoredChannel
 
 GRANTED = 100
@@ -97,3 +99,25 @@ def test_what_was_spent_stays_spent_when_another_budget_takes_the_channel_over(s
     store.learn_signed(bytes([1]) * 32, 50)
     store.set_state(bytes([1]) * 32, "closed")
     assert (store.left("films", GRANTED), store.left("after", GRANTED)) == (60, 90)
+
+
+def test_a_budget_that_was_lowered_allows_no_more_on_the_channel_it_has(store: PayerStore) -> None:
+    one, two = bytes([1]) * 32, bytes([2]) * 32
+    store.add_channel(channel(1, deposit=80), GRANTED)
+    store.add_channel(channel(2, deposit=20), GRANTED)
+    store.learn_signed(one, 10)
+    assert store.adopt(one, "films", 50).cap == 30, "20 of the 50 are locked elsewhere"
+    assert store.adopt(one, "films", 5, used=25).cap == 25, "what is owed or set aside stays payable"
+    assert store.adopt(one, "films", 5).cap == 10, "what is signed is spent"
+    assert store.adopt(two, "films", 5).cap == 0
+    assert store.left("films", 5) == 0
+    with pytest.raises(BudgetExceeded, match="0 BTT of the budget"):
+        store.add_channel(channel(3, deposit=1), 5)
+    assert store.adopt(one, "films", GRANTED).cap == 80, "raised again, it reaches again"
+
+
+def test_a_lowered_budget_binds_those_within_it(store: PayerStore) -> None:
+    store.declare(Budget(Amount(GRANTED), "films", within=Budget(Amount(GRANTED), "app")))
+    store.add_channel(channel(1, deposit=80), GRANTED)
+    store.declare(Budget(Amount(GRANTED), "films", within=Budget(Amount(7), "app")))
+    assert store.adopt(bytes([1]) * 32, "films", GRANTED).cap == 7

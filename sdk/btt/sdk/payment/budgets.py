@@ -79,12 +79,13 @@ def tightest(db: sqlite3.Connection, name: str, granted: int) -> tuple[int, str]
         granted: Its total, base units.
 
     Returns:
-        They, and which budget has no more, for people.
+        They, less than 0 in a budget that was lowered below what it has reserved; and which budget
+        has no more, for people.
     """
-    found = max(0, granted - reserved(db, name)), f"the budget of {Amount(granted)}"
+    found = granted - reserved(db, name), f"the budget of {Amount(granted)}"
     while (row := db.execute(_ABOVE, (name,)).fetchone()) is not None:
         name, granted = row
-        left = max(0, granted - reserved(db, name))
+        left = granted - reserved(db, name)
         if left < found[0]:
             found = left, f"the budget {name} of {Amount(granted)}"
     return found

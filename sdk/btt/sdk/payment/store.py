@@ -225,11 +225,18 @@ class PayerStore:
                 ),
             )  # fmt: skip
 
-    def adopt(self, channel_id: bytes, budget: str, granted: int) -> StoredChannel:
+    def adopt(self, channel_id: bytes, budget: str, granted: int, used: int = 0) -> StoredChannel:
         """Lets a budget pay from a channel that is open already, as far as it reaches.
 
         What the budget before it spent there stays spent; what is locked and not signed is free
-        again. Called again, it lets the budget use what was added to the channel.
+        again. Called again, it lets the budget use what was added to the channel, or no more than
+        is left of it since it was lowered.
+
+        Args:
+            channel_id: 32 bytes.
+            budget: Its name.
+            granted: Base units of the whole budget.
+            used: Cumulative base units that are owed or set aside: what was allowed once stays payable.
         """
         with self._transaction():
             budgets.grant(self._db, budget, granted)
@@ -246,7 +253,9 @@ class PayerStore:
                     (budget, channel_id),
                 )
                 channel = self.get(channel_id)
-            cap = min(channel.deposit, channel.cap + self.left(budget, granted))
+            left, _ = budgets.tightest(self._db, budget, granted)
+            kept = min(channel.cap, max(channel.signed, used))
+            cap = max(kept, min(channel.deposit, channel.cap + left))
             self._db.execute(
                 "UPDATE channels SET cap = ?, kept_ms = 0 WHERE channel_id = ?", (cap, channel_id)
             )
@@ -272,7 +281,8 @@ class PayerStore:
 
     def tightest(self, budget: str, granted: int) -> tuple[int, str]:
         """Returns what `left` does, and which budget has no more, for people."""
-        return budgets.tightest(self._db, budget, granted)
+        left, which = budgets.tightest(self._db, budget, granted)
+        return max(0, left), which
 
     def channels(self, *, node: Address | None = None, ledger_id: bytes | None = None) -> list[StoredChannel]:
         """Returns the channels that are not closed, those with the most left first."""

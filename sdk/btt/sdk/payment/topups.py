@@ -126,7 +126,7 @@ async def grow(purse: Purse, channel_id: bytes, *, used: int, need: int, least: 
         BttError: As `top_up`.
     """
     await resume(purse, channel_id)
-    channel = purse.store.adopt(channel_id, purse.budget, purse.granted)
+    channel = purse.store.adopt(channel_id, purse.budget, purse.granted, used)
     spare = channel.cap - used
     if purse.grant is not None and channel.cap == channel.deposit:  # it binds, and no budget
         if spare < least:
