@@ -49,6 +49,14 @@ def test_a_script_reads_what_is_wrong_with_its_words(
     assert capsys.readouterr().out == ""
 
 
+def test_a_path_that_cannot_be_used_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["wallet", "create", "--no-password", "--wallet", "a" * 300, "--json"]
+    assert main(words) == 1
+    out, err = capsys.readouterr()
+    assert "File name too long" in err
+    assert json.loads(out)["error"]["reason"] == "STORAGE"
+
+
 def test_report_tells_a_person_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
     assert failures.report(errors.ConnectError("Nobody answers.", hint="Start it."), as_json=False) == 4
     out, err = capsys.readouterr()

@@ -5,15 +5,17 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from btt.sdk.budget import Budget
-from btt.sdk.errors import BudgetExceeded
+from btt.sdk.errors import BudgetExceeded, StorageError
 from btt.sdk.keys import Address
 from btt.sdk.money import Amount
 from btt.sdk.payment.store import PayerStore, StoredChannel
+from btt.sdk.payment.transfers import alone
 
 GRANTED = 100
 
@@ -121,3 +123,15 @@ def test_a_lowered_budget_binds_those_within_it(store: PayerStore) -> None:
     store.add_channel(channel(1, deposit=80), GRANTED)
     store.declare(Budget(Amount(GRANTED), "films", within=Budget(Amount(7), "app")))
     assert store.adopt(bytes([1]) * 32, "films", GRANTED).cap == 7
+
+
+def test_books_whose_folder_cannot_be_used_are_a_typed_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match="Not a directory"):
+        PayerStore(tmp_path / "file")
+    with closing(PayerStore(tmp_path / "folder")) as store:
+        store.folder.joinpath("claims").rmdir()
+        with pytest.raises(StorageError, match="No such file"):
+            store.claim(bytes(32))
+        with pytest.raises(StorageError, match="No such file"), alone(store):
+            pass

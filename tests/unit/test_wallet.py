@@ -51,6 +51,13 @@ def test_the_password_may_be_empty_and_is_the_same_in_every_unicode_form(tmp_pat
     Keystore.open(tmp_path / "accent", "cafe\u0301")
 
 
+def test_a_password_that_is_no_text_is_said(tmp_path: Path) -> None:
+    latin = os.fsdecode(b"caf\xe9")  # as the environment gives it
+    with pytest.raises(ConfigError, match="not valid text"):
+        Keystore.create(tmp_path / "wallet", latin)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_words_restore_the_accounts_of_other_wallets(tmp_path: Path) -> None:
     restored = Keystore.create(tmp_path / "wallet", "", words=f"  {WORDS.upper()}\n")
     assert str(restored.address) == ADDRESS
@@ -112,12 +119,12 @@ def test_an_existing_file_is_never_overwritten(tmp_path: Path, monkeypatch: pyte
     assert [file.name for file in tmp_path.iterdir()] == ["wallet"]
 
 
-@pytest.mark.parametrize("step", ["fsync", "link"])
+@pytest.mark.parametrize("step", ["os.fsync", "os.link", "btt.sdk.private_file.sync"])
 def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(os, step, full)
+    monkeypatch.setattr(step, full)
     with pytest.raises(StorageError, match="No space left"):
         Keystore.create(tmp_path / "wallet", "")
     assert list(tmp_path.iterdir()) == []

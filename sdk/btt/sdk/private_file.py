@@ -33,10 +33,14 @@ def write_new(path: Path, data: bytes, *, what: str) -> None:
                 os.fsync(file.fileno())
             # Unlike a rename, a link never replaces what another process has just put there.
             os.link(temporary, path)
+            try:
+                sync(path.parent)
+            except OSError:
+                path.unlink()
+                raise
         finally:
             with suppress(FileNotFoundError):
                 temporary.unlink()
-        sync(path.parent)
     except FileExistsError:
         raise exists(path, what) from None
     except OSError as error:

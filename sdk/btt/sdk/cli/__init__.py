@@ -28,12 +28,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     # What goes wrong comes as an error of ours; gRPC would write its own lines before it.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:
-        from btt.sdk.errors import BttError
+        from btt.sdk.errors import BttError, StorageError
 
         try:
             from btt.sdk.cli.commands import run
 
-            return run(words)
+            try:
+                return run(words)
+            except OSError as error:  # a file or folder that the user named, in most cases
+                raise StorageError(f"{error}.") from error
         except BttError as error:
             from btt.sdk.cli.failures import report
 

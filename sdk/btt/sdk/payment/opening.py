@@ -19,9 +19,10 @@ from btt.sdk.errors import (
 )
 from btt.sdk.identity import ChannelTerms, Offer
 from btt.sdk.keys import PublicKey
+from btt.sdk.payment.claims import Claim
 from btt.sdk.payment.grants import Grant
 from btt.sdk.payment.purse import Purse
-from btt.sdk.payment.store import CLOSED, CLOSING, OPEN, OPENING, Claim, StoredChannel
+from btt.sdk.payment.store import CLOSED, CLOSING, OPEN, OPENING, StoredChannel
 from btt.sdk.payment.topups import grow, resume
 from btt.sdk.rpc import to_error
 from btt.sdk.signing import EARLY_CLOSE, ChannelCommit, ChannelRefund, service_reference, verify

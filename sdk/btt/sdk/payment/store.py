@@ -8,8 +8,6 @@ channel is used by one process at a time (`claim`); another opens its own.
 
 from __future__ import annotations
 
-import fcntl
-import os
 import sqlite3
 import threading
 from collections.abc import Awaitable, Iterator
@@ -24,9 +22,10 @@ from btt.sdk.errors import BudgetExceeded, StorageError
 from btt.sdk.group_commit import GroupCommit
 from btt.sdk.keys import Address
 from btt.sdk.money import Amount
-from btt.sdk.payment import budgets
+from btt.sdk.payment import budgets, claims
 from btt.sdk.payment.bans import BANS_SCHEMA, forget_conduct, load_conduct, save_strike
 from btt.sdk.payment.budgets import BUDGETS_SCHEMA
+from btt.sdk.payment.claims import Claim
 from btt.sdk.payment.counts import COUNTS_SCHEMA, load_tally, save_counts
 from btt.sdk.payment.history import HISTORY_SCHEMA
 from btt.sdk.payment.pending import TOP_UPS_SCHEMA
@@ -129,7 +128,7 @@ class PayerStore:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        (folder / "claims").mkdir(parents=True, exist_ok=True, mode=0o700)
+        claims.make_room(folder)
         self._lock = threading.RLock()
         self._db = open_books(
             folder / "payer.db",
@@ -355,15 +354,7 @@ class PayerStore:
 
     def claim(self, channel_id: bytes) -> Claim | None:
         """Takes a channel for this process; None when another has it."""
-        handle = os.open(
-            self._folder / "claims" / channel_id.hex(), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600
-        )
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(handle)
-            return None
-        return Claim(handle)
+        return claims.take(self._folder, channel_id.hex())
 
     # Nodes
 
@@ -390,19 +381,6 @@ def _save(db: sqlite3.Connection, intents: list[Intent]) -> None:
         [(cumulative, channel_id) for channel_id, cumulative, _ in intents],
     )
     save_counts(db, [(channel_id, counts) for channel_id, _, counts in intents])
-
-
-class Claim:
-    """A channel that this process uses; `release` gives it up."""
-
-    def __init__(self, handle: int) -> None:
-        self._handle = handle
-
-    def release(self) -> None:
-        """Gives the channel up; more than once is fine."""
-        if self._handle >= 0:
-            os.close(self._handle)
-            self._handle = -1
 
 
 def _channel(row: tuple[Any, ...]) -> StoredChannel:

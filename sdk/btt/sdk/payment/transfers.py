@@ -7,7 +7,6 @@ late and can never happen. Until then the account begins no other one there.
 
 from __future__ import annotations
 
-import fcntl
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from btt.sdk.errors import (
     OutcomeUnknown,
 )
 from btt.sdk.money import Amount
+from btt.sdk.payment import claims
 from btt.sdk.signing import Transfer
 
 if TYPE_CHECKING:
@@ -62,10 +62,16 @@ def alone(store: PayerStore) -> Iterator[None]:
 
     Args:
         store: The wallet's books.
+
+    Raises:
+        StorageError: The wallet's folder does not let it.
     """
-    with (store.folder / "claims" / "transfers").open("wb") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)  # given up with the file, and with the process
+    claim = claims.take(store.folder, "transfers", wait=True)
+    assert claim is not None, "it was waited for"
+    try:
         yield
+    finally:
+        claim.release()
 
 
 async def settle(store: PayerStore, ledger: LedgerClient, key: PrivateKey) -> Earlier | None:

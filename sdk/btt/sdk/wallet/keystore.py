@@ -63,7 +63,13 @@ class _Header:
 
     def key(self, password: str) -> bytes:
         # NFKC: the same password typed on another system may come as other code points.
-        typed = unicodedata.normalize("NFKC", password).encode()
+        try:
+            typed = unicodedata.normalize("NFKC", password).encode()
+        except UnicodeEncodeError:
+            raise ConfigError(
+                "The password is not valid text in this environment's encoding.",
+                hint="Write it in UTF-8.",
+            ) from None
         limit = self.memory() + 128 * self.r * (self.p + 2) + 2**20
         try:
             return hashlib.scrypt(typed, salt=self.salt, n=self.n, r=self.r, p=self.p, maxmem=limit, dklen=32)
