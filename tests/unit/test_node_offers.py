@@ -10,10 +10,10 @@ from btt.node.offers import OfferContent, Offers, OfferServicer
 from btt.node.payments.store import PayeeStore
 from btt.proto.offer.v1 import offer_pb2
 from btt.sdk.channel import Line, Price
-from btt.sdk.errors import StorageError
+from btt.sdk.errors import InvalidRequest, StorageError
 from btt.sdk.identity import ChannelTerms, Offer
 from btt.sdk.keys import PrivateKey
-from btt.sdk.money import Rate, Unit
+from btt.sdk.money import SUPPLY, Rate, Unit
 
 HOUR = 3_600_000
 LINE = Line("acme.v1.Service", Unit.BYTE)
@@ -159,3 +159,13 @@ async def test_an_offer_that_cannot_be_kept_is_not_used(bench, monkeypatch):
     assert offers.usable() == [first]
     monkeypatch.undo()
     assert (await offers.current()).serial == 2
+
+
+async def test_an_offer_whose_channels_lock_more_than_there_is_is_malformed(bench):
+    async def opened(amount: int) -> Offer:
+        terms = replace(CONTENT.terms, min_amount=amount)
+        return await (await bench.start(replace(CONTENT, terms=terms))).current()
+
+    assert (await opened(SUPPLY)).terms.min_amount == SUPPLY
+    with pytest.raises(InvalidRequest, match="more than there is"):
+        await opened(SUPPLY + 1)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from btt.sdk.budget import Budget
-from btt.sdk.errors import BudgetExceeded, StorageError
+from btt.sdk.errors import BudgetExceeded, InvalidRequest, StorageError
 from btt.sdk.keys import Address
 from btt.sdk.money import Amount
 from btt.sdk.payment.store import PayerStore, StoredChannel
@@ -123,6 +123,17 @@ def test_a_lowered_budget_binds_those_within_it(store: PayerStore) -> None:
     store.add_channel(channel(1, deposit=80), GRANTED)
     store.declare(Budget(Amount(GRANTED), "films", within=Budget(Amount(7), "app")))
     assert store.adopt(bytes([1]) * 32, "films", GRANTED).cap == 7
+
+
+def test_what_a_hostile_price_asks_for_is_not_covered(store: PayerStore) -> None:
+    with pytest.raises(BudgetExceeded):
+        store.check("films", GRANTED, 10**30)
+
+
+def test_a_budget_without_a_name_is_fresh_and_one_with_an_empty_name_is_none() -> None:
+    assert Budget("1 BTT").name != Budget("1 BTT").name
+    with pytest.raises(InvalidRequest, match="name"):
+        Budget("1 BTT", name="")
 
 
 def test_books_whose_folder_cannot_be_used_are_a_typed_error(tmp_path: Path) -> None:

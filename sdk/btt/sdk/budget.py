@@ -25,7 +25,7 @@ class Budget:
             clients share by its name; settled for good when this budget is used first.
 
     Raises:
-        InvalidRequest: The total is no amount, or the budget is within itself.
+        InvalidRequest: The total is no amount, the name is empty, or the budget is within itself.
     """
 
     total: Amount | str
@@ -38,6 +38,8 @@ class Budget:
         except (ValueError, TypeError) as error:
             raise InvalidRequest(f"{self.total!r} is no budget: write an amount such as 5 BTT.") from error
         object.__setattr__(self, "total", amount)
+        if not self.name:
+            raise InvalidRequest("A budget's name cannot be empty.", hint="Leave it out for a fresh budget.")
         above = self.within
         while above is not None:
             if above.name == self.name:

@@ -165,6 +165,8 @@ class Offer:
             raise IdentityError("The offer is not signed by the node's key.") from SignatureInvalid("offer")
         if proto.serial > _MAX_SERIAL:
             raise InvalidRequest("The offer's serial is out of range.")
+        if proto.terms.min_amount > SUPPLY:
+            raise InvalidRequest("The offer asks for channels that lock more than there is.")
         if not proto.issued_at_ms <= proto.valid_until_ms <= proto.issued_at_ms + MAX_OFFER_LIFE_MS:
             raise InvalidRequest("The offer is valid for longer than a day, or never.")
         if not proto.issued_at_ms - CLOCK_TOLERANCE_MS <= now_ms <= proto.valid_until_ms + CLOCK_TOLERANCE_MS:

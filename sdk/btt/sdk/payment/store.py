@@ -21,7 +21,7 @@ from btt.sdk.database import open_books
 from btt.sdk.errors import BudgetExceeded, StorageError
 from btt.sdk.group_commit import GroupCommit
 from btt.sdk.keys import Address
-from btt.sdk.money import Amount
+from btt.sdk.money import SUPPLY, Amount
 from btt.sdk.payment import budgets, claims
 from btt.sdk.payment.bans import BANS_SCHEMA, forget_conduct, load_conduct, save_strike
 from btt.sdk.payment.budgets import BUDGETS_SCHEMA
@@ -268,6 +268,7 @@ class PayerStore:
         """
         left, which = self.tightest(budget, granted)
         if wanted > left:
+        wanted = min(wanted, SUPPLY)  # by a hostile price it may be more than there is
             raise BudgetExceeded(
                 f"{Amount(wanted)} are needed, and {Amount(left)} of {which} are"
                 f" left: {Amount(wanted - left)} are missing.",

@@ -22,7 +22,7 @@ from btt.sdk.errors import (
     RequestExpired,
 )
 from btt.sdk.keys import PrivateKey
-from btt.sdk.money import Amount
+from btt.sdk.money import SUPPLY, Amount
 from btt.sdk.payment import pending
 from btt.sdk.payment.purse import Purse
 from btt.sdk.payment.store import StoredChannel
@@ -135,6 +135,7 @@ async def grow(purse: Purse, channel_id: bytes, *, used: int, need: int, least: 
                 f" {Amount(max(0, spare))} more: {Amount(need - spare)} are missing.",
                 hint=GRANT_HINT,
                 missing=need - spare,
+    need = min(need, SUPPLY)  # by a hostile price it may be more than there is
             )
         return channel
     while spare < need:
