@@ -6,6 +6,7 @@ import asyncio
 import re
 import sqlite3
 import sys
+from contextlib import closing
 
 import pytest
 
@@ -24,7 +25,7 @@ from btt.sdk.errors import (
 )
 from btt.sdk.keys import PrivateKey
 from btt.sdk.ledger import LedgerClient
-from btt.sdk.money import BTT
+from btt.sdk.money import BTT, SUPPLY
 from btt.sdk.payment import pending, topups
 from btt.sdk.payment.history import known_endpoint, trust_endpoint
 from btt.sdk.payment.purse import Purse
@@ -282,6 +283,19 @@ async def test_a_budget_that_was_lowered_binds_what_is_locked_already(probe, eco
         with pytest.raises(BudgetExceeded):
             await btt.session(UNIT)
     assert (await economy.ledger.account(wallet.account)).available == 100 * BTT - OWED(3 * RUN)
+
+
+@pytest.mark.parametrize("amount", [0, SUPPLY, SUPPLY + 1])
+async def test_a_top_up_that_cannot_be_is_said_and_leaves_nothing(probe, economy, amount):
+    wallet = await economy.wallet()
+    async with named(economy, probe, wallet, "1 BTT") as btt:
+        session = await btt.session(UNIT)
+        with closing(PayerStore(wallet.folder)) as store:
+            owner = Purse(wallet.account, store, economy.ledger, economy.clock)
+            with pytest.raises(InvalidRequest, match="no more than there is"):
+                await topups.top_up(owner, session.payer.channel_id, amount)
+            assert await topups.resume(owner) == []
+            assert pending.pending(store, economy.ledger.ledger_id) == []
 
 
 async def test_a_request_that_came_too_late_is_made_again(probe, economy, monkeypatch):

@@ -11,6 +11,9 @@ import secrets
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from btt.sdk.errors import InvalidRequest
+from btt.sdk.money import SUPPLY
+
 if TYPE_CHECKING:
     from btt.sdk.payment.store import PayerStore
 
@@ -69,7 +72,10 @@ def begin(
 
     Raises:
         BudgetExceeded: The budget does not cover it.
+        InvalidRequest: The amount is none.
     """
+    if not 0 < amount <= SUPPLY:
+        raise InvalidRequest("A top-up adds at least one base unit, and no more than there is.")
     request = PendingTopUp(secrets.token_bytes(16), channel_id, amount, valid_until_ms, budget)
     with store.books() as db:
         if budget:

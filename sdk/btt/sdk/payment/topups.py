@@ -18,6 +18,7 @@ from btt.sdk.errors import (
     ChannelExpired,
     ChannelUnknown,
     InsufficientFunds,
+    InvalidRequest,
     LedgerError,
     RequestExpired,
 )
@@ -30,7 +31,14 @@ from btt.sdk.payment.store import StoredChannel
 VALID_MS: Final = 60_000
 """How long the ledger may take a top-up: while that lasts, its outcome may be unknown."""
 GRANT_HINT: Final = "Ask the wallet's owner for another grant: `btt wallet grant`. What arrived is kept."
-_FINAL: Final = (InsufficientFunds, ChannelUnknown, ChannelExpired, ChannelClosing, ChannelClosed)
+_FINAL: Final = (
+    InsufficientFunds,
+    InvalidRequest,
+    ChannelUnknown,
+    ChannelExpired,
+    ChannelClosing,
+    ChannelClosed,
+)
 """Refusals that no later try of the same request can turn into a success."""
 
 
@@ -40,12 +48,13 @@ async def top_up(purse: Purse, channel_id: bytes, amount: int) -> None:
     Args:
         purse: What pays; without a budget the owner does, and no budget may spend it yet.
         channel_id: 32 bytes.
-        amount: Base units.
+        amount: Base units, at least 1.
 
     Raises:
         AccountKeyNeeded: Here is a grant only.
         BudgetExceeded: The budget does not cover it.
         InsufficientFunds: The account does not.
+        InvalidRequest: It is nothing, or more than there is.
         ChannelExpired, ChannelClosing, ChannelClosed, TermsRefused: The ledger refuses.
         LedgerUnreachable: No answer; the amount stays reserved until `resume` has heard one.
     """
@@ -76,12 +85,13 @@ async def _ask(account: PrivateKey, purse: Purse, request: pending.PendingTopUp)
             request.request_id,
             valid_until_ms=request.valid_until_ms,
         )
-    except _FINAL:
-        pending.settle(purse.store, request, happened=False)
-        raise
     except RequestExpired:
         await purse.ledger.info()
         if purse.ledger.now_ms() >= request.valid_until_ms:
+            pending.settle(purse.store, request, happened=False)
+        raise
+    except _FINAL as refusal:
+        if refusal.by == "ledger":
             pending.settle(purse.store, request, happened=False)
         raise
     pending.settle(purse.store, request, happened=True)
@@ -102,7 +112,7 @@ async def resume(purse: Purse, channel_id: bytes | None = None) -> list[pending.
     """
     happened = []
     for request in pending.pending(purse.store, purse.ledger.ledger_id, channel_id):
-        with contextlib.suppress(LedgerError, RequestExpired):
+        with contextlib.suppress(InvalidRequest, LedgerError):
             await _ask(purse.account, purse, request)
             happened.append(request)
     return happened
@@ -125,6 +135,7 @@ async def grow(purse: Purse, channel_id: bytes, *, used: int, need: int, least: 
         BudgetExceeded: The budget does not reach for `least`; says what is missing for `need`.
         BttError: As `top_up`.
     """
+    need = min(need, SUPPLY)  # by a hostile price it may be more than there is
     await resume(purse, channel_id)
     channel = purse.store.adopt(channel_id, purse.budget, purse.granted, used)
     spare = channel.cap - used
@@ -135,7 +146,6 @@ async def grow(purse: Purse, channel_id: bytes, *, used: int, need: int, least: 
                 f" {Amount(max(0, spare))} more: {Amount(need - spare)} are missing.",
                 hint=GRANT_HINT,
                 missing=need - spare,
-    need = min(need, SUPPLY)  # by a hostile price it may be more than there is
             )
         return channel
     while spare < need:
