@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import stat
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -124,3 +125,15 @@ def test_a_grant_stands_for_wallet_node_and_ledger(
     monkeypatch.setenv("BTT_LEDGER", str(grant.ledger))
     with pytest.raises(ConfigError, match="No budget"):
         kind.connect(str(grant.node), wallet=wallet)
+
+
+def test_programs_that_share_a_grant_may_begin_its_books_at_once(
+    grant: Grant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with closing(PayerStore(grant.folder)) as one, closing(PayerStore(grant.folder)) as two:
+        grant.begin_books(one)
+        one.learn_signed(grant.channel_id, 3)
+        with monkeypatch.context() as patch:  # it looked before the other one had written
+            patch.setattr(PayerStore, "find", lambda *_: None)
+            grant.begin_books(two)
+        assert two.get(grant.channel_id).signed == 3

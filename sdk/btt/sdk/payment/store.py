@@ -217,7 +217,8 @@ class PayerStore:
             self.check(channel.budget, granted, channel.cap - channel.base)
             c = channel
             self._db.execute(
-                f"INSERT INTO channels({_CHANNEL_COLUMNS}) VALUES(?,?,?,?,?,?,?,?,?,?,?,?,?)",
+                f"INSERT INTO channels({_CHANNEL_COLUMNS}) VALUES(?,?,?,?,?,?,?,?,?,?,?,?,?)"
+                " ON CONFLICT DO NOTHING",  # programs that share a grant all begin its books
                 (
                     c.channel_id, c.ledger_id, c.node.data, c.commit, c.refund_signature, c.deposit,
                     c.expires_ms, c.signed, c.budget, c.base, c.cap, c.state, c.kept_ms,
@@ -267,8 +268,8 @@ class PayerStore:
             BudgetExceeded: It does not.
         """
         left, which = self.tightest(budget, granted)
-        if wanted > left:
         wanted = min(wanted, SUPPLY)  # by a hostile price it may be more than there is
+        if wanted > left:
             raise BudgetExceeded(
                 f"{Amount(wanted)} are needed, and {Amount(left)} of {which} are"
                 f" left: {Amount(wanted - left)} are missing.",
