@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from btt.sdk import Budget, Client
 from btt.sdk.channel import Price
-from btt.sdk.errors import BudgetExceeded, InvalidRequest, NoProviders, RateLimited
+from btt.sdk.errors import BudgetExceeded, InvalidRequest, LedgerUnreachable, NoProviders, RateLimited
 from btt.sdk.money import Rate, Unit
 from kit.probe import BILL_PRICES, BYTES, CALL_PRICES, ROWS, Bills, Calls, Probe, pb, rpc
 
@@ -208,3 +211,19 @@ async def test_what_is_free_costs_nothing(node, economy):
     async with economy.client(node, await economy.wallet()) as btt:
         cost = await btt.service(rpc.ProbeServiceStub, budget="1 BTT").estimate_call("Free", pb.Ask())
         assert (cost.least, cost.most, cost.rates) == (0, 0, {})
+
+
+async def test_a_ledger_that_is_away_costs_no_open_files(economy, tmp_path):
+    ledger = replace(economy.running.address, port=1)
+    btt = Client.connect(
+        "127.0.0.1:1", budget=Budget("1 BTT"), ledger=str(ledger), wallet=await economy.wallet()
+    )
+    async with btt:
+
+        async def files_after_a_try() -> int:
+            with pytest.raises(LedgerUnreachable):
+                await btt.ledger()
+            return len(list(Path("/dev/fd").iterdir()))
+
+        before = await files_after_a_try()
+        assert {await files_after_a_try() for _ in range(3)} == {before}

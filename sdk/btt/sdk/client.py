@@ -259,10 +259,13 @@ class Client:
         """Returns the ledger, proven."""
         async with self._dialling:
             if self._ledger is None:
-                receipts = EvidenceStore(self._wallet.folder / RECEIPTS)
-                self._stack.callback(receipts.close)
-                connecting = LedgerClient.connect(self._ledger_address, keeper=receipts)
-                self._ledger = ledger = await self._stack.enter_async_context(connecting)
+                async with AsyncExitStack() as opening:
+                    receipts = EvidenceStore(self._wallet.folder / RECEIPTS)
+                    opening.callback(receipts.close)
+                    connecting = LedgerClient.connect(self._ledger_address, keeper=receipts)
+                    ledger = await opening.enter_async_context(connecting)
+                    self._stack.push_async_exit(opening.pop_all())
+                self._ledger = ledger
                 self._keeper = Keeper(self._purse(ledger), self._live)
                 nodes = frozenset(p.address.node for p in self.providers if p.address.node is not None)
                 # Idle channels of our own nodes are for the sessions that are about to open.
