@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import json
+import os
 import sqlite3
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -164,6 +165,21 @@ async def test_another_transfer_settles_the_one_before_it_first(world: World) ->
     assert sent["earlier"]["amount"] == "100"
     assert await world.holds(BOB, CAROL, world.key) == [100, 7, ISSUE - 107]
     assert world.under_way() == 0
+
+
+async def test_one_with_another_memo_is_another_transfer(world: World) -> None:
+    def send(memo: bytes, code: int = 0) -> Awaitable[tuple[Any, str]]:
+        words = ("wallet", "transfer", str(BOB.address), "100 base units", "--memo", os.fsdecode(memo))
+        return world.run(*words, code=code)
+
+    world.line.loses = "answers"
+    await send(b"invoice 1", 4)
+    world.line.loses = ""
+    sent, note = await send(b"invoice \xb2")
+    assert "went through" in note
+    assert "nothing more" not in note
+    assert sent["entry"] != sent["earlier"]["entry"]
+    assert await world.holds(BOB) == [200]
 
 
 @pytest.mark.parametrize("where", ["requests", "answers"])

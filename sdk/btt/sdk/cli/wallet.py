@@ -150,7 +150,7 @@ def transfer(
     folder = wallet_folder(wallet)
     receiver = parsed(Address.parse, to, "TO")
     value = parsed(Amount.parse, amount, "AMOUNT")
-    note = memo.encode()
+    note = memo.encode(errors="surrogateescape").ljust(32, b"\0")
     if len(note) > 32:
         raise typer.BadParameter("at most 32 bytes", param_hint="--memo")
     opened = open_wallet(folder)
@@ -165,11 +165,11 @@ def transfer(
             if earlier is not None:
                 typer.echo(_what_became_of(earlier), err=True)
                 before = earlier.request
-                if earlier.receipt is not None and (before.recipient, before.amount) == (receiver, value):
+                is_this = (before.recipient, before.amount, before.memo) == (receiver, value, note)
+                if earlier.receipt is not None and is_this:
                     typer.echo("That is what was asked for now; nothing more was sent.", err=True)
                     return earlier.receipt, earlier
-            padded = note.ljust(32, b"\0")
-            return await transfers.send(store, client, key, receiver, int(value), padded), earlier
+            return await transfers.send(store, client, key, receiver, int(value), note), earlier
 
     with closing(PayerStore(folder)) as store, transfers.alone(store):
         receipt, earlier = asyncio.run(move(store))
