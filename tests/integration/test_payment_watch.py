@@ -122,3 +122,18 @@ async def test_what_a_busy_channel_was_saving_when_it_closed_is_paid_and_no_arre
         assert record.arrears == live.payee.standing.written_off == 2
         btt.providers[0].live = None
         await session.abandon()
+
+
+async def test_a_channel_has_one_lock_while_somebody_waits_for_it(paid):
+    locks, channel = paid.sessions.lock, paid.channel_id
+    held = locks(channel)
+    await held.acquire()
+    waiting = asyncio.create_task(locks(channel).acquire())
+    await asyncio.sleep(0)
+    held.release()  # free for a moment, until the one that waits runs
+    others = [locks(number.to_bytes(32, "big")) for number in range(5000)]
+    assert locks(channel) is held
+    assert await waiting
+    held.release()
+    del others, held, waiting
+    assert len(paid.sessions._opening) == 0, "it keeps none that nobody has"

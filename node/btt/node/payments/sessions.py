@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from weakref import WeakValueDictionary
 
 from btt.node.payments.bans import Bans, Failure
 from btt.node.payments.lent import save_lent
@@ -71,7 +72,8 @@ class Sessions:
         self._books: dict[Address, PayerBook] = {}
         self._by_token: dict[bytes, Session] = {}
         self._by_channel: dict[bytes, Session] = {}
-        self._opening: dict[bytes, asyncio.Lock] = {}
+        # A lock is there as long as somebody has it or waits for it: a second one would let two in at once.
+        self._opening: WeakValueDictionary[bytes, asyncio.Lock] = WeakValueDictionary()
         self._none = asyncio.Event()
         self._none.set()
 
@@ -115,8 +117,6 @@ class Sessions:
 
     def lock(self, channel_id: bytes) -> asyncio.Lock:
         """Returns the lock under which a channel's sessions begin and end."""
-        if len(self._opening) > 4096:
-            self._opening = {key: lock for key, lock in self._opening.items() if lock.locked()}
         return self._opening.setdefault(channel_id, asyncio.Lock())
 
     async def open(
