@@ -113,6 +113,7 @@ async def test_the_life_of_channels(world: World) -> None:
     await world.run("channel", "close", second, fails=1)  # its lock time has not come
     closing = await world.run("channel", "close", first)
     assert (closing["phase"], closing["deadline_ms"]) == ("closing", START + WINDOW)
+    assert await world.run("channel", "close", first) == closing, "as after an answer that was lost"
     assert await world.run("channel", "refund") == []
     world.now_ms = START + HOUR
     due = await world.run("channel", "refund")
@@ -120,6 +121,7 @@ async def test_the_life_of_channels(world: World) -> None:
     world.now_ms += WINDOW
     assert [one["phase"] for one in await world.run("channel", "refund")] == ["closed"]
     assert await world.run("channel", "list") == []
+    assert "is closed" in await world.said("channel", "close", first)
     assert len(await world.run("channel", "list", "--all")) == 2
     assert (await world.said("channel", "list", "--all")).count(" UTC, 0 BTT paid\n") == 2
     much = await world.said("wallet", "transfer", str(BOB.address), "1 BTT", "--yes", fails=5)

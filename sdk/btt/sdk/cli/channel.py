@@ -253,12 +253,16 @@ def close(
 
     async def ask(client: LedgerClient, key: PrivateKey, purse: Purse) -> dict[str, Any]:
         state = await _one(client, key, channel)
-        await client.request_close(state.channel_id, key)
+        if _PHASES.get(state.phase) == "open":  # else it was asked before, and the answer may have been lost
+            await client.request_close(state.channel_id, key)
         return channel_fields(await look(purse, state.channel_id))
 
     found = with_purse(ledger, wallet, ask)
     if as_json:
         typer.echo(json.dumps(found))
+        return
+    if found["phase"] == "closed":
+        typer.echo("The channel is closed; the rest is back.")
         return
     typer.echo(f"The node may show its last payment until {moment(found['deadline_ms'])};")
     typer.echo("after that the rest comes back by itself.")
