@@ -10,7 +10,14 @@ import pytest
 
 from btt.sdk import Budget, Client
 from btt.sdk.channel import Price
-from btt.sdk.errors import BudgetExceeded, InvalidRequest, LedgerUnreachable, NoProviders, RateLimited
+from btt.sdk.errors import (
+    BudgetExceeded,
+    ConfigError,
+    InvalidRequest,
+    LedgerUnreachable,
+    NoProviders,
+    RateLimited,
+)
 from btt.sdk.money import Rate, Unit
 from kit.probe import BILL_PRICES, BYTES, CALL_PRICES, ROWS, Bills, Calls, Probe, pb, rpc
 
@@ -227,3 +234,16 @@ async def test_a_ledger_that_is_away_costs_no_open_files(economy, tmp_path):
 
         before = await files_after_a_try()
         assert {await files_after_a_try() for _ in range(3)} == {before}
+
+
+async def test_a_client_is_of_no_use_after_its_block_until_it_is_entered_again(node, economy):
+    btt = economy.client(node, await economy.wallet())
+    for _ in range(2):
+        async with btt:
+            await btt.session(10)
+        for use in (btt.node, btt.ledger, btt.purse, lambda: btt.session(10)):
+            with pytest.raises(ConfigError, match="not open"):
+                await use()
+    async with btt:
+        pass
+    assert len(btt.receipts) == 2

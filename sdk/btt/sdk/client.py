@@ -225,8 +225,10 @@ class Client:
                 await provider.abandon()
             await self._stop_keeping(tidy=kind is None)
             await self._stack.aclose()
-        if kind is None and self._keeper is not None and self._keeper.disputes:
-            raise self._keeper.disputes[0]
+            keeper, self._keeper = self._keeper, None
+            self._store = self._ledger = self._keeping = None
+        if kind is None and keeper is not None and keeper.disputes:
+            raise keeper.disputes[0]
 
     async def _close_sessions(self) -> None:
         if len(self.providers) == 1:
@@ -260,7 +262,7 @@ class Client:
         async with self._dialling:
             if self._ledger is None:
                 async with AsyncExitStack() as opening:
-                    receipts = EvidenceStore(self._wallet.folder / RECEIPTS)
+                    receipts = EvidenceStore(self.books.folder / RECEIPTS)  # of an open client
                     opening.callback(receipts.close)
                     connecting = LedgerClient.connect(self._ledger_address, keeper=receipts)
                     ledger = await opening.enter_async_context(connecting)
