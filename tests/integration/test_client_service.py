@@ -18,7 +18,7 @@ from btt.sdk.errors import (
     NoProviders,
     RateLimited,
 )
-from btt.sdk.money import Rate, Unit
+from btt.sdk.money import BTT, SUPPLY, Rate, Unit
 from kit.probe import BILL_PRICES, BYTES, CALL_PRICES, ROWS, Bills, Calls, Probe, pb, rpc
 
 ROW = Rate(1, 1, Unit.COUNT)
@@ -247,3 +247,22 @@ async def test_a_client_is_of_no_use_after_its_block_until_it_is_entered_again(n
     async with btt:
         pass
     assert len(btt.receipts) == 2
+
+
+async def test_a_price_beyond_all_there_is_is_never_paid_and_no_crash(economy):
+    dear = {line: Price(Rate(SUPPLY, 1, line.unit), price.verify_units) for line, price in PRICES.items()}
+    node = await economy.node(
+        lambda r: rpc.add_ProbeServiceServicer_to_server(Probe(), r), dear, strangers_units=0
+    )
+    wallet = await economy.wallet()
+    ask = pb.Ask(messages=1, size=2, max_rows=2)
+    async with economy.client(node, wallet) as btt:
+        service = btt.service(rpc.ProbeServiceStub, budget="1 BTT")
+        assert await service.estimate({Unit.COUNT: 2}) == SUPPLY
+        assert (await service.estimate_call("Query", ask)).most == SUPPLY
+        with pytest.raises(BudgetExceeded):
+            async with service as stub:
+                [_ async for _ in stub.Query(ask)]
+        with pytest.raises(BudgetExceeded):
+            await btt.session(2 * SUPPLY)
+    assert (await economy.ledger.account(wallet.account)).available == 100 * BTT

@@ -75,6 +75,15 @@ class Amount(int):
             raise ValueError(f'"{text}" has more than {DECIMALS} decimals; one base unit is 0.000001 BTT')
         return cls(int(whole) * BTT + int(fraction.ljust(DECIMALS, "0")))
 
+    @classmethod
+    def capped(cls, value: int) -> Amount:
+        """Returns an amount, or all there is where a stranger's price asks for more.
+
+        Args:
+            value: Base units, not negative.
+        """
+        return cls(min(value, SUPPLY))
+
     def __str__(self) -> str:
         whole, rest = divmod(int(self), BTT)
         decimals = f".{rest:0{DECIMALS}d}".rstrip("0") if rest else ""

@@ -71,7 +71,8 @@ class Bound:
         cost = sum(self._rates[line].owed(units) for line, units in wanted.items())
         if cost > self.limit:
             raise BudgetExceeded(
-                f"{self._what} is {Amount(self.limit)}; its next message could bring that to {Amount(cost)}.",
+                f"{self._what} is {Amount(self.limit)}; its next message could bring that to"
+                f" {Amount.capped(cost)}.",
                 hint="Allow more, or ask for less.",
             )
         self._held.update(dict(steps))
@@ -137,7 +138,7 @@ class Service(Generic[StubT]):
         rates = await self.rates()
         if unknown := units.keys() - rates.keys():
             raise InvalidRequest(f"{self.name} does not charge per {unknown.pop().name}.")
-        return Amount(sum(rates[unit].owed(count) for unit, count in units.items()))
+        return Amount.capped(sum(rates[unit].owed(count) for unit, count in units.items()))
 
     async def estimate_call(self, method: str, *requests: Message) -> Estimate:
         """Returns what one call will cost; free of charge.

@@ -64,7 +64,11 @@ def estimate(charge: MethodCharge, rates: Mapping[Line, Rate], requests: Sequenc
     whole = {line: asked.get(line, 0) + (answered.get(line) or 0) for line in {**asked, **answered}}
     return Estimate(
         # Rounding is upwards on the sum of all calls, so that one may cost less than its share.
-        least=Amount(sum(units * rates[line].amount // rates[line].per for line, units in certain.items())),
-        most=Amount(sum(rates[line].owed(units) for line, units in whole.items())) if is_bounded else None,
+        least=Amount.capped(
+            sum(units * rates[line].amount // rates[line].per for line, units in certain.items())
+        ),
+        most=Amount.capped(sum(rates[line].owed(units) for line, units in whole.items()))
+        if is_bounded
+        else None,
         rates={field.line.unit: rates[field.line] for field in charge.fields},
     )

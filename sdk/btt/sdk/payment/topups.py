@@ -135,7 +135,7 @@ async def grow(purse: Purse, channel_id: bytes, *, used: int, need: int, least: 
         BudgetExceeded: The budget does not reach for `least`; says what is missing for `need`.
         BttError: As `top_up`.
     """
-    need = min(need, SUPPLY)  # by a hostile price it may be more than there is
+    need = min(need, SUPPLY - used)  # by a hostile price it may be more than there is
     await resume(purse, channel_id)
     channel = purse.store.adopt(channel_id, purse.budget, purse.granted, used)
     spare = channel.cap - used
