@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import socket
 
 import pytest
 from cryptography import x509
@@ -49,3 +50,11 @@ def test_a_certificate_that_names_no_node_is_refused(pem):
 async def test_what_is_no_host_name_is_not_dialled(host):
     with pytest.raises(ConnectError, match="host name"):
         await read_certificate(host, 7800)
+
+
+async def test_silence_is_said():
+    with (
+        socket.create_server(("127.0.0.1", 0)) as silent,
+        pytest.raises(ConnectError, match=r"\(timed out\)"),
+    ):
+        await read_certificate("127.0.0.1", silent.getsockname()[1], timeout=0.01)

@@ -116,7 +116,7 @@ async def read_certificate(host: str, port: int, *, timeout: float = 5.0) -> byt
             finally:
                 writer.transport.abort()
     except (OSError, TimeoutError) as error:
-        raise ConnectError(f"Nobody answers at {host}:{port} ({error or 'timed out'}).") from error
+        raise ConnectError(f"Nobody answers at {host}:{port} ({str(error) or 'timed out'}).") from error
     if not der:
         raise ConnectError(f"{host}:{port} showed no certificate.")
     return ssl.DER_cert_to_PEM_cert(der).encode("ascii")
