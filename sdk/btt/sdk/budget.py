@@ -20,7 +20,7 @@ class Budget:
     Args:
         total: Such as "5 BTT", or base units.
         name: Budgets of one name in one wallet share what they spend, over restarts and
-            processes; without a name the budget is fresh.
+            processes, and the total that was said last holds; without a name the budget is fresh.
         within: A budget that pays for this one, too, such as that of the application which all of its
             clients share by its name; settled for good when this budget is used first.
 
