@@ -227,6 +227,7 @@ def test_an_infohash_is_read(text: str) -> None:
         f"magnet:?xt=urn:btmh:1620{H.hex()}",
         f"magnet:?xt=urn:btmh:1220{H.hex()}&xt=urn:btmh:1220{'ab' * 32}",
         "magnet:?" + "&".join(["a=b"] * 2000),
+        f"magnet://[?xt=urn:btmh:1220{H.hex()}",
     ],
 )
 def test_what_is_no_v2_infohash_is_refused(text: str) -> None:

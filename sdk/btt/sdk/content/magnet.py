@@ -27,11 +27,10 @@ def parse_infohash(text: str) -> bytes:
     text = text.strip()
     if not text.lower().startswith("magnet:"):
         return _digest(text)
-    query = urllib.parse.urlsplit(text).query
     try:
-        fields = urllib.parse.parse_qsl(query, max_num_fields=1000)
+        fields = urllib.parse.parse_qsl(urllib.parse.urlsplit(text).query, max_num_fields=1000)
     except ValueError as bad:
-        raise InvalidRequest("The magnet link has too many parameters.") from bad
+        raise InvalidRequest(f"The magnet link cannot be read: {bad}.") from bad
     # A link with several topics numbers them: xt.1, xt.2 (BEP 9).
     topics = [value for name, value in fields if name == "xt" or name.startswith("xt.")]
     found = {_digest(t[len(_TOPIC) :]) for t in topics if t.lower().startswith(_TOPIC)}
