@@ -166,6 +166,44 @@ def test_a_folder_resumes_file_by_file(tmp_path: Path) -> None:
     assert everything(out) == everything(tmp_path / "source")
 
 
+def test_a_part_that_is_removed_meanwhile_is_not_made_again_without_what_it_held(tmp_path: Path) -> None:
+    torrent = folder(tmp_path)
+    out = tmp_path / "out"
+    large = max(torrent.files, key=lambda f: f.length)
+    data = data_of(large.length)
+    with Destination(out, torrent) as place:
+        place.scan()
+        put(place, large.index, 0, run_of(data, 0))
+    with Destination(out, torrent) as place:
+        place.scan()
+        place.part_path(large.index).unlink()
+        with pytest.raises(StorageError, match="was removed meanwhile"):
+            put(place, large.index, 1, run_of(data, 1))
+    with Destination(out, torrent) as place:
+        place.scan()
+        fill(place, torrent, large.index, data)
+        assert place.finish(large.index).read_bytes() == data
+
+
+def test_small_files_that_come_faster_than_they_are_named_do_not_use_up_the_descriptors(
+    tmp_path: Path,
+) -> None:
+    root = tmp_path / "source" / "album"
+    root.mkdir(parents=True)
+    for at in range(300):
+        (root / f"{at}").write_bytes(b"%d" % at)
+    torrent = torrent_of(root)
+    before = len(list(Path("/dev/fd").iterdir()))
+    with Destination(tmp_path / "out", torrent) as place:
+        place.scan()
+        for entry in torrent.files:
+            fill(place, torrent, entry.index, entry.path[-1].encode())
+        assert len(list(Path("/dev/fd").iterdir())) < before + 150
+        for entry in torrent.files:
+            assert place.finish(entry.index).read_bytes() == entry.path[-1].encode()
+    assert everything(tmp_path / "out") == everything(tmp_path / "source")
+
+
 def test_holes_of_a_large_part_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = data_of(3 * RUN)
     torrent = single(tmp_path, data)

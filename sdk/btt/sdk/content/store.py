@@ -21,10 +21,13 @@ from types import TracebackType
 from btt.sdk.content import files, paths
 from btt.sdk.content.direct import DirectWriter
 from btt.sdk.content.torrent import RUN, Torrent
-from btt.sdk.errors import BttError, ConfigError
+from btt.sdk.errors import BttError, ConfigError, StorageError
 
 Progress = Callable[[int, int], None]
 """Called with the bytes looked at and the bytes in all; what it raises ends the work."""
+
+_MOST_OPEN = 64
+"""Parts that stay open: those of small files come faster than a disk syncs and names them."""
 
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _WRITE = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -59,6 +62,7 @@ class Destination:
         # One flag a run; None: not looked at yet.
         self._have: list[bytearray | None] = [None] * len(torrent.files)
         self._final = [False] * len(torrent.files)
+        self._begun = [False] * len(torrent.files)
         self._parts: dict[int, _Part] = {}
         self._changed = threading.Condition()
         self._scanning = threading.Lock()
@@ -345,9 +349,16 @@ class Destination:
                 return None
             part = self._parts.get(file)
             if part is None:
-                fd = self._open_part(file, create=create)
+                # Made a second time it would lack what is counted as there.
+                fd = self._open_part(file, create=create and not self._begun[file])
                 if fd is None:
+                    if self._begun[file]:
+                        raise StorageError(f"{self.part_path(file)} was removed meanwhile.")
                     return None
+                self._begun[file] = True
+                if len(self._parts) >= _MOST_OPEN:
+                    for idle in [other for other, open_ in self._parts.items() if not open_.writers]:
+                        self._release(idle)
                 part = self._parts[file] = _Part(fd)
             part.writers += writing
             return part
