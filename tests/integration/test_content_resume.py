@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 
 from btt.sdk.channel import Price
+from btt.sdk.cli import content as cli
 from btt.sdk.content.feed import LINE
 from btt.sdk.content.resuming import ResumeToken
 from btt.sdk.errors import BudgetExceeded, InvalidRequest, NoProviders
-from btt.sdk.money import Rate
+from btt.sdk.money import Amount, Rate
 from btt.sdk.selection import Cause
 from kit.economy import CONTENT_PRICE, RUN, content
 
@@ -55,6 +56,26 @@ async def test_it_never_costs_more_than_was_agreed(begun, economy, tmp_path):
                 pass
     assert refused.value.counts == {Cause.DEAR: 1}
     assert btt.receipts == []
+
+
+async def test_a_person_who_said_yes_to_a_price_pays_no_more_whatever_the_token_allows(
+    economy, tmp_path, monkeypatch
+):
+    node, infohashes = await economy.content_node({"film": DATA})
+    dear = Rate.parse("100 BTT / GiB")
+    token = ResumeToken(infohash=infohashes["film"], first=(), rate=dear, nodes=(node.address,))
+
+    def say_yes(question):
+        assert question == f"Spend up to {Amount(RATE.owed(len(DATA)))}?"
+        economy.clock.ahead_ms += 2 * 3600_000  # the offer that was shown ends meanwhile
+        node.sign({LINE: Price(dear, RUN)})
+        return True
+
+    monkeypatch.setattr(cli, "confirmed", say_yes)
+    client = economy.client(node, await economy.wallet())
+    with pytest.raises(NoProviders, match="1 too dear"):
+        await cli.buy(client, token.infohash, tmp_path, Amount(10**6), ask=True, quiet=True, token=token)
+    assert client.receipts == []
 
 
 async def test_a_token_cannot_name_what_is_not_there(begun, economy, tmp_path):

@@ -6,7 +6,7 @@ import asyncio
 import json
 import shlex
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -332,8 +332,11 @@ async def buy(
         if ask and not confirmed(f"Spend up to {min(found.cost, granted)}?"):
             return None
         with render.showing(live=not quiet and render.is_terminal()) as show:
-            again = btt.content.fetch(found, dest) if token is None else btt.content.resume(token, dest)
-            async with again as transfer:
+            if token is None:
+                going = btt.content.fetch(found, dest)
+            else:  # it asks again; the price of now is what the person has seen
+                going = btt.content.resume(replace(token, rate=found.rate), dest)
+            async with going as transfer:
                 begun(transfer)
                 async for step in transfer.progress():
                     if not quiet:
