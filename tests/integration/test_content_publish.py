@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import sqlite3
@@ -13,6 +14,7 @@ import pytest
 
 from btt.sdk.content.torrent import RUN, Torrent
 from btt.sdk.errors import ConfigError, StorageError
+from btt.services.content import stock
 from btt.services.content.catalogue import Catalogue
 from btt.services.content.publish import publish
 
@@ -112,6 +114,24 @@ def test_removing_leaves_the_source(tmp_path: Path, catalogue: Catalogue) -> Non
     assert catalogue.files(made.infohash) == []
     assert not made.torrent_path.exists()
     assert source.exists()
+
+
+def test_removing_what_was_bought_in_part_deletes_it_and_says_so(
+    tmp_path: Path, catalogue: Catalogue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    infohash = bytes(32)
+    assert not stock.remove(infohash, catalogue)
+    part = write(stock.place_of(catalogue, infohash) / "film.btt-part", 5)
+    with monkeypatch.context() as broken:
+        broken.setattr(stock.shutil, "rmtree", refuse)
+        with pytest.raises(StorageError, match="could not be deleted"):
+            stock.remove(infohash, catalogue)
+    assert stock.remove(infohash, catalogue)
+    assert not part.parent.exists()
+
+
+def refuse(*_: object, **__: object) -> None:
+    raise PermissionError(errno.EACCES, "Permission denied")
 
 
 def test_a_folder_with_only_a_file_of_its_own_name_is_refused_before_it_is_hashed(

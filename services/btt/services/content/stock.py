@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 
 from btt.sdk.content.torrent import Torrent
+from btt.sdk.errors import StorageError
 from btt.services.content.catalogue import Catalogue, Entry, SourceFile
 
 
@@ -51,14 +52,20 @@ def enter_bought(torrent: Torrent, catalogue: Catalogue) -> Entry:
 
 
 def remove(infohash: bytes, catalogue: Catalogue) -> bool:
-    """Takes content out of the catalogue, and deletes it if it was bought.
+    """Takes content out of the catalogue, and deletes what was bought of it, also a part.
 
     Returns:
-        Whether it was there.
+        Whether anything was there.
 
     Raises:
         StorageError: The disk or database failed.
     """
     found = catalogue.remove(infohash)
-    shutil.rmtree(place_of(catalogue, infohash), ignore_errors=True)
-    return found
+    place = place_of(catalogue, infohash)
+    try:
+        shutil.rmtree(place)
+    except FileNotFoundError:
+        return found
+    except OSError as failed:
+        raise StorageError(f"{place} could not be deleted: {failed}.") from failed
+    return True
