@@ -12,7 +12,14 @@ from btt.proto.content.v1 import content_pb2
 from btt.sdk.content.client import ContentClient
 from btt.sdk.content.feed import LINE
 from btt.sdk.content.store import Destination
-from btt.sdk.errors import BudgetExceeded, ContentMismatch, InvalidRequest, NoProviders
+from btt.sdk.errors import (
+    BudgetExceeded,
+    ConfigError,
+    ContentMismatch,
+    InvalidRequest,
+    NoProviders,
+    StorageError,
+)
 from btt.sdk.keys import PrivateKey
 from btt.sdk.money import SUPPLY, Amount, Rate, Unit
 from btt.sdk.selection import Cause, allow, deny, max_price
@@ -245,6 +252,27 @@ async def test_the_quoted_cost_and_a_unit_suffice_as_a_budget(economy, three, tm
         receipt = await fetch(btt, three[0].infohash, tmp_path)
     assert (tmp_path / "film.bin").read_bytes() == DATA
     assert receipt.spent <= cost + 3
+
+
+@pytest.mark.parametrize(
+    ("count", "error"), [(1, StorageError("It is full.")), (3, ConfigError("It cannot be written."))]
+)
+async def test_a_disk_that_takes_no_more_ends_it_at_once_and_nothing_is_paid_in_vain(
+    economy, three, tmp_path, monkeypatch, count, error
+):
+    write, written = Destination.write_run, []
+
+    def until_full(self, file, run, data):
+        if len(written) == RUNS // 2:
+            raise error
+        written.append(run)
+        write(self, file, run, data)
+
+    monkeypatch.setattr(Destination, "write_run", until_full)
+    async with economy.client(three[:count], await economy.wallet()) as btt:
+        with pytest.raises(type(error), match="It "):
+            await fetch(btt, three[0].infohash, tmp_path)
+    assert sum(closed.owed for closed in btt.receipts) - OWED(RUNS // 2 * RUN) < count
 
 
 async def test_a_node_that_raises_its_price_is_left_and_the_others_go_on(economy, three, tmp_path):

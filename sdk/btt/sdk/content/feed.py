@@ -98,6 +98,7 @@ class Work:
         left: Runs that each file lacks.
         whole: Files that lack nothing any more, as they become so.
         done: Bytes that are verified and on disk.
+        failed: Why our own disk takes no more; whatever comes next, from whomever, is paid in vain.
     """
 
     torrent: Torrent
@@ -107,6 +108,7 @@ class Work:
     left: dict[int, int]
     whole: asyncio.Queue[int] = field(default_factory=asyncio.Queue)
     done: int = 0
+    failed: BttError | None = None
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def changed(self, timeout_s: float | None = None) -> None:
@@ -168,7 +170,7 @@ class Feed:
                     await self._round()
                 except BttError as error:
                     tries = 1 if self.fetched > before else tries + 1
-                    if not error.retryable or tries >= TRIES:
+                    if not error.retryable or self._work.failed or tries >= TRIES:
                         raise
                     await asyncio.sleep(pause_s(tries, error))
         finally:
@@ -300,7 +302,11 @@ class Feed:
                 raise ContentMismatch(f"Run {run.run} of the content does not verify.")
 
         def write(run: Run) -> None:
-            work.destination.write_run(file, run.run, run.data)
+            try:
+                work.destination.write_run(file, run.run, run.data)
+            except BttError as error:
+                work.failed = error
+                raise
 
         def accept(run: Run) -> None:
             work.destination.keep(file, run.run)

@@ -277,6 +277,8 @@ class Transfer:
                     error = task.exception()
                     if isinstance(error, BttError):
                         self._errors[feed] = error
+                        if work.failed is not None:
+                            raise work.failed
                         self._dropped(feed.source, error)
                         if isinstance(error, BudgetExceeded) and len(self._sources) > 1:
                             with contextlib.suppress(BttError):
