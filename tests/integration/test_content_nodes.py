@@ -275,6 +275,25 @@ async def test_a_disk_that_takes_no_more_ends_it_at_once_and_nothing_is_paid_in_
     assert sum(closed.owed for closed in btt.receipts) - OWED(RUNS // 2 * RUN) < count
 
 
+async def test_a_high_limit_locks_no_more_money_than_the_prices_of_the_nodes_take(economy, three, tmp_path):
+    high = Rate.parse("1000 BTT / GiB")
+    async with economy.client(three, await economy.wallet(), "1 BTT") as btt:
+        receipt = await fetch(btt, three[0].infohash, tmp_path, max_rate=high)
+        deposits = [provider.live.payer.deposit for provider in btt.providers if provider.live is not None]
+        # Each its part, and once more what was missing when its part was done.
+        assert sum(deposits) < 5 * OWED(len(DATA)) < 10**6
+    check_paid_once(btt, receipt)
+    assert len(receipt.parts) > 1
+
+
+async def test_a_limit_below_the_prices_is_told_before_money_is_locked(economy, three, tmp_path):
+    async with economy.client(three, await economy.wallet()) as btt:
+        with pytest.raises(NoProviders) as caught:
+            await fetch(btt, three[0].infohash, tmp_path, max_rate=Rate.parse("0.5 BTT / GiB"))
+    assert caught.value.counts == {Cause.DEAR: 3}
+    assert btt.receipts == []
+
+
 async def test_a_node_that_raises_its_price_is_left_and_the_others_go_on(economy, three, tmp_path):
     async with economy.client(three, await economy.wallet()) as btt:
         quote = await btt.content.quote(three[0].infohash)

@@ -201,7 +201,7 @@ class ContentClient:
             NoProviders: No node is left; `rejections` says what became of each.
             BttError: Anything else that ended it.
         """
-        quote = content if isinstance(content, Quote) else await self.quote(content)
+        quote = await self._quoted(content, max_rate)
         async with self._transfer(
             quote, dest, max_rate, [_file(quote.torrent, path) for path in first]
         ) as transfer:
@@ -258,7 +258,7 @@ class ContentClient:
             InvalidRequest: There is no such file.
             BttError: As `fetch`; from `read`, once the transfer has ended.
         """
-        quote = content if isinstance(content, Quote) else await self.quote(content)
+        quote = await self._quoted(content, max_rate)
         file = _file(quote.torrent, path)
         async with self._transfer(quote, dest, max_rate, [], everything=False) as transfer:
             stream = await ContentStream.open(transfer, file)
@@ -266,6 +266,12 @@ class ContentClient:
                 yield stream
             finally:
                 await stream.close()
+
+    async def _quoted(self, content: str | bytes | Quote, max_rate: Rate | None) -> Quote:
+        if isinstance(content, Quote):
+            return content
+        limits = () if max_rate is None else (max_price(max_rate),)
+        return await self.quote(content, policies=(*limits, *DEFAULT_POLICIES))
 
     def _transfer(
         self,
@@ -281,7 +287,7 @@ class ContentClient:
         return Transfer(
             quote.torrent,
             Path(dest),
-            [Source(node.provider, max_rate or node.rate) for node in quote.nodes],
+            [Source(node.provider, node.rate, max_rate) for node in quote.nodes],
             token=ResumeToken(
                 infohash=quote.torrent.infohash,
                 first=tuple(first[:MOST_FIRST]),

@@ -79,11 +79,14 @@ class Source:
 
     Attributes:
         seller: The node.
-        rate: The price that was agreed to; a higher one ends the business.
+        rate: The price that was quoted: what money is set aside by.
+        most: The highest price that is agreed to, the quoted one if not given; a higher one ends the
+            business.
     """
 
     seller: Seller
     rate: Rate
+    most: Rate | None = None
 
 
 @dataclass(slots=True)
@@ -180,7 +183,7 @@ class Feed:
     async def _round(self) -> None:
         missing = self._work.destination.missing_bytes
         session = await self.source.seller.session(self.source.rate.owed(self._share(missing)))
-        agreed, offered = self.source.rate, session.offer.sheet.prices.get(LINE)
+        agreed, offered = self.source.most or self.source.rate, session.offer.sheet.prices.get(LINE)
         if offered is None or offered.rate.amount * agreed.per > agreed.amount * offered.rate.per:
             raise PriceChanged(
                 f"The node now asks {offered.rate if offered else 'nothing we know'}, not {agreed}."
@@ -198,7 +201,7 @@ class Feed:
         if self._dry and self.fetched == fetched:
             # Another node or fetch of this client has reserved what the budget still had.
             missing = self._work.destination.missing_bytes
-            cost = agreed.owed(missing)
+            cost = offered.rate.owed(missing)
             raise BudgetExceeded(
                 f"The budget ends here: {missing} bytes, {Amount(cost)}, are missing.", missing=cost
             )
@@ -244,7 +247,7 @@ class Feed:
             others = (plan.before(self) - task.left) * RUN
             more = max(self._length(task), self._share(missing) - others, min(missing, GROW_RUNS * RUN))
             with contextlib.suppress(BudgetExceeded, ChannelExpired):
-                await session.provide(self.source.rate.owed(more))
+                await session.provide(session.offer.sheet.prices[LINE].rate.owed(more))
         room = payer.affordable(segment)
         is_short = room < self._length(task)  # the end may have been taken over meanwhile
         if is_short:
