@@ -211,7 +211,7 @@ async def test_a_node_buys_content_sells_it_on_and_drops_it(market: Market) -> N
     quoted = await person.btt("content", "quote", market.infohash, "--json")
     assert {node["node"] for node in quoted.json["nodes"]} == {address_of(first), address_of(second)}
     done = await person.btt(
-        "content", "fetch", market.infohash, "--budget", "1 BTT", "--dest", "in", "--json"
+        "content", "fetch", market.infohash, "--budget", "1 BTT", "--dest", "in", "--yes", "--json"
     )
     assert done.code == 0, done.err
     assert (person.home / "in" / "film.bin").read_bytes() == market.data
@@ -263,7 +263,7 @@ async def test_quote_fetch_resume_and_balance(market: Market) -> None:
     assert await market.balance() == 10_000_000 - cost
 
     again = await person.btt(
-        "content", "fetch", market.infohash, "--budget", "1 BTT", "--dest", "in", "--json"
+        "content", "fetch", market.infohash, "--budget", "1 BTT", "--dest", "in", "--yes", "--json"
     )
     assert again.json["fetched_bytes"] == 0
     assert again.json["paid"] == "0"
@@ -274,7 +274,7 @@ async def test_quote_fetch_resume_and_balance(market: Market) -> None:
 
 
 async def test_a_budget_that_is_too_small_keeps_what_it_bought(market: Market) -> None:
-    words = ("content", "fetch", market.infohash, "--json", "--dest", "in", "--budget")
+    words = ("content", "fetch", market.infohash, "--yes", "--json", "--dest", "in", "--budget")
     short = await market.person.btt(*words, "0.004 BTT")
     assert short.code == 5
     assert short.json["error"]["reason"] == "BUDGET_EXCEEDED"
@@ -289,7 +289,7 @@ async def test_a_budget_that_is_too_small_keeps_what_it_bought(market: Market) -
     assert words[:4] == ["content", "fetch", "--resume", told["resume"]]
     assert words[4:] == ["--dest", "in", "--budget", "0.004 BTT"]
     del market.person.variables["BTT_NODES"]
-    rest = await market.person.btt(*words[:-1], "1 BTT", "--json")
+    rest = await market.person.btt(*words[:-1], "1 BTT", "--yes", "--json")
     assert rest.code == 0, rest.err
     assert 0 < rest.json["fetched_bytes"] < len(market.data)
     assert (market.person.home / "in" / "film.bin").read_bytes() == market.data
@@ -327,6 +327,7 @@ async def test_nothing_is_spent_unasked(market: Market) -> None:
     unasked = await market.person.btt(*words)
     assert unasked.code == 3
     assert "--yes" in unasked.err
+    assert (await market.person.btt(*words, "--json")).code == 3
     moved = await market.person.btt("wallet", "transfer", "T" * 34, "1 BTT")
     assert moved.code == 2
     payee = str((await market.person.btt("wallet", "address")).out).strip()
@@ -365,7 +366,7 @@ async def test_what_is_not_there_is_told_by_the_exit_code(market: Market) -> Non
 async def test_an_empty_wallet_cannot_pay(market: Market) -> None:
     assert (await market.person.btt("wallet", "create", "--wallet", "empty")).code == 0
     done = await market.person.btt(
-        "content", "fetch", market.infohash, "--wallet", "empty", "--budget", "1 BTT", "--json"
+        "content", "fetch", market.infohash, "--wallet", "empty", "--budget", "1 BTT", "--yes", "--json"
     )
     assert done.code == 5
     balance = await market.person.btt("wallet", "balance", "--wallet", "empty", "--json")
@@ -396,7 +397,7 @@ async def test_ctrl_c_in_a_fetch_resumes_without_paying_twice(market: Market) ->
         assert b"Paid   " in err
         words = tuple(shlex.split(err.decode().partition("To go on: btt ")[2].splitlines()[0]))
         assert "--resume" in words
-    done = await market.person.btt(*words, "--json")
+    done = await market.person.btt(*words, "--yes", "--json")
     assert done.code == 0, done.err
     assert (market.person.home / "in" / "film.bin").read_bytes() == market.data
     cost = -(-len(market.data) * 10**6 // 2**30)

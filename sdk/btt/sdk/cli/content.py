@@ -173,7 +173,7 @@ def fetch(
         content,
         dest,
         granted,
-        ask=not (yes or as_json),
+        ask=not yes,
         quiet=as_json,
         token=token,
         begun=begun.append,

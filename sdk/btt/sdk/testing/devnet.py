@@ -331,7 +331,7 @@ class Devnet:
             await self.fund(keystore.key().public.address, _PURSE)
         output = await self._command("content", "add", infohash, "--node", str(self.node_folders[node]),
                                      "--from", self.node_addresses[source], "--wallet", str(folder),
-                                     "--budget", budget, "--stdin-lifeline", "--json")  # fmt: skip
+                                     "--budget", budget, "--stdin-lifeline", "--yes", "--json")  # fmt: skip
         return Amount(int(json.loads(output)["paid"]))
 
     def torrent(self, infohash: str) -> Path:

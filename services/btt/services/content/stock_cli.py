@@ -54,9 +54,7 @@ def add(
         client = make_client(nodes=sellers, ledger=ledger or ledger_of(node), wallet=wallet, budget=granted)
         place = place_of(catalogue, content)
         begun: list[Transfer] = []
-        work = buy(
-            client, content, place, granted, ask=not (yes or as_json), quiet=as_json, begun=begun.append
-        )
+        work = buy(client, content, place, granted, ask=not yes, quiet=as_json, begun=begun.append)
         found = bring(work, begun, as_json=as_json)
         if found is None:
             typer.echo("Nothing was spent.")
