@@ -10,10 +10,11 @@ import sys
 
 import pytest
 
-from btt.sdk.content.feed import LINE, STREAMS
+from btt.sdk.content.feed import GROW_RUNS, LINE, STREAMS
 from btt.sdk.content.run import Run, serialise
 from btt.sdk.content.stream import READ_AHEAD
 from btt.sdk.errors import ContentMismatch, InvalidRequest
+from btt.sdk.money import Amount
 from btt.services.content.catalogue import Catalogue
 from btt.services.content.publish import publish
 from btt.services.content.service import ContentServicer, register
@@ -96,6 +97,22 @@ async def test_a_file_read_from_start_to_end_is_whole_in_the_folder(economy, two
     assert transfer.receipt.fetched_bytes == 0
     assert (tmp_path / "film.bin").read_bytes() == DATA
     assert OWED(len(DATA)) <= sum(receipt.captured for receipt in btt.receipts) < OWED(len(DATA)) + nodes
+
+
+async def test_a_reader_leaves_the_budget_to_others_but_for_what_it_is_about_to_read(economy, tmp_path):
+    runs = 4 * READ_AHEAD + GROW_RUNS
+    node, infohash = await economy.content_node({"film.bin": bytes(runs * RUN)})
+    other, book = await economy.content_node({"book": DATA[:1000]})
+    budget = str(Amount(OWED(runs * RUN)))
+    async with (
+        economy.client([node, other], await economy.wallet(), budget) as btt,
+        btt.content.open_stream(infohash["film.bin"], tmp_path) as stream,
+    ):
+        await stream.read(1)
+        assert btt.providers[0].live.payer.deposit < OWED(runs * RUN)
+        async with btt.content.fetch(book["book"], tmp_path):
+            pass
+    assert (tmp_path / "book").read_bytes() == DATA[:1000]
 
 
 async def test_a_reader_hears_that_the_only_node_lies(economy, tmp_path, monkeypatch):

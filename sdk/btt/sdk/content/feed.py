@@ -208,6 +208,9 @@ class Feed:
 
     def _share(self, missing: int) -> int:
         """Bytes that this node is expected to send: its part, in whole runs."""
+        if not self._work.plan.everything:
+            # A reader may leave at any time: as much again as it had, so that top-ups stay few.
+            return min(missing, max(self.fetched, GROW_RUNS * RUN))
         return min(missing, -(-missing // (self._nodes * RUN)) * RUN)
 
     async def _stream(self, session: PaymentSession) -> None:

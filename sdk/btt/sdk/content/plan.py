@@ -105,7 +105,7 @@ class Plan:
         self, missing: Iterable[tuple[int, Iterable[range]]], *, shared: bool, everything: bool = True
     ) -> None:
         self._shared = shared
-        self._everything = everything
+        self.everything = everything
         # Not a plain dict: that one is slow to find its first key after many were taken from its front.
         self._free: OrderedDict[int, list[range]] = OrderedDict()
         self._free_runs = 0
@@ -129,7 +129,7 @@ class Plan:
     @property
     def is_over(self) -> bool:
         """Nothing will ever be wanted again."""
-        return self._everything and self.is_idle
+        return self.everything and self.is_idle
 
     @property
     def _wished(self) -> int:
@@ -268,7 +268,7 @@ class Plan:
 
     def _add(self, file: int, ranges: Iterable[range], *, first: bool = False) -> None:
         added = [runs for runs in ranges if runs]
-        if not added or not self._everything:
+        if not added or not self.everything:
             return  # a reader that still wants them asks again; nobody pays for what is not wanted
         known = self._free.pop(file, [])
         self._free[file] = sorted([*known, *added], key=lambda runs: runs.start)
@@ -317,7 +317,7 @@ class Plan:
     def forget(self, reader: Hashable) -> None:
         """Takes back what a reader wanted."""
         wish = self._wishes.pop(reader, None)
-        if wish is not None and self._everything:
+        if wish is not None and self.everything:
             self._add(wish.file, wish.runs, first=True)
 
 
