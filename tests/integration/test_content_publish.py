@@ -166,6 +166,7 @@ def test_what_cannot_be_published_is_said(tmp_path: Path, catalogue: Catalogue) 
     write(tmp_path / "names/a\\b", 1)
     write(Path(os.fsdecode(os.fsencode(tmp_path) + b"/bytes/\xff")), 1)
     write(tmp_path / "deep" / "/".join(["d"] * 32) / "f", 1)
+    os.utime(write(tmp_path / "dated", 1), ns=(0, 1 << 63))
     cases = {
         "missing": "does not exist",
         "link": "a link",
@@ -178,6 +179,7 @@ def test_what_cannot_be_published_is_said(tmp_path: Path, catalogue: Catalogue) 
         "names": "separator",
         "bytes": "UTF-8",
         "deep": "deep",
+        "dated": "year 2262",
     }
     for name, says in cases.items():
         with pytest.raises(ConfigError, match=says):

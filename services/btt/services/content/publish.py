@@ -141,6 +141,8 @@ def _collect(source: Path) -> dict[tuple[str, ...], SourceFile]:
         if stat.S_ISREG(about.st_mode):
             if len(found) >= MAX_FILES:
                 raise ConfigError(f"{source} has more than {MAX_FILES:,} files.")
+            if about.st_mtime_ns >= 1 << 63:
+                raise ConfigError(f"{path} has a date after the year 2262.", hint="Set it with `touch`.")
             found[below] = SourceFile(path=path, length=about.st_size, mtime_ns=about.st_mtime_ns)
             return
         if len(below) >= MAX_DEPTH:
