@@ -12,6 +12,7 @@ from pathlib import Path
 import libtorrent as lt
 import pytest
 
+from btt.sdk.content import torrent
 from btt.sdk.content.torrent import RUN, Torrent
 from btt.sdk.errors import ConfigError, StorageError
 from btt.services.content import stock
@@ -185,6 +186,16 @@ def test_what_cannot_be_published_is_said(tmp_path: Path, catalogue: Catalogue) 
         with pytest.raises(ConfigError, match=says):
             publish(tmp_path / name, catalogue)
     assert catalogue.list() == []
+
+
+def test_more_names_than_a_torrent_holds_are_said(
+    tmp_path: Path, catalogue: Catalogue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torrent, "MAX_INFO", 1000)
+    for at in range(10):
+        write(tmp_path / "many" / f"{at}", 5)
+    with pytest.raises(ConfigError, match=r"info dictionary is longer.*in parts"):
+        publish(tmp_path / "many", catalogue)
 
 
 def test_an_unreadable_file_is_said(

@@ -95,7 +95,12 @@ def publish(source: Path, catalogue: Catalogue, *, progress: Progress | None = N
         _check_unchanged(found)
         raise StorageError(f"{source} could not be read: {failed}.") from failed
     _check_unchanged(found)
-    torrent, info = Torrent.from_torrent(data)
+    try:
+        torrent, info = Torrent.from_torrent(data)
+    except InvalidRequest as bad:  # names that are long, or many
+        raise ConfigError(
+            f"{source} cannot be published. {bad.message}", hint="Publish it in parts, or with shorter names."
+        ) from None
     files = [found[() if torrent.is_single else entry.path] for entry in torrent.files]
     assert [f.length for f in files] == [entry.length for entry in torrent.files]
     entry = Entry(
