@@ -9,6 +9,7 @@ import grpc
 import pytest
 
 from btt.proto.content.v1 import content_pb2
+from btt.sdk.content import client
 from btt.sdk.content.client import ContentClient
 from btt.sdk.content.feed import LINE
 from btt.sdk.content.store import Destination
@@ -39,6 +40,7 @@ class Odd(ContentServicer):
 
     way = None
     mute = False
+    stall = None
     sent = 0
     held = 0
 
@@ -56,6 +58,8 @@ class Odd(ContentServicer):
             await context.abort(grpc.StatusCode.UNAVAILABLE, "not today")
         async for part in super().GetMetadata(request, context):
             yield part
+            if self.stall is not None:
+                await self.stall.wait()
 
 
 @pytest.fixture
@@ -331,6 +335,19 @@ async def test_a_low_bid_that_delivers_nothing_shuts_nobody_out(economy, three):
     assert [node.node for node in quote.nodes] == [honest.identity.public.address]
     [rejection] = quote.rejections
     assert rejection.node == str(cheap.address)
+
+
+async def test_a_low_bid_that_stalls_with_the_metadata_holds_nobody_up_for_long(economy, three, monkeypatch):
+    stalling, honest, _ = three
+    stalling.sign({LINE: kit.Price(Rate.parse("0.000001 BTT / TiB"), RUN)})
+    stalling.servicer.stall = asyncio.Event()
+    monkeypatch.setattr(client, "SILENT_S", 1.0)
+    async with economy.client([stalling, honest], await economy.wallet()) as btt:
+        quote = await btt.content.quote(honest.infohash)
+    stalling.servicer.stall.set()
+    assert [node.node for node in quote.nodes] == [honest.identity.public.address]
+    [rejection] = quote.rejections
+    assert (rejection.node, rejection.cause) == (str(stalling.address), Cause.UNREACHABLE)
 
 
 async def test_an_offer_that_no_book_holds_and_an_address_that_is_none_concern_nobody_else(economy, three):

@@ -19,7 +19,7 @@ from btt.sdk.content.resuming import MOST_FIRST, MOST_NODES, ResumeToken
 from btt.sdk.content.stream import ContentStream
 from btt.sdk.content.torrent import MAX_INFO, MAX_LAYERS, Torrent
 from btt.sdk.content.transfer import Transfer
-from btt.sdk.errors import BttError, ContentMismatch, InternalError, InvalidRequest
+from btt.sdk.errors import BttError, ConnectError, ContentMismatch, InternalError, InvalidRequest
 from btt.sdk.identity import NodeAddress
 from btt.sdk.keys import Address
 from btt.sdk.money import MAX_UNITS, SUPPLY, Amount, Rate
@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
+SILENT_S = 10.0
+"""Seconds without a part of the metadata after which another node is asked for it."""
 LATE_S = 3.0
 """Seconds that other nodes have to answer once one has."""
 
@@ -354,7 +356,15 @@ async def _from(
 async def _metadata(provider: Provider, infohash: bytes, sizes: content_pb2.QuoteResponse) -> Torrent:
     async def read(stub: content_pb2_grpc.ContentServiceAsyncStub) -> Torrent:
         info, layers = bytearray(), bytearray()
-        async for part in stub.GetMetadata(content_pb2.GetMetadataRequest(infohash=infohash), timeout=120):
+        parts = aiter(stub.GetMetadata(content_pb2.GetMetadataRequest(infohash=infohash), timeout=120))
+        while True:
+            try:
+                async with asyncio.timeout(SILENT_S):
+                    part = await anext(parts, None)
+            except TimeoutError:
+                raise ConnectError(f"The node has sent nothing for {SILENT_S:.0f} seconds.") from None
+            if part is None:
+                break
             info += part.info
             layers += part.layers
             if len(info) > sizes.info_bytes or len(layers) > sizes.layers_bytes:
