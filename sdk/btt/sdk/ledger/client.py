@@ -321,11 +321,12 @@ class LedgerClient(Gathering):
             signed, digest = self._query(key, subject, self.now_ms(), valid_ms=_WATCH_MS)
             stream = self._stub.Watch(pb.WatchRequest(query=signed, after_seq=after_seq))
             try:
+                responses = aiter(stream)
                 while True:
                     # A network or a ledger that stands still breaks no connection on which we only listen.
                     async with asyncio.timeout(_SILENT_S):
-                        response = await stream.read()
-                    if not isinstance(response, pb.WatchResponse):
+                        response = await anext(responses, None)
+                    if response is None:
                         break
                     page = await self._opened(response.events, "LedgerEvents", pb.LedgerEvents())
                     if self.recovered != recovered:
