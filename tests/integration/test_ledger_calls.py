@@ -417,7 +417,8 @@ class TestWatch:
             pages = ledger.watch(ALICE)
             await anext(pages)
             following = asyncio.ensure_future(anext(pages))
-            await asyncio.wait_for(serving.__aexit__(None, None, None), 30)
+            async with asyncio.timeout(30):
+                await serving.__aexit__(None, None, None)
             with pytest.raises(Draining):
                 await following
 

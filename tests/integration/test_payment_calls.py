@@ -383,7 +383,8 @@ async def test_breaking_off_settles_what_was_taken(probe):
             if taken >= 300_000:
                 call.cancel()
                 break
-        await asyncio.wait_for(session.settle(), 20)
+        async with asyncio.timeout(20):
+            await session.settle()
         [live] = probe.sessions.all()
         assert live.payee.meter.owed == session.payer.tally.owed
         assert session.payer.tally.owed < PRICES[BYTES].rate.owed(50 * 100_000)

@@ -267,7 +267,8 @@ async def test_a_capture_above_the_nodes_own_statement_is_disputed(probe, econom
         async with economy.client(await probe_node(economy), probe.wallet) as btt:
             await btt.session(UNIT)
             paid = await take(economy, probe, session.payer.channel_id)
-            await asyncio.wait_for(disputed.wait(), 20)
+            async with asyncio.timeout(20):
+                await disputed.wait()
     kept = await evidence(probe.wallet)
     assert kept["channel"] == session.payer.channel_id.hex()
     state = open_document(
@@ -286,7 +287,8 @@ async def test_a_capture_above_what_was_signed_ends_the_session_with_its_error(p
         await session.settle()
         change_books(probe.wallet, "UPDATE channels SET signed = signed - 1")  # an old copy of them
         await take(economy, probe, session.payer.channel_id)
-        await asyncio.wait_for(disputed.wait(), 20)
+        async with asyncio.timeout(20):
+            await disputed.wait()
         with pytest.raises(CaptureDisputed):
             await buy(session, 1)
         btt._keeper.disputes.clear()
@@ -312,7 +314,8 @@ async def test_the_watch_is_taken_up_where_it_broke(probe, economy, monkeypatch)
     async with economy.client(probe, probe.wallet) as btt:
         session = await btt.session(9 * UNIT)
         await economy.ledger.transfer(economy.faucet, probe.wallet.account.public.address, 1)
-        await asyncio.wait_for(again.wait(), 20)
+        async with asyncio.timeout(20):
+            await again.wait()
         monkeypatch.setattr(LedgerClient, "watch", inner)
         await economy.ledger.request_close(session.payer.channel_id, probe.wallet.account)
         await ended(session)
