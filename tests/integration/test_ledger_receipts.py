@@ -29,6 +29,7 @@ from btt.sdk.ledger.evidence import Evidence
 from btt.sdk.ledger.keeping import EvidenceStore
 from btt.sdk.ledger.proving import prove
 from btt.sdk.ledger.receipt import SignedReceipt
+from btt.sdk.payment.topups import top_up
 from btt.sdk.signing import (
     ChannelClose,
     ChannelCommit,
@@ -494,3 +495,26 @@ async def test_a_node_serves_with_t1_in_its_hands_and_not_before(economy: Any, t
         async with btt.content.fetch(infohashes["a.bin"], tmp_path / "out"):
             pass
     assert len(gathered) == 1
+
+
+async def test_a_node_lends_on_a_top_up_with_its_receipt_in_its_hands_and_not_before(economy: Any) -> None:
+    node, _ = await economy.content_node({"a.bin": content(1 << 20)})
+    wallet = await economy.wallet()
+    asked: list[int] = []
+    true: Callable[..., Awaitable[int]] = node.ledger.gather
+
+    async def watched(key: PrivateKey, *, channel_id: bytes | None = None) -> int:
+        found = await node.store.channel(channel_id)
+        asked.append(found[0].deposit if found else 0)
+        return await true(key, channel_id=channel_id)
+
+    node.ledger.gather = watched
+    async with economy.client(node, wallet, keep_channels=True) as btt:
+        session = await btt.session(1000)
+        before = session.payer.deposit
+        await session.provide(2 * before)
+        during = session.payer.deposit
+        await btt.close_session()
+        await top_up(await btt.purse(), session.payer.channel_id, during)
+        await btt.session(1)
+    assert asked == [0, before, during]

@@ -49,6 +49,7 @@ class Deposits:
         Raises:
             UpdateInvalid: The ledger says less.
             ChannelClosing: The channel is open no more.
+            IdentityError: The ledger does not prove it.
             LedgerUnreachable: The ledger does not answer.
         """
         payee = session.payee
@@ -61,6 +62,8 @@ class Deposits:
                 raise ChannelClosing("The channel is closing on the ledger.")
             if state.deposit < claimed:
                 raise UpdateInvalid(f"The ledger says that the channel holds {state.deposit}, not {claimed}.")
+            # With its receipt in our hands, a ledger that forgets the top-up can be reminded.
+            await self._ledger.gather(self._key, channel_id=payee.channel_id)
             await self._store.raise_deposit(payee.channel_id, state.deposit)
             payee.meter.deposit = state.deposit
             log.info("channel.topped_up", channel=payee.channel_id.hex(), deposit=state.deposit)

@@ -161,8 +161,10 @@ class PaymentServicer(payment_pb2_grpc.PaymentServiceServicer):
             app = self._check_app(body, request, commit)
             if known is None:
                 await self._admit(commit, body, request.signature, network)
-                # With T1 and its receipt in our hands, a ledger that forgets it can be reminded.
+            if known is None or known[0].deposit < state.deposit:
+                # With T1, its top-ups and their receipts in our hands, a ledger that forgets can be reminded.
                 await self._ledger.gather(self._payee_key, channel_id=body.channel)
+            if known is None:
                 await self._store.add_channel(
                     ChannelRecord(
                         channel_id=body.channel,
