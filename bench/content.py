@@ -35,7 +35,6 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import uvloop
@@ -53,7 +52,7 @@ from bench.harness import (
     workspace,
 )
 from bench.kinds import kind_ratios, measure_kinds
-from bench.ours import least, paid, unpaid
+from bench.ours import paid, unpaid
 from bench.peers import bare_grpc, libtorrent_pair
 from btt.sdk.testing import Devnet
 
@@ -88,8 +87,8 @@ class Field:
             "btt": self.paid,
             "btt, known": self.known,
             **many,
-            "unpaid": lambda folder: self._bare(unpaid, folder),
-            "least": lambda folder: self._bare(least, folder),
+            "unpaid": lambda folder: self._bare("bench.ours.unpaid", folder),
+            "least": lambda folder: self._bare("bench.ours.least", folder),
             "bare gRPC": lambda folder: self._checked(bare_grpc.contestant(self._source, folder), folder),
             "libtorrent": lambda folder: self._checked(
                 libtorrent_pair.contestant(self._source, self._torrent, folder), folder
@@ -131,10 +130,11 @@ class Field:
         )
         return self._checked(run, folder)
 
-    def _bare(self, module: ModuleType, folder: Path) -> Run:
+    def _bare(self, module: str, folder: Path) -> Run:
         """The product's service and transfer without the product's payment."""
-        run = module.contestant(
-            self._source, folder, catalogue=self._net.node_folder / "content", torrent=self._torrent
+        catalogue = self._net.node_folder / "content"
+        run = unpaid.contestant(
+            self._source, folder, catalogue=catalogue, torrent=self._torrent, module=module
         )
         return self._checked(run, folder)
 

@@ -10,7 +10,6 @@ takes less with gRPC and SQLite.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -18,15 +17,11 @@ from typing import Any
 
 import grpc
 import grpc.aio
-import uvloop
 
-from bench.harness import Run, measure
 from bench.ours import unpaid
-from bench.processes import Child
 from btt.sdk.channel.credit import EARNED_PERCENT
 from btt.sdk.database import open_books
 from btt.sdk.keys import PrivateKey
-from btt.sdk.memory import keep_freed_memory
 from btt.sdk.signing import Updates
 from btt.sdk.tls import pinned_channel
 
@@ -137,39 +132,5 @@ async def _fetch(torrent: Path, folder: Path, port: int, certificate: bytes) -> 
     books.close()
 
 
-def contestant(source: Path, folder: Path, *, catalogue: Path, torrent: Path) -> Run:
-    """Lets a client fetch the file, and pay the least that a payment can cost.
-
-    Args:
-        source: The file that is published.
-        folder: The client's, on the same file system.
-        catalogue: Folder of the catalogue that has it.
-        torrent: Its torrent file.
-    """
-    module = "bench.ours.least"
-    with Child("server", module, ["serve", str(catalogue), str(folder)]) as server:
-        ready = server.expect("ready")
-        arguments = ["fetch", str(torrent), str(folder), str(ready["port"]), ready["certificate"]]
-        with Child("client", module, arguments) as client:
-            client.expect("ready")
-            return measure(client, server, source=source, folder=folder)
-
-
-def _main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("role", choices=["serve", "fetch"])
-    parser.add_argument("path", type=Path)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("port", type=int, nargs="?", default=0)
-    parser.add_argument("certificate", nargs="?", default="")
-    arguments = parser.parse_args()
-    keep_freed_memory()
-    if arguments.role == "serve":
-        uvloop.run(_serve(arguments.path, arguments.folder))
-    else:
-        certificate = arguments.certificate.encode("ascii")
-        asyncio.run(_fetch(arguments.path, arguments.folder, arguments.port, certificate))
-
-
 if __name__ == "__main__":
-    _main()
+    unpaid.play(_serve, _fetch)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import aclosing
 from pathlib import Path
 from types import SimpleNamespace, TracebackType
@@ -34,6 +34,7 @@ from btt.services.content.service import ContentServicer, register
 
 Accepted = Callable[[object], None]
 Gate = Callable[[int], Awaitable[None]]
+Fetching = Callable[[Path, Path, int, bytes], Coroutine[Any, Any, None]]
 NAME = "unpaid.btt"
 RATE = Rate(0, 1, Unit.BYTE)
 
@@ -162,17 +163,19 @@ async def _fetch(torrent: Path, folder: Path, port: int, certificate: bytes) -> 
         await fetch(torrent, folder, channel)
 
 
-def contestant(source: Path, folder: Path, *, catalogue: Path, torrent: Path) -> Run:
-    """Lets a client fetch the file without paying.
+def contestant(
+    source: Path, folder: Path, *, catalogue: Path, torrent: Path, module: str = "bench.ours.unpaid"
+) -> Run:
+    """Lets a client fetch the file.
 
     Args:
         source: The file that is published.
         folder: The client's, on the same file system.
         catalogue: Folder of the catalogue that has it.
         torrent: Its torrent file.
+        module: What server and client run, by `play`.
     """
-    module = "bench.ours.unpaid"
-    with Child("server", module, ["serve", str(catalogue)]) as server:
+    with Child("server", module, ["serve", str(catalogue), str(folder)]) as server:
         ready = server.expect("ready")
         arguments = ["fetch", str(torrent), str(folder), str(ready["port"]), ready["certificate"]]
         with Child("client", module, arguments) as client:
@@ -180,22 +183,28 @@ def contestant(source: Path, folder: Path, *, catalogue: Path, torrent: Path) ->
             return measure(client, server, source=source, folder=folder)
 
 
-def _main() -> None:
+def play(serving: Callable[[Path, Path], Coroutine[Any, Any, None]], fetching: Fetching) -> None:
+    """Runs the part that the command line asks for.
+
+    Args:
+        serving: Serves a catalogue; also given the folder of this run.
+        fetching: Fetches by a torrent file to a folder, from a port with a certificate.
+    """
     parser = argparse.ArgumentParser()
     parser.add_argument("role", choices=["serve", "fetch"])
     parser.add_argument("path", type=Path)
-    parser.add_argument("folder", type=Path, nargs="?")
+    parser.add_argument("folder", type=Path)
     parser.add_argument("port", type=int, nargs="?", default=0)
     parser.add_argument("certificate", nargs="?", default="")
     arguments = parser.parse_args()
     keep_freed_memory()
     if arguments.role == "serve":
         # The node's own loop; a dApp has asyncio's.
-        uvloop.run(serve(arguments.path))
+        uvloop.run(serving(arguments.path, arguments.folder))
     else:
         certificate = arguments.certificate.encode("ascii")
-        asyncio.run(_fetch(arguments.path, arguments.folder, arguments.port, certificate))
+        asyncio.run(fetching(arguments.path, arguments.folder, arguments.port, certificate))
 
 
 if __name__ == "__main__":
-    _main()
+    play(lambda catalogue, _: serve(catalogue), _fetch)
